@@ -1,0 +1,42 @@
+# Everything happens in .venv; an extra is installed once, and again when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+installed = $(VENV)/.installed-$(1)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(call installed,examples)  ## prune a small network on handwritten digits
+	$(BIN)/python examples/digits.py
+
+test: $(call installed,test)  ## run every test and every doctest
+	$(BIN)/python -m pytest
+
+check: $(call installed,dev)  ## format, lint, types, import rules and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+docs: $(call installed,docs)  ## build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+clean:  ## remove what was built, run and cached; .venv stays
+	rm -rf build dist docs/_build lightning_logs checkpoints outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'lightning-sap needs Python 3.10 or newer; $(PYTHON) is not. Try: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install 'pip>=23.1'
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml
+	@echo 'Installing what "$*" needs; PyTorch is large, the first time takes a few minutes.'
+	$(BIN)/python -m pip install -e '.[$*]'
+	@touch $@

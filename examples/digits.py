@@ -1,0 +1,79 @@
+"""Prune a network on scikit-learn's digits while it trains, beside a dense one trained just as long.
+
+Nothing is downloaded. Run it with ``make demo``, or ``python examples/digits.py``.
+"""
+
+import logging
+import warnings
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from lightning_sap import PQIMonitor, SAPCallback
+
+EPOCHS, FOLDER = 120, "outputs/digits"
+
+
+class Net(LightningModule):
+    """An MLP with 43,520 prunable weights, SGD and one cosine over all of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10))
+
+    def training_step(self, batch):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch):
+        self.log("val_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch):
+        self.log("test_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, nesterov=True)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)]
+
+
+def train(name: str, callbacks: list, seed: int = 0) -> float:
+    """Train a network for all epochs and return its test accuracy."""
+    seed_everything(seed, verbose=False)
+    x, y = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+    train_data, val_data, test_data = random_split(data, [1197, 300, 300], torch.Generator().manual_seed(0))
+    trainer = Trainer(
+        max_epochs=EPOCHS, callbacks=callbacks, logger=TensorBoardLogger(FOLDER, name=name, version=""),
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
+    )  # fmt: skip
+    trainer.fit(model := Net(), DataLoader(train_data, 128, shuffle=True), DataLoader(val_data, 300))
+    return trainer.test(model, DataLoader(test_data, 300), verbose=False)[0]["test_acc"]
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers|.*LeafSpec|.*exists and is not")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
+    # One vector of all weights, so that no layer is asked for what only another can spare; twelve rounds of ten epochs;
+    # and a tenth of slack in the index's bound on what to keep, which prunes about a fifth more in each round.
+    sap = SAPCallback(p=0.5, q=1.0, eta_r=0.1, scope="global", rounds=11)
+    monitor = PQIMonitor(monitor="val_acc", log_layers=True)
+    dense, pruned = train("dense", []), train("pruned", [sap, monitor])
+    table = Table("round", "epochs", "remaining", "PQ Index", "val. accuracy", title="Rounds")
+    for r in sap.history:
+        accuracy = f"{r.metrics['val_acc']:.1%}"
+        table.add_row(str(r.round), f"{r.first_epoch}–{r.last_epoch}", f"{r.remaining:.1%}", f"{r.pqi:.3f}", accuracy)
+    Console().print(table)
+    monitor.plot().savefig(f"{FOLDER}/pqi.png", dpi=150)
+    print(f"test accuracy  dense {dense:.1%}   pruned to {sap.remaining:.1%} of the weights {pruned:.1%}")
+    print(f"figure         {FOLDER}/pqi.png\ncurves         .venv/bin/tensorboard --logdir {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Prune a network while it trains in PyTorch Lightning, by a number that says how far it can go: the PQ Index.
+
+The flow, from the inside out::
+
+    functional/pqi.py      MEASURE  how sparse is this vector
+    functional/amount.py   DECIDE   how many weights go; the policies
+    functional/select.py   PICK     exactly which: the k smallest magnitudes over many tensors
+    weights.py             which parameters are prunable, and their units
+    masks.py               MASK     masks: validated, applied, packed, counted
+    pruner.py              one step in one sentence: measure, decide, pick, mask
+    rewind/                snapshots and restores: weights, schedules, optimizer state
+    history.py             the rounds so far
+    metric.py              PQIndex as a torchmetrics Metric
+    callbacks/pruning.py   WHEN and WHO: rounds, schedules, checkpoint state, logging
+    callbacks/monitor.py   watches and logs
+    plot.py                pictures
+"""
+
+from lightning_sap.callbacks.monitor import PQIMonitor
+from lightning_sap.callbacks.pruning import PruningCallback, SAPCallback
+from lightning_sap.functional.amount import FixedFraction, Policy, SparsityInformed, prune_count, retained_lower_bound
+from lightning_sap.functional.pqi import gini_index, pq_index
+from lightning_sap.history import History, RoundRecord
+from lightning_sap.metric import PQIndex
+from lightning_sap.pruner import prune_masks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FixedFraction",
+    "History",
+    "PQIMonitor",
+    "PQIndex",
+    "Policy",
+    "PruningCallback",
+    "RoundRecord",
+    "SAPCallback",
+    "SparsityInformed",
+    "gini_index",
+    "pq_index",
+    "prune_count",
+    "prune_masks",
+    "retained_lower_bound",
+]

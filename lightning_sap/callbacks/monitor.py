@@ -1,0 +1,215 @@
+"""PQIMonitor: watches the PQ Index of any training, and logs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_sap.functional.pqi import check_orders, gini_index
+from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+
+CHART = "lightning-sap"
+
+
+class PQIMonitor(Callback):
+    r"""Log the PQ Index of the weights every epoch, of any training, and draw it over the rounds.
+
+    .. math:: I_{p,q}(w) = 1 - d^{1/q - 1/p} \frac{\|w\|_p}{\|w\|_q}
+
+    Beside a pruner it measures the weights that survive in what the pruner prunes; without one, the weights that a
+    pruner would prune by default.
+
+    Logs ``pqi/global`` (all weights as one vector) and ``pqi/layer_mean`` (mean over the parameters), beside a pruner
+    ``pqi/global_pruned`` (right after the latest pruning, before retraining; in the first round, at its start), where
+    asked for ``gini/global``, and ``pqi/<parameter>`` and ``remaining/<parameter>``. With a ``TensorBoardLogger``, a
+    custom-scalar layout puts the curves of the layers into one chart, and, where matplotlib is installed, the figure
+    of the rounds is among the images.
+
+    Args:
+        p: Order of the smaller norm. None: the pruner's, else 0.5.
+        q: Order of the larger norm. None: the pruner's, else 1.0.
+        monitor: A logged metric to draw beside the index, such as ``"val_acc"``.
+        mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``).
+        gini: Log the Gini index too; it sorts a copy of all weights.
+        log_layers: Which parameters are logged one by one: False none, True all, or globs on their names.
+
+    Raises:
+        ValueError: If not ``0 < p < q``, or the mode is unknown; in training, if ``monitor`` is never logged.
+
+    Source: Diao et al., *Pruning Deep Neural Networks from a Sparsity Perspective*, ICLR 2023.
+
+    Example:
+        >>> from lightning_sap import PQIMonitor
+        >>> monitor = PQIMonitor(monitor="val_acc", log_layers=["encoder.*"])
+    """
+
+    def __init__(
+        self,
+        p: float | None = None,
+        q: float | None = None,
+        *,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        gini: bool = False,
+        log_layers: bool | Sequence[str] = False,
+    ) -> None:
+        super().__init__()
+        check_orders(0.5 if p is None else p, 1.0 if q is None and (p or 0.5) < 1.0 else (q or float("nan")))
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}.")
+        self.p, self.q = p, q
+        self.monitor, self.mode = monitor, mode
+        self.gini = gini
+        self.log_layers = log_layers
+        self._rows: list[dict[str, Any]] = []
+        self._validated = False
+        self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cache = None
+        self._validated = False
+        if trainer.current_epoch == 0:
+            self._rows = []
+        for logger in _tensorboards(trainer):
+            logger.experiment.add_custom_scalars(self._layout(trainer, pl_module))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_row(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated = True
+            self._log(trainer, pl_module, logger=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, logger=True)
+        measure, pruner = self._measure(trainer, pl_module), _pruners(trainer)[:1]
+        total = sum(piece.weight.numel() for piece in self._pieces(trainer, pl_module).values())
+        row = {
+            "epoch": trainer.current_epoch,
+            "round": pruner[0].current_round() if pruner else None,
+            "pqi": measure.overall,
+            "layer_mean": measure.layer_mean,
+            "remaining": sum(measure.survivors.values()) / total,
+            "metric": None,
+        }
+        self._rows = [*(r for r in self._rows if r["epoch"] != row["epoch"]), row]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_row(trainer)
+        if self._rows and importlib.util.find_spec("matplotlib") is not None:
+            for logger in _tensorboards(trainer):
+                logger.experiment.add_figure("pqi/rounds", self.plot(), global_step=trainer.global_step)
+
+    def _finish_row(self, trainer: Trainer) -> None:
+        """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
+        if self.monitor is None or not self._rows or self._rows[-1]["metric"] is not None:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor in metrics:
+            self._rows[-1]["metric"] = float(metrics[self.monitor])
+        elif self._validated or not trainer.enable_validation:
+            raise ValueError(
+                f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
+            )
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
+        pruned = [pruner.pieces(module) for pruner in _pruners(trainer)]
+        return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
+
+    def _orders(self, trainer: Trainer) -> tuple[float, float]:
+        p, q = next((pruner.orders() for pruner in _pruners(trainer)), (0.5, 1.0))
+        return p if self.p is None else self.p, q if self.q is None else self.q
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> Measure:
+        """Indices of the weights as they are, measured once after a step."""
+        moment = (trainer.global_step, *(pruner.current_round() for pruner in _pruners(trainer)))
+        if self._cache is None or self._cache[0] != moment:
+            orders = self._orders(trainer)
+            self._cache = (moment, summary(sums_of(self._pieces(trainer, module), *orders), *orders))
+        return self._cache[1]
+
+    def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
+        if trainer.barebones:
+            return
+        measure, pieces = self._measure(trainer, module), self._pieces(trainer, module)
+        values = {"pqi/global": measure.overall, "pqi/layer_mean": measure.layer_mean}
+        after = [pruner.index_after_pruning() for pruner in _pruners(trainer)]
+        if after and after[0] is not None:
+            values["pqi/global_pruned"] = after[0]
+        if self.gini:
+            values["gini/global"] = float(_gini(pieces))
+        for name in filter(self._wants, pieces):
+            values[f"pqi/{name}"] = measure.layers[name]
+            values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
+        for key, value in values.items():
+            module.log(key, value, on_step=False, on_epoch=True, logger=logger)
+
+    def _wants(self, name: str) -> bool:
+        if isinstance(self.log_layers, bool):
+            return self.log_layers
+        return any(fnmatchcase(name, pattern) for pattern in self.log_layers)
+
+    def _layout(self, trainer: Trainer, module: LightningModule) -> dict[str, dict[str, list[Any]]]:
+        """One chart for the index, and one each for the curves of the layers; TensorBoard takes tags as regexes."""
+        charts = {"PQ Index": ["Multiline", ["pqi/global$", "pqi/layer_mean$", "pqi/global_pruned$"]]}
+        names = [re.escape(name) for name in self._pieces(trainer, module) if self._wants(name)]
+        if names:
+            charts["PQ Index of the layers"] = ["Multiline", [f"pqi/{name}$" for name in names]]
+            charts["Remaining weights of the layers"] = ["Multiline", [f"remaining/{name}$" for name in names]]
+        return {CHART: charts}
+
+    # -- picture ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The last epoch of each round (without a pruner, each epoch).
+
+        Keys: epoch, round, pqi, layer_mean, remaining, metric.
+        """
+        last = {row["epoch"] if row["round"] is None else row["round"]: row for row in self._rows}
+        return [dict(row) for row in last.values()]
+
+    def plot(self) -> Any:
+        """Matplotlib figure of index, remaining weights and monitored metric over the rounds (no pruner: the epochs).
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed (``pip install "lightning-sap[plot]"``).
+            ValueError: If no epoch has been seen yet.
+        """
+        from lightning_sap.plot import plot_rounds
+
+        return plot_rounds(self.rows(), metric=self.monitor)
+
+    # -- checkpoints and copies ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = list(state_dict["rows"])
+
+
+def _pruners(trainer: Trainer) -> list[MonitoredPruner]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _gini(pieces: dict[str, Piece]) -> Tensor:
+    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
+    return gini_index(torch.cat(alive))

@@ -1,0 +1,344 @@
+"""PruningCallback: WHEN a network is pruned while Lightning trains it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_sap.callbacks.pruning import checks, messages
+from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
+from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
+from lightning_sap.callbacks.pruning.schedules import Schedules
+from lightning_sap.callbacks.pruning.state import RunState
+from lightning_sap.functional.amount import Policy
+from lightning_sap.history import History, RoundRecord
+from lightning_sap.masks import MaskSet
+from lightning_sap.pruner import Measure, Piece, Scope, Step, prune_step, summary, sums_of
+from lightning_sap.rewind import restore_weights_, take_weights
+from lightning_sap.weights import PrunableWeight, Selection, parameter_names, prunable_weights
+
+
+class PruningCallback(Callback):
+    """Prune a network between the rounds of its training, by any policy.
+
+    Training is divided into rounds. Between two rounds the surviving weights are measured, the policy decides how many
+    go, exactly that many of the smallest magnitudes are masked, the learning-rate schedule starts anew, and the next
+    round trains under the masks. Nothing is pruned after the last epoch.
+
+    Args:
+        policy: How many weights a group loses: :class:`SparsityInformed` or :class:`FixedFraction`.
+        scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
+        rounds: How many prunings. None: as many as ``every_n_epochs`` allows, or 4 to 15 by the number of epochs;
+            0 only holds masks.
+        every_n_epochs: Length of a round, in epochs; the last one takes what is left over. None: as long as fits.
+        rewind_weights: After a pruning the surviving weights go on as they are (None), or back to the first ones
+            (``"init"``), or to those after that many completed epochs. Buffers go with them.
+        lr_schedule: Every round starts the schedule anew (``"restart"``), or replays the whole of a schedule written
+            for all of training (``"squeeze"``), or one schedule goes over all rounds (``"keep"``); ``"auto"`` chooses
+            between the first two.
+        reset_optimizer: Forget momenta and other optimizer state at each pruning.
+        target_remaining: Fraction of the prunable weights that survives at the end, met exactly; None: no target.
+        min_remaining: Fraction of its weights that every parameter keeps.
+        include: Parameter-name globs, module types or predicates ``(name, module, parameter) -> bool``: only what
+            they match is prunable. None: the trainable weights of two or more dimensions without embeddings.
+        exclude: The same; what they match is not prunable.
+        keep_zeros: Weights that are exactly zero when fit starts count as pruned.
+        name: Tells two callbacks apart, in checkpoints and in log keys.
+
+    Logs every epoch ``<name>/round``, ``<name>/remaining`` (fraction) and ``<name>/pruned`` (weights that the latest
+    pruning took).
+
+    Raises:
+        ValueError: If an option is out of its range.
+        TypeError: If the policy is none.
+
+    Source: Diao et al., ICLR 2023, Algorithm 1; Frankle and Carbin, ICLR 2019 (weight rewinding); Renda et al.,
+    ICLR 2020 (learning-rate rewinding).
+
+    Example:
+        >>> from lightning_sap import FixedFraction, PruningCallback
+        >>> ticket = PruningCallback(FixedFraction(0.2), rounds=10, rewind_weights="init")
+        >>> ticket.remaining
+        1.0
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        scope: Scope = "layer",
+        rounds: int | None = None,
+        every_n_epochs: int | None = None,
+        rewind_weights: RewindWeights = None,
+        lr_schedule: Schedule = "auto",
+        reset_optimizer: bool = True,
+        target_remaining: float | None = None,
+        min_remaining: float = 0.0,
+        include: Selection = None,
+        exclude: Selection = None,
+        keep_zeros: bool = False,
+        name: str = "sap",
+    ) -> None:
+        super().__init__()
+        self.options = Options(
+            policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
+            min_remaining, include, exclude, keep_zeros, name,
+        )  # fmt: skip
+        self._state = RunState()
+        self._stage: str | None = None
+        # what belongs to a running fit, and is neither copied nor pickled
+        self._weights: dict[str, PrunableWeight] = {}
+        self._schedules: Schedules | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """For each prunable parameter a bool tensor, True where the weight survives; empty before the first fit."""
+        return self._state.masks.kept
+
+    @property
+    def remaining(self) -> float:
+        """Fraction of the prunable weights that survives."""
+        return self._state.masks.remaining
+
+    @property
+    def history(self) -> History:
+        """One record for each round that ended."""
+        return self._state.history
+
+    def orders(self) -> tuple[float, float]:
+        """Orders p and q of the policy's index."""
+        return self.options.policy.p, self.options.policy.q
+
+    def pieces(self, module: nn.Module) -> dict[str, Piece]:
+        """The prunable weights, live, with their masks."""
+        pruned = self._state.masks.pruned
+        weights = self._weights or self._select(module)
+        return {name: Piece(w.parameter.detach(), pruned.get(name), w.units) for name, w in weights.items()}
+
+    def current_round(self) -> int:
+        """Number of prunings so far in this fit."""
+        return self._state.round
+
+    def index_after_pruning(self) -> float | None:
+        """PQ Index of all weights right after the latest pruning, or at the start of training."""
+        return self._state.index_after
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
+        if stage == "fit":
+            checks.check_strategy(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select the weights and remember the schedules, before a checkpoint restores them."""
+        self._weights = self._select(pl_module)
+        checks.check_disjoint(self.options, trainer, pl_module)
+        self._schedules = Schedules(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up what a checkpoint brought, or begin; then say what is going to happen."""
+        assert self._schedules is not None
+        if self._pending is None:
+            self._begin(trainer)
+        else:
+            self._resume(self._pending)
+            self._pending = None
+        state = self._state
+        schedules = self._schedules.choose(trainer, pl_module, state.plan, self.options.lr_schedule)
+        state.masks.apply_(self._live_weights())
+        self._remove_hooks()
+        self._hooks = [optimizer.register_step_post_hook(self._enforce) for optimizer in trainer.optimizers]
+        if state.index_after is None:
+            state.index_after = self._measure(pl_module).overall
+        rank_zero_info(messages.announcement(self.options, state, schedules))
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Start the rounds, under the masks of an earlier fit where they belong to this module."""
+        options, weights, masks = self.options, self._live_weights(), self._state.masks
+        plan = RoundPlan(0, 1)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            plan = plan_rounds(trainer.max_epochs, options.rounds, options.every_n_epochs, trainer.current_epoch)
+            checks.check_plan(options, plan)
+        if masks.is_dense or not masks.holds_for(weights):
+            if not masks.is_dense:
+                rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
+            masks = MaskSet.from_zeros(weights) if options.keep_zeros else MaskSet.dense(weights)
+        self._state = RunState(masks.like(weights), plan, round_step=trainer.global_step)
+
+    def _resume(self, packed: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint stands."""
+        assert self._schedules is not None
+        state = RunState.unpack(packed)
+        state.masks = state.masks.like(self._live_weights())
+        self._state = state
+        self._schedules.load(packed["schedules"])
+        if changed := self.options.changed_since(packed["options"]):
+            rank_zero_info(f"{self.options.name}: changed since the checkpoint, from the next round on: {changed}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the last round and say what was reached."""
+        if trainer.global_step > self._state.round_step:
+            self._state.history.append(self._record(trainer, self._measure(pl_module)))
+        rank_zero_info(messages.farewell(self.options, self._state))
+        self._remove_hooks()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+        self._stage = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._advance(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Advance here too: after some resumes an epoch starts without its hook."""
+        self._advance(trainer, pl_module)
+
+    def _advance(self, trainer: Trainer, module: LightningModule) -> None:
+        """Prune if a round ended since the last call."""
+        state, epoch = self._state, trainer.current_epoch
+        completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
+        if wanted is not None and completed >= wanted and state.first_weights is None and state.plan.rounds != 0:
+            state.first_weights = take_weights(module)
+        if state.is_due(epoch, trainer.global_step):
+            self._prune(trainer, module)
+
+    def _prune(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure, decide and pick; and only when all is known, mask and rewind."""
+        state, started = self._state, time.perf_counter()
+        step = self._decide(module)
+        after = self._measure(module, step.masks).overall
+        record = replace(
+            self._record(trainer, step.before),
+            pruned=step.count,
+            pqi_pruned=after,
+            seconds=time.perf_counter() - started,
+        )
+        # from here on things change
+        if state.first_weights is not None:
+            restore_weights_(module, state.first_weights)
+        step.masks.apply_(self._live_weights())
+        if self._schedules is not None:
+            self._schedules.rewind_()
+        if self.options.reset_optimizer:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        state.history.append(record)
+        state.masks, state.count, state.index_after = step.masks, step.count, after
+        state.round, state.round_step = state.round + 1, trainer.global_step
+        messages.warn_of_emptied(self.options, step.masks)
+
+    def _decide(self, module: LightningModule) -> Step:
+        """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
+        options, state = self.options, self._state
+        self._weights = self._select(module)
+        state.masks = state.masks.extended(self._live_weights())
+        sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
+        limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
+        return prune_step(
+            self.pieces(module), policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits
+        )
+
+    def _select(self, module: nn.Module) -> dict[str, PrunableWeight]:
+        """The prunable weights in the module's order; what was prunable once stays so."""
+        found = {**self._weights, **prunable_weights(module, self.options.include, self.options.exclude)}
+        return {name: found[name] for name in parameter_names(module) if name in found}
+
+    def _live_weights(self) -> dict[str, Tensor]:
+        return {name: weight.parameter.data for name, weight in self._weights.items()}
+
+    def _measure(self, module: nn.Module, masks: MaskSet | None = None) -> Measure:
+        """Indices of the weights as they are, under the masks given or in force."""
+        pieces = self.pieces(module)
+        if masks is not None:
+            pieces = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
+        return summary(sums_of(pieces, *self.orders()), *self.orders())
+
+    def _record(self, trainer: Trainer, before: Measure) -> RoundRecord:
+        """The round that ends now, as it was trained."""
+        rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else None
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        return self._state.record(before, trainer.current_epoch - 1, rate, metrics)
+
+    def _enforce(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """After each real optimizer step: the pruned weights are zero again."""
+        if not self._state.masks.is_dense:
+            self._state.masks.apply_(self._live_weights())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Pruned weights take no part in gradient clipping."""
+        if pl_module.automatic_optimization and checks.clips_gradients(trainer, pl_module):
+            self._mask_gradients()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With manual optimization the module clips by itself, at any time after this."""
+        if not pl_module.automatic_optimization:
+            self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        if not self._state.masks.is_dense:
+            gradients = {name: w.parameter.grad for name, w in self._weights.items() if w.parameter.grad is not None}
+            self._state.masks.apply_(gradients)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._schedules is not None
+        state = self._state
+        steps = trainer.global_step - state.round_step
+        self._schedules.advance_(trainer, pl_module, state.plan, state.round, steps)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log(trainer, pl_module, logger=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, logger=True)
+
+    def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
+        if not trainer.barebones:
+            values = {"round": self._state.round, "remaining": self.remaining, "pruned": self._state.count}
+            for key, value in values.items():
+                module.log(f"{self.options.name}/{key}", float(value), on_step=False, on_epoch=True, logger=logger)
+
+    @property
+    def state_key(self) -> str:
+        """The name alone: changed options must not lose the state."""
+        return checks.state_key(self.options.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on, as plain values and tensors; the masks take one bit per weight."""
+        schedules = [] if self._schedules is None else self._schedules.state()
+        return {**self._state.pack(), "schedules": schedules, "options": self.options.plain()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the start of training; outside a Trainer, take it up at once."""
+        if self._stage == "fit":
+            self._pending = state_dict
+        elif self._stage is None:
+            self._state = RunState.unpack(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            checks.check_state_name(self.options.name, trainer, checkpoint)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what belongs to a running fit."""
+        return {**self.__dict__, "_weights": {}, "_schedules": None, "_hooks": [], "_pending": None, "_stage": None}
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,80 @@
+"""What a user's mistake gets: what cannot work is refused before training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.weights import prunable_weights
+
+STATE_PREFIX = "lightning_sap/"
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise for strategies that shard the weights."""
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    for name in SHARDED:
+        if name in kinds:
+            raise ValueError(
+                f"The strategy {name} shards the weights, which pruning does not support yet; "
+                "use strategy='auto' or strategy='ddp'."
+            )
+
+
+def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) -> None:
+    """Raise if two pruning callbacks of the Trainer prune one of the same parameters."""
+    owner: dict[int, str] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        other = getattr(callback, "options", None)
+        if not isinstance(other, Options):
+            continue
+        for weight in prunable_weights(module, other.include, other.exclude).values():
+            first = owner.setdefault(id(weight.parameter), other.name)
+            if first != other.name and options.name in (first, other.name):
+                raise ValueError(
+                    f"The callbacks {first!r} and {other.name!r} both prune {weight.name!r}. "
+                    "Give each its own part of the model with include and exclude."
+                )
+
+
+def check_plan(options: Options, plan: RoundPlan) -> None:
+    """Raise if an option does not fit the rounds."""
+    k = options.snapshot_epoch
+    if k is not None and plan.rounds != 0 and k > plan.epochs:
+        raise ValueError(
+            f"rewind_weights={k} lies beyond the first round, which has {plan.epochs} epochs; give at most "
+            f"{plan.epochs}, or a longer round with every_n_epochs."
+        )
+    if options.target_remaining is not None and not plan.rounds:
+        number = "not known beforehand" if plan.rounds is None else "0"
+        raise ValueError(
+            f"target_remaining={options.target_remaining} cannot be reached: the number of prunings is {number}. "
+            "Give rounds, or max_epochs for at least two rounds."
+        )
+
+
+def state_key(name: str) -> str:
+    """Where a checkpoint keeps the state of the callback of that name."""
+    return f"{STATE_PREFIX}{name}"
+
+
+def check_state_name(name: str, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Raise if the checkpoint holds pruning state, but under a name that no callback of the Trainer has."""
+    stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(STATE_PREFIX)]
+    present = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
+    orphans = [key.removeprefix(STATE_PREFIX) for key in stored if key not in present]
+    if orphans and state_key(name) not in stored:
+        raise ValueError(
+            f"The checkpoint holds pruning state named {orphans}, but this callback is named {name!r}. "
+            f"Give name={orphans[0]!r} to go on with it."
+        )
+
+
+def clips_gradients(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether gradients are clipped, by the Trainer or by the module's own hook."""
+    own = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+    return own or bool(trainer.gradient_clip_val)

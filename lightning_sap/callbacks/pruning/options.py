@@ -1,0 +1,100 @@
+"""What a user may ask of a pruning callback, checked at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from lightning_sap.functional.amount import Policy
+from lightning_sap.pruner import Limits, Scope, check_scope
+from lightning_sap.weights import Selection
+
+Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
+RewindWeights: TypeAlias = Literal["init"] | int | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :class:`lightning_sap.PruningCallback`, see there.
+
+    Raises:
+        ValueError: If one is out of its range.
+        TypeError: If the policy is none.
+    """
+
+    policy: Policy
+    scope: Scope
+    rounds: int | None
+    every_n_epochs: int | None
+    rewind_weights: RewindWeights
+    lr_schedule: Schedule
+    reset_optimizer: bool
+    target_remaining: float | None
+    min_remaining: float
+    include: Selection
+    exclude: Selection
+    keep_zeros: bool
+    name: str
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not isinstance(self.policy, Policy):
+            raise TypeError(
+                f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {self.policy!r}."
+            )
+        check_scope(self.scope)
+        _check(self.rounds is None or _whole(self.rounds, 0), "rounds", self.rounds, "a whole number of at least 0")
+        fits = self.every_n_epochs is None or _whole(self.every_n_epochs, 1)
+        _check(fits, "every_n_epochs", self.every_n_epochs, "a whole number of at least 1")
+        rewind = self.rewind_weights
+        _check(
+            rewind is None or rewind == "init" or _whole(rewind, 0),
+            "rewind_weights",
+            rewind,
+            "None (keep the weights), 'init' or a number of completed epochs",
+        )
+        schedules = ("auto", "restart", "squeeze", "keep")
+        _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
+        target = self.target_remaining
+        _check(target is None or 0 < target <= 1, "target_remaining", target, "None or a fraction in (0, 1]")
+        _check(0 <= self.min_remaining < 1, "min_remaining", self.min_remaining, "a fraction in [0, 1)")
+        if target is not None and self.min_remaining > target:
+            raise ValueError(
+                f"min_remaining={self.min_remaining} is above target_remaining={target}: the target could not be "
+                "reached. Lower min_remaining or raise target_remaining."
+            )
+        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
+
+    @property
+    def snapshot_epoch(self) -> int | None:
+        """After how many completed epochs the weights to rewind to are taken; None: never."""
+        return 0 if self.rewind_weights == "init" else self.rewind_weights
+
+    def plain(self) -> dict[str, str]:
+        """The options as texts, to be stored and compared."""
+        return {key: value if isinstance(value, str) else repr(value) for key, value in vars(self).items()}
+
+    def changed_since(self, stored: dict[str, str]) -> str:
+        """The options that differ from those stored, as text; empty if none does."""
+        new = self.plain()
+        return ", ".join(f"{key}={new[key]} (was {was})" for key, was in stored.items() if new.get(key, was) != was)
+
+    def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None) -> Limits:
+        """What the next pruning must keep to: sizes of the parameters, survivors of all, prunings left with it."""
+        floors = {name: math.ceil(self.min_remaining * n - 1e-9 * n) for name, n in sizes.items()}
+        if self.target_remaining is None or prunings_left is None or alive == 0:
+            return Limits(floors)
+        target = min(alive, round(self.target_remaining * sum(sizes.values())))
+        share = (target / alive) ** (1 / max(1, prunings_left))
+        most_kept = max(target, math.floor(alive * share + 1e-9 * alive))
+        return Limits(floors, least=alive - most_kept, most=alive - target)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check(fits: bool, name: str, value: Any, allowed: str) -> None:
+    if not fits:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")

@@ -1,0 +1,109 @@
+"""The learning-rate schedules of a Trainer, replayed by every round."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_sap.callbacks.pruning.options import Schedule
+from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.rewind import Replay, Ticks
+
+NEVER = sys.maxsize
+
+
+class Schedules:
+    """All schedules of one fit; made in ``on_fit_start``, before a checkpoint restores them.
+
+    Lightning steps a schedule by its own count, which goes on over all rounds. Where a schedule is replayed, it is
+    stepped here instead, right after each batch, by the count of the round.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._configs: list[LRSchedulerConfig] = list(trainer.lr_scheduler_configs)
+        self._frequencies = [config.frequency for config in self._configs]
+        self._replays = [Replay(config.scheduler, config.reduce_on_plateau) for config in self._configs]
+
+    def choose(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, wanted: Schedule) -> list[str]:
+        """Settle what each schedule does in a round; one line for each, with its reason."""
+        manual = not module.automatic_optimization
+        if manual and wanted == "squeeze" and self._replays:
+            raise ValueError(
+                "lr_schedule='squeeze' cannot be had with manual optimization, where the module steps its schedules "
+                "itself; write them for one round and use lr_schedule='restart', or 'keep'."
+            )
+        lines = []
+        for config, frequency, replay in zip(self._configs, self._frequencies, self._replays, strict=True):
+            if plan.rounds == 0:
+                replay.choose("keep", Ticks(), _stepper(module))
+                continue
+            if manual:
+                replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
+            else:
+                replay.choose(wanted, _ticks(trainer, plan, config.interval, frequency), _stepper(module))
+                config.frequency = NEVER if self._replayed(replay) else frequency
+            lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
+        return lines
+
+    def rewind_(self) -> None:
+        """Put every schedule back to its first value."""
+        for replay in self._replays:
+            replay.rewind_()
+
+    def advance_(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, round: int, steps: int) -> None:
+        """After a batch: step each replayed schedule to where the round stands, ``steps`` optimizer steps into it."""
+        if not module.automatic_optimization:
+            return
+        epochs = trainer.current_epoch - plan.start(round) + _epoch_is_over(trainer)
+        for config, replay in zip(self._configs, self._replays, strict=True):
+            if self._replayed(replay):
+                by_step = config.interval == "step"
+                length = plan.length(round)
+                if by_step and length is not None:
+                    length = _steps(trainer, length)
+                replay.advance_(steps if by_step else epochs, length, _stepper(module))
+
+    def state(self) -> list[dict[str, Any]]:
+        """What a resumed run needs: the first values, and how far the round is."""
+        return [{"first": r.first, "groups": r.first_groups, "calls": r.calls} for r in self._replays]
+
+    def load(self, state: list[dict[str, Any]]) -> None:
+        """Take up a state where it belongs to the same number of schedules."""
+        if len(state) == len(self._replays):
+            for replay, saved in zip(self._replays, state, strict=True):
+                replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
+
+    @staticmethod
+    def _replayed(replay: Replay) -> bool:
+        return replay.mode != "keep" and not replay.metric_driven
+
+
+def _stepper(module: LightningModule) -> Any:
+    return lambda scheduler: module.lr_scheduler_step(scheduler, None)
+
+
+def _epoch_is_over(trainer: Trainer) -> bool:
+    return trainer.is_last_batch
+
+
+def _steps(trainer: Trainer, epochs: int) -> int | None:
+    """Optimizer steps of so many epochs; None if the dataloader has no length."""
+    batches = trainer.num_training_batches
+    if batches == float("inf"):
+        return None
+    return epochs * -(-int(batches) // trainer.accumulate_grad_batches)
+
+
+def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
+    epochs = None if plan.last_epoch is None else plan.last_epoch - plan.first_epoch
+    if interval == "epoch":
+        return Ticks(plan.epochs, epochs, frequency)
+    steps = None if epochs is None else _steps(trainer, epochs)
+    if trainer.max_steps > 0:
+        steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
+    batches, every = trainer.num_training_batches, trainer.accumulate_grad_batches
+    stepping = [] if batches == float("inf") else [*range(every, int(batches), every), int(batches)]
+    return Ticks(_steps(trainer, plan.epochs), steps, frequency, stepping)

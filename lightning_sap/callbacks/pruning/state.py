@@ -1,0 +1,83 @@
+"""What a run must not lose: masks, rounds, the weights to rewind to, and the history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.history import History, RoundRecord
+from lightning_sap.masks import MaskSet
+from lightning_sap.pruner import Measure
+
+
+@dataclass
+class RunState:
+    """The state of a pruning run, declared in this one place.
+
+    Attributes:
+        masks: Which weights are pruned.
+        plan: How many rounds, and how long.
+        round: Number of prunings so far.
+        round_step: ``trainer.global_step`` when the round started.
+        count: Weights that the latest pruning took.
+        index_after: PQ Index of all weights right after it, or at the start of training.
+        first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
+        history: The rounds that ended.
+    """
+
+    masks: MaskSet = field(default_factory=lambda: MaskSet({}))
+    plan: RoundPlan = field(default_factory=lambda: RoundPlan(0, 1))
+    round: int = 0
+    round_step: int = 0
+    count: int = 0
+    index_after: float | None = None
+    first_weights: dict[str, Tensor] | None = None
+    history: History = field(default_factory=History)
+
+    def pack(self) -> dict[str, Any]:
+        """As plain values and CPU tensors, one bit per weight for the masks."""
+        return {
+            **{key: value for key, value in vars(self).items() if key not in ("masks", "plan", "history")},
+            "masks": self.masks.pack(),
+            "plan": asdict(self.plan),
+            "history": [asdict(record) for record in self.history],
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> RunState:
+        """The state from :meth:`pack`; what an older version did not store keeps its default."""
+        known = {key: packed[key] for key in cls.__dataclass_fields__ if key in packed}
+        return cls(
+            **{
+                **known,
+                "masks": MaskSet.unpack(packed["masks"]),
+                "plan": RoundPlan(**packed["plan"]),
+                "history": History(RoundRecord(**record) for record in packed["history"]),
+            }
+        )
+
+    def prunings_left(self) -> int | None:
+        """How many prunings are still to come; None if there is no end to them."""
+        return None if self.plan.rounds is None else self.plan.rounds - self.round
+
+    def is_due(self, epoch: int, global_step: int) -> bool:
+        """Whether a round ended before this epoch and was trained at all."""
+        return self.plan.due(epoch) > self.round and global_step > self.round_step
+
+    def record(self, before: Measure, last_epoch: int, lr: float | None, metrics: dict[str, float]) -> RoundRecord:
+        """The record of the round that ends now, as it was trained."""
+        return RoundRecord(
+            round=self.round,
+            first_epoch=self.plan.start(self.round),
+            last_epoch=last_epoch,
+            remaining=self.masks.remaining,
+            layers_remaining={name: n / self.masks.pruned[name].numel() for name, n in self.masks.survivors.items()},
+            pqi=before.overall,
+            layers_pqi=before.layers,
+            lr=lr,
+            metrics=metrics,
+        )

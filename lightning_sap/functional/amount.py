@@ -1,0 +1,268 @@
+"""DECIDE: how many weights go; the policies (Diao et al., ICLR 2023, arXiv 2302.05601)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sap.functional.pqi import PowerSums, check_orders
+
+TOLERANCE = 1e-9  # of the number rounded, but never so much that a whole number would turn into its neighbour
+LARGEST_SLACK = 0.25
+
+
+def ceil(x: Tensor) -> Tensor:
+    """Ceiling by which whole numbers survive the order in which sums were taken; int64.
+
+    Example:
+        >>> import torch
+        >>> ceil(torch.tensor([3.0000000001, 3.1], dtype=torch.float64))
+        tensor([3, 4])
+    """
+    return torch.ceil(x - _slack(x)).to(torch.int64)
+
+
+def floor(x: Tensor) -> Tensor:
+    """Floor by which whole numbers survive the order in which sums were taken; int64.
+
+    Example:
+        >>> import torch
+        >>> floor(torch.tensor([2.9999999999, 2.9], dtype=torch.float64))
+        tensor([3, 2])
+    """
+    return torch.floor(x + _slack(x)).to(torch.int64)
+
+
+def retained_lower_bound(index: Tensor | float, d: Tensor | int, p: float, q: float, eta_r: float = 0.0) -> Tensor:
+    r"""Lower bound on how many of ``d`` weights to keep, not rounded.
+
+    .. math:: r = d\,(1 + \eta_r)^{-\frac{q}{q-p}}\,(1 - I)^{\frac{pq}{q-p}}
+
+    With ``eta_r = 0, p = 1, q = 2`` it is the participation ratio ``‖w‖₁² / ‖w‖₂²``.
+
+    Args:
+        index: PQ Index of each group, any shape.
+        d: Number of surviving weights of each group.
+        p: Order of the smaller norm, ``0 < p < q``.
+        q: Order of the larger norm.
+        eta_r: Slack in the bound, at least 0: the larger, the fewer are kept.
+
+    Returns:
+        float64 tensor of the groups' shape.
+
+    Raises:
+        ValueError: If not ``0 < p < q``, or if ``eta_r`` is negative.
+
+    Source: Diao et al., ICLR 2023, Theorem 2.
+
+    Example:
+        >>> retained_lower_bound(0.75, 4, p=0.5, q=1.0)
+        tensor(1., dtype=torch.float64)
+    """
+    check_orders(p, q)
+    _check_at_least_zero("eta_r", eta_r)
+    index, d = _groups(index, d)
+    slack: float = (1 + eta_r) ** (-q / (q - p))
+    return d * slack * torch.pow((1 - index).clamp(min=0.0), p * q / (q - p))
+
+
+def prune_count(
+    index: Tensor | float,
+    d: Tensor | int,
+    p: float,
+    q: float,
+    *,
+    eta_r: float = 0.0,
+    gamma: float = 1.0,
+    beta: float = 0.9,
+) -> Tensor:
+    r"""Number of weights to prune from each group.
+
+    .. math:: c = \max(0, \min(\lfloor \gamma\,(d - \lceil r \rceil) \rfloor, \lfloor \beta d \rfloor))
+
+    Args:
+        index: PQ Index of each group, any shape.
+        d: Number of surviving weights of each group.
+        p: Order of the smaller norm, ``0 < p < q``.
+        q: Order of the larger norm.
+        eta_r: Slack in the bound ``r`` of :func:`retained_lower_bound`, at least 0.
+        gamma: Scale of the amount, at least 0.
+        beta: Largest fraction of a group pruned at once, in ``[0, 1)``.
+
+    Returns:
+        int64 tensor of the groups' shape.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: Diao et al., ICLR 2023, Algorithm 1.
+
+    Example:
+        >>> prune_count(0.5, 100, p=0.5, q=1.0)
+        tensor(50)
+        >>> prune_count(0.99, 100, p=0.5, q=1.0)
+        tensor(90)
+    """
+    _check_at_least_zero("gamma", gamma)
+    _check_fraction("beta", beta)
+    kept = retained_lower_bound(index, d, p, q, eta_r)
+    return _count(kept, torch.as_tensor(d).to(kept), gamma, beta)
+
+
+class Policy(ABC):
+    """How many weights each group loses: called with the power sums of the groups and the number of the round.
+
+    Attributes:
+        p: Order of the smaller norm of the power sums it is called with.
+        q: Order of the larger norm.
+    """
+
+    p: float = 0.5
+    q: float = 1.0
+
+    @abstractmethod
+    def __call__(self, sums: PowerSums, round: int) -> Tensor:
+        """Number of weights to prune from each group: int64, the shape of the groups."""
+
+
+@dataclass(frozen=True)
+class SparsityInformed(Policy):
+    r"""The paper's policy: prune what the PQ Index says a group can spare, see :func:`prune_count`.
+
+    Args:
+        p: Order of the smaller norm, ``0 < p < q``.
+        q: Order of the larger norm.
+        eta_r: Slack in the bound on how many weights to keep, at least 0.
+        gamma: Scale of the amount, at least 0.
+        beta: Largest fraction of a group pruned at once, in ``[0, 1)``.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Source: Diao et al., ICLR 2023, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sap.functional import power_sums
+        >>> SparsityInformed(p=0.5, q=1.0)(power_sums(torch.tensor([0.0, 0.0, 1.0, 1.0]), 0.5, 1.0), 1)
+        tensor(2)
+    """
+
+    p: float = 0.5
+    q: float = 1.0
+    eta_r: float = 0.0
+    gamma: float = 1.0
+    beta: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_orders(self.p, self.q)
+        _check_at_least_zero("eta_r", self.eta_r)
+        _check_at_least_zero("gamma", self.gamma)
+        _check_fraction("beta", self.beta)
+
+    def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
+        """Number of weights to prune from each group: int64, the shape of the groups."""
+        p, q = self.p, self.q
+        d = sums.count.to(torch.float64)
+        # r straight from the sums: d and the scale cancel, and nothing is lost where the index is close to 1
+        kept = torch.exp((q * torch.log(sums.sum_p) - p * torch.log(sums.sum_q)) / (q - p))
+        kept = torch.where(sums.sum_q == 0, d, kept * (1 + self.eta_r) ** (-q / (q - p)))
+        return _count(kept, d, self.gamma, self.beta)
+
+
+@dataclass(frozen=True)
+class FixedFraction(Policy):
+    """Prune the same fraction of the survivors in every round, ``floor(f · d)``: the lottery ticket's policy.
+
+    Of a group that is all zero nothing goes.
+
+    Args:
+        fraction: Fraction ``f`` of a group's surviving weights, in ``[0, 1)``.
+
+    Raises:
+        ValueError: If the fraction is out of its range.
+
+    Source: Frankle and Carbin, *The Lottery Ticket Hypothesis*, ICLR 2019.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sap.functional import power_sums
+        >>> FixedFraction(0.2)(power_sums(torch.ones(10), 0.5, 1.0), 1)
+        tensor(2)
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        _check_fraction("fraction", self.fraction)
+
+    def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
+        """Number of weights to prune from each group: int64, the shape of the groups."""
+        return floor(self.fraction * sums.count.to(torch.float64)).masked_fill(sums.sum_q == 0, 0)
+
+
+def spread(total: int, shares: Tensor, room: Tensor) -> Tensor:
+    """Split a whole number over groups in proportion to their shares, no group getting more than its room.
+
+    What does not fit into one group goes to those with room left, in proportion to their shares (to their room where
+    all shares are 0); largest remainders first, ties to the lower position.
+
+    Args:
+        total: The number to split; where all rooms together are smaller, that much is split.
+        shares: Non-negative weight of each group, shape ``(groups,)``.
+        room: Most that each group can take, int64, shape ``(groups,)``.
+
+    Returns:
+        int64 tensor of shape ``(groups,)``.
+
+    Example:
+        >>> import torch
+        >>> spread(7, torch.tensor([1, 2, 3]), torch.tensor([9, 9, 2]))
+        tensor([2, 3, 2])
+    """
+    given = torch.zeros_like(room)
+    total = min(total, int(room.sum()))
+    while (left := total - int(given.sum())) > 0:
+        space = room - given
+        weight = torch.where(space > 0, shares, 0).to(torch.float64)
+        if float(weight.sum()) == 0.0:
+            weight = space.to(torch.float64)
+        exact = left * weight / weight.sum()
+        portion = torch.floor(exact).to(torch.int64)
+        short = left - int(portion.sum())
+        if short > 0:
+            order = torch.argsort(exact - portion.to(torch.float64), descending=True, stable=True)
+            portion[order[:short]] += 1
+        given += torch.minimum(portion, space)
+    return given
+
+
+def _slack(x: Tensor) -> Tensor:
+    return (TOLERANCE * x.clamp(min=1.0)).clamp(max=LARGEST_SLACK)
+
+
+def _groups(index: Tensor | float, d: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Index and count as float64 tensors of one device."""
+    index = torch.as_tensor(index, dtype=torch.float64)
+    return index, torch.as_tensor(d).to(index)
+
+
+def _count(kept: Tensor, d: Tensor, gamma: float, beta: float) -> Tensor:
+    spare = gamma * (d - ceil(kept).to(torch.float64))
+    return torch.minimum(floor(spare), floor(beta * d)).clamp(min=0)
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0, got {value}.")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}; 0.2 takes a fifth.")

@@ -1,0 +1,270 @@
+"""MEASURE: how sparse is this vector (Diao et al., ICLR 2023, arXiv 2302.05601)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = {"cpu": 1 << 17}  # entries read at a time: a float64 scratch of this size stays in the cache of one core
+DEVICE_CHUNK = 1 << 24
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on the CPU
+
+# 2^-e must be a normal float64 for every exponent e we scale by; all-zero pieces take the lowest one.
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -1000, 1022
+
+
+class PowerSums(NamedTuple):
+    """All that the PQ Index needs of a group of weights; these sums add over pieces, layers and machines.
+
+    Attributes:
+        count: Number of surviving weights ``d``, int64.
+        exponent: Power of two ``e`` by which the magnitudes were divided before they were raised, int64.
+        sum_p: ``Σ (|w| / 2^e)^p``, float64.
+        sum_q: ``Σ (|w| / 2^e)^q``, float64.
+
+    All four have the shape of the groups: ``()`` for one group, ``(units,)`` for one per unit.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody calls
+    exponent: Tensor
+    sum_p: Tensor
+    sum_q: Tensor
+
+
+def check_orders(p: float, q: float) -> None:
+    """Raise unless 0 < p < q."""
+    if not 0 < p < q < float("inf"):
+        raise ValueError(f"The orders of the PQ Index must satisfy 0 < p < q, got p={p} and q={q}; try p=0.5, q=1.0.")
+
+
+def pq_index(
+    x: Tensor,
+    p: float = 0.5,
+    q: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    dim: int | tuple[int, ...] | None = None,
+) -> Tensor:
+    r"""PQ Index of a tensor: the larger, the sparser.
+
+    .. math:: I_{p,q}(w) = 1 - d^{1/q - 1/p} \frac{\|w\|_p}{\|w\|_q}
+
+    It lies in ``[0, 1 - d^(1/q - 1/p)]``, and neither scaling nor repeating the vector changes it. A group that is
+    empty, constant or all zero has index 0.
+
+    Args:
+        x: Weights, any shape, device and floating dtype.
+        p: Order of the smaller norm, ``0 < p < q``.
+        q: Order of the larger norm.
+        mask: Bool tensor of the shape of ``x``; only entries where it is True (survivors) count. None: all do.
+        dim: Dimensions that form a vector; the others are a batch. None: the whole tensor is one vector.
+
+    Returns:
+        float64 tensor, scalar for ``dim=None``, else the shape of ``x`` without ``dim``.
+
+    Raises:
+        ValueError: If not ``0 < p < q``, or if the mask is not a bool tensor of the shape of ``x``.
+        TypeError: If ``x`` is not float16, bfloat16, float32 or float64.
+
+    Source: Diao et al., *Pruning Deep Neural Networks from a Sparsity Perspective*, ICLR 2023, Definition 1.
+
+    Example:
+        >>> import torch
+        >>> pq_index(torch.tensor([0.0, 0.0, 0.0, 2.0]))
+        tensor(0.7500, dtype=torch.float64)
+        >>> pq_index(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), dim=1)
+        tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    return index_of(power_sums(x, p, q, mask=mask, dim=dim), p, q)
+
+
+def index_of(sums: PowerSums, p: float, q: float) -> Tensor:
+    """PQ Index from power sums, ``1 - (power mean of order p) / (power mean of order q)``; float64, their shape."""
+    check_orders(p, q)
+    count = sums.count.to(torch.float64)
+    log_ratio = torch.log(sums.sum_p / count) / p - torch.log(sums.sum_q / count) / q
+    index = -torch.expm1(log_ratio)
+    return torch.where(sums.sum_q == 0, 0.0, index.clamp(min=0.0))
+
+
+def power_sums(
+    x: Tensor,
+    p: float,
+    q: float,
+    *,
+    mask: Tensor | None = None,
+    dim: int | tuple[int, ...] | None = None,
+) -> PowerSums:
+    """Count, Σ|w|^p and Σ|w|^q of a tensor in one pass, a chunk at a time, safe for every finite weight.
+
+    Args, raises: see :func:`pq_index`.
+
+    Example:
+        >>> import torch
+        >>> power_sums(torch.tensor([0.5, -0.5, 0.0]), 1.0, 2.0)
+        PowerSums(count=tensor(3), exponent=tensor(0), sum_p=tensor(1., dtype=torch.float64), \
+sum_q=tensor(0.5000, dtype=torch.float64))
+    """
+    check_orders(p, q)
+    check_tensors(x, mask)
+    rows = as_rows(x, dim)
+    alive = None if mask is None else as_rows(mask, dim)
+    blocks = []
+    for top, bottom in _spans(len(rows), max(1, chunk_size(x) // max(1, rows.shape[1]))):
+        columns = [
+            _sums_of_block(rows[top:bottom, a:b], None if alive is None else alive[top:bottom, a:b], p, q)
+            for a, b in _spans(rows.shape[1], chunk_size(x))
+        ]
+        blocks.append(merge(columns, p, q))
+    sums = concatenate(blocks) if blocks else _sums_of_block(rows, alive, p, q)
+    batch = () if dim is None else _batch_shape(x, dim)
+    return PowerSums(*(part.reshape(batch) for part in sums))
+
+
+def merge(parts: Sequence[PowerSums], p: float, q: float) -> PowerSums:
+    """Power sums of the union of disjoint pieces, each of the same groups: they add once scaled alike.
+
+    Example:
+        >>> import torch
+        >>> halves = [power_sums(torch.tensor([w]), 1.0, 2.0) for w in (0.5, 8.0)]
+        >>> merge(halves, 1.0, 2.0).sum_p * 2**4
+        tensor(8.5000, dtype=torch.float64)
+    """
+    return parts[0] if len(parts) == 1 else total(PowerSums(*map(torch.stack, zip(*parts, strict=True))), p, q)
+
+
+def total(sums: PowerSums, p: float, q: float) -> PowerSums:
+    """Power sums of all groups along the first axis together, without that axis."""
+    top = sums.exponent.amax(0) if len(sums.exponent) else sums.exponent.sum(0)
+    shift = (sums.exponent - top).to(torch.float64)
+    sum_p, sum_q = sums.sum_p * torch.exp2(shift * p), sums.sum_q * torch.exp2(shift * q)
+    return PowerSums(sums.count.sum(0), top, sum_p.sum(0), sum_q.sum(0))
+
+
+def concatenate(parts: Sequence[PowerSums]) -> PowerSums:
+    """Power sums of several sets of groups as those of one set, in order."""
+    return PowerSums(*(torch.cat([part.reshape(-1) for part in field]) for field in zip(*parts, strict=True)))
+
+
+def gini_index(x: Tensor, *, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    r"""Gini index of the magnitudes, the paper's companion measure of sparsity.
+
+    .. math:: G(w) = \frac{\sum_{i=1}^{d} (2i - d - 1)\,|w|_{(i)}}{d \sum_i |w|_i}, \quad |w|_{(1)} \le |w|_{(2)} \dots
+
+    It sorts a float64 copy of ``x``: exact, and dear on large tensors. A group that is empty or all zero has index 0.
+
+    Args:
+        x: Weights, any shape, device and floating dtype.
+        mask: Bool tensor of the shape of ``x``; only entries where it is True count. None: all do.
+        dim: Dimensions that form a vector; the others are a batch. None: the whole tensor is one vector.
+
+    Returns:
+        float64 tensor, scalar for ``dim=None``, else the shape of ``x`` without ``dim``.
+
+    Raises:
+        ValueError: If the mask is not a bool tensor of the shape of ``x``.
+        TypeError: If ``x`` is not float16, bfloat16, float32 or float64.
+
+    Source: Hurley and Rickard, *Comparing Measures of Sparsity*, 2009, as used by Diao et al., ICLR 2023.
+
+    Example:
+        >>> import torch
+        >>> gini_index(torch.tensor([0.0, 0.0, 0.0, 2.0]))
+        tensor(0.7500, dtype=torch.float64)
+    """
+    check_tensors(x, mask)
+    rows = _magnitudes(as_rows(x, dim))
+    alive = torch.ones_like(rows, dtype=torch.bool) if mask is None else as_rows(mask, dim).to(rows.device)
+    ordered = rows.masked_fill(~alive, -1.0).sort(dim=1).values.clamp(min=0.0)  # the pruned come first, as zeros
+    count = alive.sum(1, keepdim=True)
+    rank = torch.arange(1, rows.shape[1] + 1, device=rows.device) - (rows.shape[1] - count)
+    largest = ordered.amax(1, keepdim=True) if rows.shape[1] else ordered.new_ones(len(ordered), 1)
+    ordered = ordered / largest.masked_fill(largest == 0, 1.0)
+    total = ordered.sum(1)
+    gini = ((2 * rank - count - 1) * ordered).sum(1) / (count.squeeze(1) * total)
+    return torch.where(total == 0, 0.0, gini).reshape(() if dim is None else _batch_shape(x, dim))
+
+
+def check_tensors(x: Tensor, mask: Tensor | None, name: str = "x") -> None:
+    """Raise unless ``x`` is of a known floating dtype and the mask, if any, a bool tensor of its shape."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be of one of the dtypes {DTYPES}, got {x.dtype}; convert it, say with .float().")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape):
+        raise ValueError(
+            f"The mask of {name} must be a bool tensor of its shape {tuple(x.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
+
+
+def chunk_size(x: Tensor) -> int:
+    """How many entries of a tensor are read at a time."""
+    return CHUNK.get(x.device.type, DEVICE_CHUNK)
+
+
+def as_rows(x: Tensor, dim: int | tuple[int, ...] | None) -> Tensor:
+    """View (or copy, where no view exists) as (vectors, entries)."""
+    x = x.detach()
+    if dim is None:
+        return x.reshape(1, -1)
+    inner = _inner_dims(x, dim)
+    moved = x.movedim(inner, tuple(range(x.dim() - len(inner), x.dim())))
+    batch = _batch_shape(x, dim).numel()
+    return moved.reshape(batch, x.numel() // batch if batch else 0)
+
+
+def _inner_dims(x: Tensor, dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    dims = (dim,) if isinstance(dim, int) else dim
+    return tuple(sorted(range(x.dim())[d] for d in dims))
+
+
+def _batch_shape(x: Tensor, dim: int | tuple[int, ...]) -> torch.Size:
+    inner = _inner_dims(x, dim)
+    return torch.Size(size for axis, size in enumerate(x.shape) if axis not in inner)
+
+
+def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
+    """Half-open spans that cover ``range(length)``; one empty span for an empty range."""
+    for start in range(0, max(length, 1), step):
+        yield start, min(start + step, length)
+
+
+def _magnitudes(block: Tensor) -> Tensor:
+    """A float64 copy of the absolute values."""
+    if block.device.type in NO_FLOAT64:
+        block = block.cpu()
+    return block.to(torch.float64, copy=True).abs_()
+
+
+def _sums_of_block(block: Tensor, alive: Tensor | None, p: float, q: float) -> PowerSums:
+    """Power sums of each row of a block small enough to be copied."""
+    magnitudes = _magnitudes(block)
+    device, vectors = magnitudes.device, len(block)
+    if alive is None:
+        count = torch.full((vectors,), block.shape[1], device=device)
+    else:
+        alive = alive.to(device)
+        count = alive.sum(1)
+        magnitudes.masked_fill_(~alive, 0.0)
+    if block.shape[1] == 0:
+        zero = torch.zeros(vectors, dtype=torch.float64, device=device)
+        return PowerSums(count, torch.full_like(count, LOWEST_EXPONENT), zero, zero)
+    largest = magnitudes.amax(1)
+    exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
+    exponent = exponent.masked_fill(largest == 0, LOWEST_EXPONENT)
+    sums = [_power_sum(magnitudes, exponent.to(torch.float64), order) for order in (p, q)]
+    return PowerSums(count, exponent, *sums)
+
+
+def _power_sum(magnitudes: Tensor, exponent: Tensor, order: float) -> Tensor:
+    """Σ (m / 2^e)^order over each row."""
+    if order <= 0.5:  # nothing overflows, but what is divided first may underflow and still count
+        powers = magnitudes.sqrt() if order == 0.5 else magnitudes.pow(order)
+        return powers.sum(1) * torch.exp2(-exponent * order)
+    scaled = magnitudes * torch.exp2(-exponent).unsqueeze(1)
+    if order == 1:
+        return scaled.sum(1)
+    return (scaled.square_() if order == 2 else scaled.pow_(order)).sum(1)

@@ -1,0 +1,118 @@
+"""The rounds so far: append-only records."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is known of one round of training.
+
+    Attributes:
+        round: Number of prunings before it; 0 is the dense round.
+        first_epoch: Its first epoch.
+        last_epoch: Its last epoch.
+        remaining: Fraction of the prunable weights that it trained.
+        layers_remaining: The same of each prunable parameter.
+        pqi: PQ Index of its trained weights, all as one vector.
+        layers_pqi: The same of each prunable parameter.
+        pruned: Number of weights pruned at its end; None at the end of training, where nothing is pruned.
+        pqi_pruned: PQ Index right after that pruning, before retraining.
+        lr: Learning rate of the first parameter group in its last step.
+        seconds: Time that pruning took at its end.
+        metrics: Every logged metric as it stood at its end.
+    """
+
+    round: int
+    first_epoch: int
+    last_epoch: int
+    remaining: float
+    layers_remaining: dict[str, float]
+    pqi: float
+    layers_pqi: dict[str, float]
+    pruned: int | None = None
+    pqi_pruned: float | None = None
+    lr: float | None = None
+    seconds: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """One flat mapping: the metrics, the fields, and ``remaining/<parameter>`` and ``pqi/<parameter>``."""
+        row = asdict(self)
+        layers = {f"remaining/{name}": value for name, value in row.pop("layers_remaining").items()}
+        layers |= {f"pqi/{name}": value for name, value in row.pop("layers_pqi").items()}
+        return {**row.pop("metrics"), **row, **layers}
+
+
+class History(Sequence[RoundRecord]):
+    """Records of the rounds, oldest first.
+
+    Example:
+        >>> history = History()
+        >>> for t, (left, acc) in enumerate([(1.0, 0.95), (0.5, 0.97), (0.3, 0.965), (0.1, 0.5)]):
+        ...     history.append(RoundRecord(t, t, t, left, {}, 0.2, {}, metrics={"val_acc": acc}))
+        >>> history.best(monitor="val_acc", tolerance=0.01).round
+        2
+    """
+
+    def __init__(self, records: Iterable[RoundRecord] = ()) -> None:
+        self._records = list(records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One record, or a list of them for a slice."""
+        return self._records[index]
+
+    def __len__(self) -> int:
+        """Number of rounds that ended."""
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[RoundRecord]:
+        """The records, oldest first."""
+        return iter(self._records)
+
+    def __repr__(self) -> str:
+        """The number of rounds and the last of them."""
+        return f"History({len(self)} rounds, last {self._records[-1] if self._records else None})"
+
+    def append(self, record: RoundRecord) -> None:
+        """Add the record of the round that ended."""
+        self._records.append(record)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat mapping per round, see :meth:`RoundRecord.row`."""
+        return [record.row() for record in self._records]
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write the rows to a CSV file; what a round does not know is left empty."""
+        rows = self.rows()
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def best(self, monitor: str, mode: Literal["max", "min"] = "max", tolerance: float = 0.0) -> RoundRecord:
+        """The sparsest round whose metric is within the tolerance of the best round's.
+
+        Args:
+            monitor: Name of a logged metric.
+            mode: Whether the metric is better when larger or smaller.
+            tolerance: Greatest loss against the best round, in the metric's unit.
+
+        Raises:
+            ValueError: If no round knows the metric, or the mode is unknown.
+        """
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode must be 'max' or 'min', got {mode!r}.")
+        known = [r for r in self._records if monitor in r.metrics]
+        if not known:
+            logged = sorted({key for r in self._records for key in r.metrics})
+            raise ValueError(f"No round knows the metric {monitor!r}; those logged are {logged}.")
+        sign = 1 if mode == "max" else -1
+        best = max(sign * r.metrics[monitor] for r in known)
+        sound = [r for r in known if sign * r.metrics[monitor] >= best - tolerance]
+        return min(sound, key=lambda r: r.remaining)

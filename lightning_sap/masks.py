@@ -1,0 +1,144 @@
+"""MASK: which weights are pruned; validated, applied, packed, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class MaskSet:
+    """Masks of several tensors by name; immutable, so that a wrong one never takes the place of a right one.
+
+    Held is where a weight is *pruned* (the complement of the public masks), for that is what enforcing needs.
+
+    Args:
+        pruned: For each name a bool tensor, True where the weight is pruned.
+
+    Raises:
+        TypeError: If a mask is not a bool tensor.
+
+    Example:
+        >>> import torch
+        >>> masks = MaskSet({"fc.weight": torch.tensor([[True, False], [False, False]])})
+        >>> masks.remaining
+        0.75
+        >>> weight = torch.ones(2, 2)
+        >>> masks.apply_({"fc.weight": weight})
+        >>> weight
+        tensor([[0., 1.],
+                [1., 1.]])
+    """
+
+    def __init__(self, pruned: Mapping[str, Tensor]) -> None:
+        for name, mask in pruned.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
+        self._pruned = dict(pruned)
+        self._counts = {name: int(mask.sum()) for name, mask in pruned.items()}
+
+    @classmethod
+    def dense(cls, weights: Mapping[str, Tensor]) -> MaskSet:
+        """Masks that prune nothing."""
+        return cls({name: torch.zeros(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()})
+
+    @classmethod
+    def from_zeros(cls, weights: Mapping[str, Tensor]) -> MaskSet:
+        """Masks that prune the weights that are exactly zero."""
+        return cls({name: w.detach() == 0 for name, w in weights.items()})
+
+    @property
+    def pruned(self) -> Mapping[str, Tensor]:
+        """Where weights are pruned, by name; not to be written to."""
+        return self._pruned
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """Where weights survive, by name; new tensors."""
+        return {name: ~mask for name, mask in self._pruned.items()}
+
+    @property
+    def total(self) -> int:
+        """Number of weights under the masks, pruned or not."""
+        return sum(mask.numel() for mask in self._pruned.values())
+
+    @property
+    def survivors(self) -> dict[str, int]:
+        """Number of surviving weights by name."""
+        return {name: mask.numel() - self._counts[name] for name, mask in self._pruned.items()}
+
+    @property
+    def remaining(self) -> float:
+        """Fraction of the weights that survives; 1.0 where there are none."""
+        return sum(self.survivors.values()) / self.total if self.total else 1.0
+
+    @property
+    def is_dense(self) -> bool:
+        """True where nothing is pruned."""
+        return not any(self._counts.values())
+
+    def extended(self, weights: Mapping[str, Tensor]) -> MaskSet:
+        """The same masks, and dense ones for the names that have none yet, in the order of ``weights``."""
+        new = {name: w for name, w in weights.items() if name not in self._pruned}
+        return MaskSet({**self._pruned, **MaskSet.dense(new)._pruned}) if new else self
+
+    def apply_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the pruned entries of the named tensors to zero, in place (also where they are not finite)."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if self._counts.get(name):
+                    tensor.masked_fill_(self._pruned[name], 0.0)
+
+    def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these are masks of exactly these weights, and every pruned one is zero."""
+        if {n: m.shape for n, m in self._pruned.items()} != {n: w.shape for n, w in weights.items()}:
+            return False
+        return not any(bool(w.detach()[self._pruned[n].to(w.device)].count_nonzero()) for n, w in weights.items())
+
+    def pack(self) -> dict[str, Any]:
+        """Plain values and uint8 tensors, one bit per weight, on the CPU."""
+        return {
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(mask.cpu().numpy()))}
+            for name, mask in self._pruned.items()
+        }
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> MaskSet:
+        """Masks from :meth:`pack`, on the CPU.
+
+        Example:
+            >>> import torch
+            >>> masks = MaskSet({"w": torch.tensor([True, False, True])})
+            >>> MaskSet.unpack(masks.pack()).pruned
+            {'w': tensor([ True, False,  True])}
+        """
+        return cls({name: _unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()})
+
+    def like(self, weights: Mapping[str, Tensor]) -> MaskSet:
+        """The same masks on the devices of the weights, in their order.
+
+        Raises:
+            ValueError: If the names or shapes differ; it says which are missing, surplus or of another shape.
+        """
+        missing = sorted(set(weights) - set(self._pruned))
+        surplus = sorted(set(self._pruned) - set(weights))
+        shapes = [
+            f"{name} {tuple(self._pruned[name].shape)} instead of {tuple(w.shape)}"
+            for name, w in weights.items()
+            if name in self._pruned and self._pruned[name].shape != w.shape
+        ]
+        if missing or surplus or shapes:
+            raise ValueError(
+                "The masks do not belong to the prunable weights of this model: "
+                f"missing {missing}, surplus {surplus}, of another shape {shapes}. "
+                "Give the same model, `include` and `exclude` as when the masks were made."
+            )
+        return MaskSet({name: self._pruned[name].to(w.device) for name, w in weights.items()})
+
+
+def _unpack(bits: Tensor, shape: list[int]) -> Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).reshape(shape)

@@ -1,0 +1,251 @@
+"""One step: measure, decide, pick, mask. And the protocol by which a monitor finds pruners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sap.functional.amount import Policy, spread
+from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, power_sums, total
+from lightning_sap.functional.select import smallest, smallest_of_rows
+from lightning_sap.masks import MaskSet
+from lightning_sap.weights import prunable_weights
+
+Scope = Literal["neuron", "layer", "global"]
+
+
+class Piece(NamedTuple):
+    """A weight to measure and prune.
+
+    Attributes:
+        weight: The weights, any shape and floating dtype.
+        pruned: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
+        units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
+    """
+
+    weight: Tensor
+    pruned: Tensor | None = None
+    units: Callable[[Tensor], Tensor] | None = None
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as ``(units, weights of a unit)``."""
+        return tensor.unsqueeze(-1).flatten(1) if self.units is None else self.units(tensor)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Undo :meth:`rows`."""
+        if self.units is None:
+            return rows.reshape(self.weight.shape)
+        position = self.rows(torch.arange(rows.numel(), device=rows.device).reshape(self.weight.shape))
+        return (
+            torch.empty_like(rows).view(-1).scatter(0, position.reshape(-1), rows.reshape(-1)).view(self.weight.shape)
+        )
+
+
+class Limits(NamedTuple):
+    """What a step must keep to besides its policy.
+
+    Attributes:
+        floors: For each name the least number of weights that must survive.
+        least: Fewest weights the step may prune.
+        most: Most weights the step may prune; None: no limit.
+    """
+
+    floors: Mapping[str, int] = {}
+    least: int = 0
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """PQ Indices of a set of weights: of all as one vector, of each, and how many survive in each."""
+
+    overall: float
+    layers: dict[str, float]
+    survivors: dict[str, int]
+
+    @property
+    def layer_mean(self) -> float:
+        """Mean of the indices of the weights; 0 where there are none."""
+        return sum(self.layers.values()) / len(self.layers) if self.layers else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decision: what was measured, which weights are pruned after it, and how many it adds to those before it."""
+
+    before: Measure
+    masks: MaskSet
+    count: int
+
+
+@runtime_checkable
+class MonitoredPruner(Protocol):
+    """What a monitor may ask of a pruner."""
+
+    def orders(self) -> tuple[float, float]:
+        """Orders p and q of the index by which it prunes."""
+
+    def pieces(self, module: nn.Module) -> dict[str, Piece]:
+        """The weights it prunes, live, with their masks."""
+
+    def current_round(self) -> int:
+        """Number of prunings so far."""
+
+    def index_after_pruning(self) -> float | None:
+        """Index right after the latest pruning, before retraining; at the start of training before the first."""
+
+
+def check_scope(scope: str) -> None:
+    """Raise unless the scope is known."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"Unknown scope {scope!r}; it must be one of 'neuron', 'layer' and 'global'.")
+
+
+def prune_masks(
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    policy: Policy,
+    scope: Scope = "layer",
+    units: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """One pruning step as a pure function: from weights and masks to new masks; nothing it is given is changed.
+
+    Args:
+        weights: Weights by name; any shape, device and floating dtype.
+        masks: Bool tensors of the weights' shapes, True where a weight survives. None, or a name left out: all do.
+        policy: How many weights a group loses, such as :class:`SparsityInformed` or :class:`FixedFraction`.
+        scope: What forms a group: ``"global"`` all weights together, ``"layer"`` each tensor, ``"neuron"`` each unit.
+        units: For scope ``"neuron"``, by name, a *view* of the tensor as ``(units, weights)``; default: axis 0 is the
+            unit.
+
+    Returns:
+        New bool tensors by name, True where a weight survives: in each group exactly as many of the smallest magnitudes
+        go as the policy says, ties to the lower position.
+
+    Raises:
+        ValueError: If the scope is unknown, a mask does not fit its weight, or a surviving weight is not finite.
+        TypeError: If a weight is not of dtype float16, bfloat16, float32 or float64.
+
+    Source: Diao et al., ICLR 2023, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_sap import SparsityInformed
+        >>> weights = {"fc.weight": torch.tensor([[4.0, -4.0], [0.0, 0.0]])}
+        >>> prune_masks(weights, policy=SparsityInformed(p=0.5, q=1.0), scope="global")
+        {'fc.weight': tensor([[ True,  True],
+                [False, False]])}
+    """
+    check_scope(scope)
+    if surplus := sorted(set(masks or {}) - set(weights)):
+        raise ValueError(f"There are masks for {surplus}, but no such weights; the weights are {sorted(weights)}.")
+    pieces = {}
+    for name, weight in weights.items():
+        kept = (masks or {}).get(name)
+        check_tensors(weight, kept, name)
+        pieces[name] = Piece(weight.detach(), None if kept is None else ~kept, (units or {}).get(name))
+    return prune_step(pieces, policy=policy, scope=scope, round=1).masks.kept if pieces else {}
+
+
+def prune_step(
+    pieces: Mapping[str, Piece], *, policy: Policy, scope: Scope, round: int, limits: Limits | None = None
+) -> Step:
+    """Measure the weights, decide how many go, pick exactly these, and return the new masks; nothing is changed."""
+    limits = limits or Limits()
+    sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron")
+    _check_finite(sums)
+    before = summary(sums, policy.p, policy.q)
+    groups = concatenate(list(sums.values()))
+    if scope == "global":
+        groups = concatenate([total(groups, policy.p, policy.q)])
+    spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
+    counts = _limited(policy(groups, round).cpu(), groups.count.cpu(), _spare_of_groups(sums, spare, scope), limits)
+    picked = _pick(pieces, counts, scope, spare)
+    masks = {n: picked[n] if piece.pruned is None else piece.pruned | picked[n] for n, piece in pieces.items()}
+    return Step(before, MaskSet(masks), int(counts.sum()))
+
+
+def dense_pieces(module: nn.Module) -> dict[str, Piece]:
+    """The weights of a module that are prunable by default, live, nothing of them pruned."""
+    return {name: Piece(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
+
+
+def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
+    """Power sums of the survivors of each piece, shape ``(1,)``, or ``(units,)``."""
+    sums = {}
+    for name, piece in pieces.items():
+        view = piece.rows if by_unit else _one_row
+        mask = None if piece.pruned is None else ~view(piece.pruned)
+        sums[name] = power_sums(view(piece.weight), p, q, mask=mask, dim=1)
+    return sums
+
+
+def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
+    """Indices of all weights as one vector and of each tensor, from power sums of any grouping; one device transfer."""
+    if not sums:
+        return Measure(0.0, {}, {})
+    layers = concatenate([PowerSums(*(field.cpu() for field in total(part, p, q))) for part in sums.values()])
+    index = index_of(layers, p, q).tolist()
+    overall = float(index_of(total(layers, p, q), p, q))
+    return Measure(overall, dict(zip(sums, index, strict=True)), dict(zip(sums, layers.count.tolist(), strict=True)))
+
+
+def _one_row(tensor: Tensor) -> Tensor:
+    return tensor.reshape(1, -1)
+
+
+def _check_finite(sums: Mapping[str, PowerSums]) -> None:
+    finite = [torch.isfinite(part.sum_p + part.sum_q).all().cpu() for part in sums.values()]
+    bad = [name for name, good in zip(sums, finite, strict=True) if not good]
+    if bad:
+        raise ValueError(
+            f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
+            "diverged; lower the learning rate or clip the gradients."
+        )
+
+
+def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], scope: Scope) -> list[tuple[int, int]]:
+    """For each set of groups that shares a number of weights it can spare: how many groups, and that number."""
+    if scope == "global":
+        return [(1, sum(spare.values()))]
+    return [(len(part.count), spare[name]) for name, part in sums.items()]
+
+
+def _limited(counts: Tensor, alive: Tensor, spare: list[tuple[int, int]], limits: Limits) -> Tensor:
+    """Counts of the groups, cut to what can be spared and to the limits; cuts and additions in proportion to them."""
+    sizes = [groups for groups, _ in spare]
+    wanted, room = [], []
+    for asked, have, (_, most) in zip(torch.split(counts, sizes), torch.split(alive, sizes), spare, strict=True):
+        want = torch.minimum(asked, have)
+        if int(want.sum()) > most:
+            want = spread(most, want, want)
+        wanted.append(want)
+        room.append(spread(most - int(want.sum()), have - want, have - want))
+    counts, more = torch.cat(wanted), torch.cat(room)
+    count = int(counts.sum())
+    if limits.most is not None and count > limits.most:
+        return spread(limits.most, counts, counts)
+    if count < limits.least:
+        return counts + spread(limits.least - count, counts, more)
+    return counts
+
+
+def _pick(pieces: Mapping[str, Piece], counts: Tensor, scope: Scope, spare: Mapping[str, int]) -> dict[str, Tensor]:
+    """Where weights go that are alive now."""
+    if scope == "global":
+        weights, dead = [p.weight for p in pieces.values()], [p.pruned for p in pieces.values()]
+        return dict(zip(pieces, smallest(weights, dead, int(counts), list(spare.values())), strict=True))
+    if scope == "layer":
+        of_layer = zip(pieces.items(), counts.tolist(), strict=True)
+        return {name: smallest([piece.weight], [piece.pruned], c)[0] for (name, piece), c in of_layer}
+    picked = {}
+    of_units = torch.split(counts, [len(piece.rows(piece.weight)) for piece in pieces.values()])
+    for (name, piece), c in zip(pieces.items(), of_units, strict=True):
+        dead_rows = None if piece.pruned is None else piece.rows(piece.pruned)
+        picked[name] = piece.from_rows(smallest_of_rows(piece.rows(piece.weight), dead_rows, c))
+    return picked

@@ -1,0 +1,44 @@
+"""Weight rewinding: parameters and buffers as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+COMPILE_PREFIX = "_orig_mod."
+
+
+def take_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers on the CPU, sharing no storage with the live ones.
+
+    Example:
+        >>> from torch import nn
+        >>> sorted(take_weights(nn.BatchNorm1d(2)))
+        ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+    """
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _live(module).items()}
+
+
+def restore_weights_(module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
+    """Write a snapshot back in place; tensors that the snapshot does not know stay as they are.
+
+    Raises:
+        ValueError: If a tensor changed its shape since; nothing is written then.
+    """
+    live = {name: tensor for name, tensor in _live(module).items() if name in snapshot}
+    for name, tensor in live.items():
+        if tensor.shape != snapshot[name].shape:
+            raise ValueError(
+                f"Cannot rewind {name!r}: its shape was {tuple(snapshot[name].shape)} and is {tuple(tensor.shape)} now."
+            )
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(snapshot[name])
+
+
+def _live(module: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {name: parameter for name, parameter in module.named_parameters()}
+    tensors.update(module.named_buffers())
+    return {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in tensors.items()}

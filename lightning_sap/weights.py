@@ -1,0 +1,193 @@
+"""Which parameters are prunable, and how each divides into output units."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
+Selector: TypeAlias = str | type[nn.Module] | Predicate
+Selection: TypeAlias = Selector | Sequence[Selector] | None
+
+COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into the names of the module it wraps
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One place where a parameter stands in a module."""
+
+    name: str
+    own_name: str
+    module: nn.Module
+    ancestors: tuple[nn.Module, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """A prunable parameter: its name, the live tensor, and the groups of a transposed convolution (else 0)."""
+
+    name: str
+    parameter: nn.Parameter
+    transposed_groups: int = 0
+
+    @property
+    def units(self) -> Callable[[Tensor], Tensor] | None:
+        """How a tensor of its shape becomes ``(output units, weights of a unit)``; None where axis 0 is the unit."""
+        return self._transposed if self.transposed_groups else None
+
+    def _transposed(self, tensor: Tensor) -> Tensor:
+        """Units of ``(in, out/groups, …)``: a group and an index on axis 1."""
+        grouped = tensor.reshape(self.transposed_groups, -1, *tensor.shape[1:]).transpose(1, 2)
+        return grouped.reshape(self.transposed_groups * tensor.shape[1], -1)
+
+
+def prunable_weights(
+    module: nn.Module, include: Selection = None, exclude: Selection = None
+) -> dict[str, PrunableWeight]:
+    """Prunable parameters of a module by name, in the module's order, each tied parameter once.
+
+    By default those are the trainable parameters of two or more dimensions whose own name contains "weight", embeddings
+    left out; a parametrized tensor goes by the parametrized name, a tied one is prunable if any of its owners is.
+
+    Args:
+        module: The model.
+        include: Parameter-name globs, module types (of the owner or a module around it) or predicates
+            ``(name, module, parameter) -> bool``; if given, only what one of them matches, whatever its name or owner.
+        exclude: The same; what one of them matches is left out.
+
+    Raises:
+        ValueError: If a pattern matches no parameter, or nothing is left to prune.
+
+    Example:
+        >>> from torch import nn
+        >>> list(prunable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2))))
+        ['1.weight']
+    """
+    parameters = _owners_of_parameters(module)
+    included, excluded = _as_list(include), _as_list(exclude)
+    _check_patterns([s for s in included + excluded if isinstance(s, str)], parameters)
+    found = {}
+    for parameter, places in parameters.values():
+        if not _can_be_pruned(parameter):
+            continue
+        owners = [o for o in places if _is_full_size(o, parameter, module)]
+        chosen = [o for o in owners if (_matches(o, parameter, included) if included else _is_weight(o))]
+        if chosen and not any(_matches(o, parameter, excluded) for o in owners):
+            host = _host(chosen[0], module)
+            groups = int(host.groups) if isinstance(host, TRANSPOSED) else 0
+            found[owners[0].name] = PrunableWeight(owners[0].name, parameter, groups)
+    if not found:
+        raise ValueError(_nothing_to_prune(parameters, include, exclude))
+    return found
+
+
+def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by the name they have without ``torch.compile``'s prefixes, each tied parameter once."""
+    return {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in module.named_parameters()}
+
+
+def _owners_of_parameters(module: nn.Module) -> dict[int, tuple[nn.Parameter, list[Owner]]]:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found: dict[int, tuple[nn.Parameter, list[Owner]]] = {}
+    for path, owner in modules.items():
+        for own_name, parameter in owner.named_parameters(recurse=False):
+            name = f"{path}.{own_name}".lstrip(".").replace(COMPILE_PREFIX, "")
+            entry = found.setdefault(id(parameter), (parameter, []))
+            acts_as = path.rpartition(".")[2] if isinstance(owner, ParametrizationList) else own_name
+            if all(o.name != name for o in entry[1]):
+                entry[1].append(Owner(name, acts_as, owner, tuple(_around(path, modules))))
+    return found
+
+
+def _around(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """The module at a path and those that contain it."""
+    while path:
+        yield modules[path]
+        path = path.rpartition(".")[0]
+    yield modules[""]
+
+
+def _host(owner: Owner, root: nn.Module) -> nn.Module:
+    """The module a weight acts in: for a parametrized tensor, the one that was parametrized."""
+    if not isinstance(owner.module, ParametrizationList):
+        return owner.module
+    return owner.ancestors[2] if len(owner.ancestors) > 2 else root
+
+
+def _is_full_size(owner: Owner, parameter: nn.Parameter, root: nn.Module) -> bool:
+    """False for a parametrization's smaller part, such as the norms of weight_norm: a zero there kills a whole unit."""
+    if not isinstance(owner.module, ParametrizationList):
+        return True
+    with torch.no_grad():
+        whole: Tensor = getattr(_host(owner, root), owner.own_name)
+    return whole.shape == parameter.shape
+
+
+def _can_be_pruned(parameter: nn.Parameter) -> bool:
+    if isinstance(parameter, nn.UninitializedParameter):
+        return False
+    return parameter.requires_grad and parameter.dim() >= 2 and parameter.is_floating_point()
+
+
+def _is_weight(owner: Owner) -> bool:
+    return "weight" in owner.own_name and not isinstance(owner.module, EMBEDDINGS)
+
+
+def _names(owner: Owner) -> list[str]:
+    """The parameter's name, and for a parametrized tensor also the name it had before."""
+    if isinstance(owner.module, ParametrizationList):
+        host = owner.name.rpartition("parametrizations.")[0]
+        return [owner.name, host + owner.own_name]
+    return [owner.name]
+
+
+def _matches(owner: Owner, parameter: nn.Parameter, selectors: Sequence[Selector]) -> bool:
+    for selector in selectors:
+        if isinstance(selector, str):
+            if any(fnmatchcase(name, selector) for name in _names(owner)):
+                return True
+        elif isinstance(selector, type):
+            if any(isinstance(m, selector) for m in owner.ancestors):
+                return True
+        elif selector(owner.name, owner.module, parameter):
+            return True
+    return False
+
+
+def _as_list(selection: Selection) -> list[Selector]:
+    if selection is None:
+        return []
+    if isinstance(selection, str | type) or callable(selection):
+        return [selection]
+    return list(selection)
+
+
+def _check_patterns(patterns: Sequence[str], parameters: dict[int, tuple[nn.Parameter, list[Owner]]]) -> None:
+    names = [name for _, owners in parameters.values() for o in owners for name in _names(o)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            closest = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
+            raise ValueError(
+                f"The pattern {pattern!r} matches no parameter. Patterns are globs on whole parameter names "
+                f"(say '*.fc.*'); the closest names are {closest}."
+            )
+
+
+def _nothing_to_prune(
+    parameters: dict[int, tuple[nn.Parameter, list[Owner]]], include: Selection, exclude: Selection
+) -> str:
+    names = [o[0].name for _, o in parameters.values()][:10]
+    return (
+        f"The model has no prunable weight with include={include!r}, exclude={exclude!r}. Prunable are trainable "
+        "parameters of two or more dimensions whose own name contains 'weight', embeddings left out; `include` lifts "
+        f"the rule on names and embeddings. The first parameters of the model are {names}."
+    )

@@ -1,0 +1,150 @@
+"""`PQIndex`: batches, ranks and copies agree with the index of the whole vector."""
+
+import copy
+import pickle
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from lightning_sap import PQIndex, pq_index
+
+ORDERS = [(0.5, 1.0), (1.0, 2.0), (0.2, 1.0)]
+
+
+def pieces(scales=(1.0, 1.0, 1.0)):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7,), (40, 5), (3, 2, 2)]
+    return [
+        torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+
+
+def whole(parts, p, q):
+    return pq_index(torch.cat([part.flatten() for part in parts]), p, q).item()
+
+
+def updated(parts, p=0.5, q=1.0):
+    metric = PQIndex(p, q)
+    for part in parts:
+        metric.update(part)
+    return metric
+
+
+def exactly(value):
+    return pytest.approx(value, abs=1e-12, rel=0)
+
+
+@pytest.mark.parametrize(("p", "q"), ORDERS)
+class TestSums:
+    SCALES = pytest.mark.parametrize("scales", [(1, 1, 1), (1e300, 1, 1e-300), (0, 1e-320, 0), (0, 0, 0)])
+
+    @SCALES
+    def test_batches_equal_the_whole(self, p, q, scales):
+        parts = pieces(scales)
+        value = updated(parts, p, q).compute()
+        assert value.dtype == torch.float64
+        assert value.item() == exactly(whole(parts, p, q))
+
+    @SCALES
+    def test_merged_states_equal_the_whole(self, p, q, scales):
+        parts = pieces(scales)
+        metric = updated(parts[:1], p, q)
+        metric.merge_state(updated(parts[1:], p, q))
+        assert metric.compute().item() == exactly(whole(parts, p, q))
+
+    @SCALES
+    def test_forward_returns_the_batch_and_keeps_the_whole(self, p, q, scales):
+        parts, metric = pieces(scales), PQIndex(p, q)
+        assert [metric(part).item() for part in parts] == exactly([whole([part], p, q) for part in parts])
+        assert metric.compute().item() == exactly(whole(parts, p, q))
+
+
+class TestLife:
+    def test_pickle_deepcopy_and_clone_go_on_from_the_same_state(self):
+        first, *rest = pieces()
+        metric = updated([first])
+        for twin in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric), metric.clone()):
+            for part in rest:
+                twin.update(part)
+            assert twin.compute().item() == exactly(whole([first, *rest], 0.5, 1.0))
+        assert metric.compute().item() == exactly(whole([first], 0.5, 1.0))
+
+    def test_reset_forgets(self):
+        first, second, _ = pieces()
+        metric = updated([first])
+        metric.reset()
+        metric.update(second)
+        assert metric.compute().item() == exactly(whole([second], 0.5, 1.0))
+
+    def test_masked_weights_are_absent(self):
+        parts, metric = pieces(), PQIndex(0.5, 1.0)
+        masks = [part > 0 for part in parts]
+        for part, mask in zip(parts, masks, strict=True):
+            metric.update(part, mask)
+        survivors = [part[mask] for part, mask in zip(parts, masks, strict=True)]
+        assert metric.compute().item() == exactly(whole(survivors, 0.5, 1.0))
+
+    def test_an_empty_batch_changes_nothing(self):
+        parts = pieces()
+        assert updated([*parts, torch.zeros(0)]).compute().item() == exactly(whole(parts, 0.5, 1.0))
+
+    @pytest.mark.parametrize("wrap", [lambda metric: metric, lambda metric: torch.nn.ModuleList([metric])])
+    @pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+    def test_casting_the_module_costs_no_digits(self, wrap, cast):
+        parts, metric = pieces(), PQIndex(0.5, 1.0)
+        metric.update(parts[0])
+        getattr(wrap(metric), cast)()
+        for part in parts[1:]:
+            metric.update(part)
+        assert metric.compute().item() == exactly(whole(parts, 0.5, 1.0))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_weights_of_any_dtype(self, dtype):
+        parts = [part.to(dtype) for part in pieces()]
+        assert updated(parts).compute().item() == exactly(whole([part.double() for part in parts], 0.5, 1.0))
+
+    @pytest.mark.parametrize(("p", "q", "named"), [(1.25, 0.75, "1.25"), (-0.5, 1.0, "-0.5")])
+    def test_orders_out_of_range(self, p, q, named):
+        with pytest.raises(ValueError, match=named):
+            PQIndex(p, q)
+
+
+def test_plot_draws_the_value_on_a_given_axis():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    parts = pieces()
+    figure, axis = plt.subplots()
+    drawn_figure, drawn_axis = updated(parts).plot(ax=axis)
+    heights = [float(y) for line in axis.lines for y in line.get_ydata()]
+    plt.close("all")
+    assert drawn_axis is axis
+    assert drawn_figure in (None, figure)
+    assert heights == exactly([whole(parts, 0.5, 1.0)])
+
+
+def _rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    parts = pieces((1e300, 1.0, 1e-300))
+    metric = updated(parts[:1] if rank == 0 else parts[1:])
+    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_the_whole(tmp_path):
+    context = mp.spawn(_rank, (str(tmp_path),), nprocs=2, join=False)
+    deadline = time.monotonic() + 90
+    try:
+        while not context.join(timeout=1):  # True once both ranks are done; raises what a rank raised
+            assert time.monotonic() < deadline, "the ranks did not finish in time"
+    finally:
+        for process in context.processes:
+            process.kill()
+    values = [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)]
+    assert values[0] == values[1] == exactly(whole(pieces((1e300, 1.0, 1e-300)), 0.5, 1.0))
