@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,9 +28,13 @@ class Linear(LightningModule):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(8, 4)
+        self.rates = []  # with which each step is taken
 
     def training_step(self, batch):
         return self.layer(batch[0]).square().mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
@@ -38,19 +42,9 @@ class Linear(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Recorder(Callback):
-    """The learning rate with which each step is taken."""
-
-    def __init__(self):
-        self.rates = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.rates.append(optimizer.param_groups[0]["lr"])
-
-
 def learning_rates(schedule):
     torch.manual_seed(0)
-    recorder = Recorder()
+    model = Linear()
     Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -58,9 +52,9 @@ def learning_rates(schedule):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SAPCallback(rounds=2, lr_schedule=schedule), recorder],
-    ).fit(Linear(), DataLoader(TensorDataset(torch.randn(BATCHES * 4, 8)), 4))
-    return recorder.rates
+        callbacks=[SAPCallback(rounds=2, lr_schedule=schedule)],
+    ).fit(model, DataLoader(TensorDataset(torch.randn(BATCHES * 4, 8)), 4))
+    return model.rates
 
 
 def main():

@@ -34,12 +34,13 @@ class PQIMonitor(Callback):
     of the rounds is among the images.
 
     Args:
-        p: Order of the smaller norm. None: the pruner's, else 0.5.
-        q: Order of the larger norm. None: the pruner's, else 1.0.
+        p: Order of the smaller norm, ``0 < p < q``. None: the pruner's, else 0.5.
+        q: Order of the larger norm. None: the pruner's, else 1.0. Give both or neither.
         monitor: A logged metric to draw beside the index, such as ``"val_acc"``.
         mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``).
         gini: Log the Gini index too; it sorts a copy of all weights.
         log_layers: Which parameters are logged one by one: False none, True all, or globs on their names.
+        name: Tells two monitors apart, in checkpoints and as the first part of the keys ``pqi/…``.
 
     Raises:
         ValueError: If not ``0 < p < q``, or the mode is unknown; in training, if ``monitor`` is never logged.
@@ -60,15 +61,20 @@ class PQIMonitor(Callback):
         mode: Literal["max", "min"] = "max",
         gini: bool = False,
         log_layers: bool | Sequence[str] = False,
+        name: str = "pqi",
     ) -> None:
         super().__init__()
-        check_orders(0.5 if p is None else p, 1.0 if q is None and (p or 0.5) < 1.0 else (q or float("nan")))
+        if (p is None) != (q is None):
+            raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
+        if p is not None and q is not None:
+            check_orders(p, q)
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}.")
         self.p, self.q = p, q
         self.monitor, self.mode = monitor, mode
         self.gini = gini
         self.log_layers = log_layers
+        self.name = name
         self._rows: list[dict[str, Any]] = []
         self._validated = False
         self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
@@ -110,7 +116,7 @@ class PQIMonitor(Callback):
         self._finish_row(trainer)
         if self._rows and importlib.util.find_spec("matplotlib") is not None:
             for logger in _tensorboards(trainer):
-                logger.experiment.add_figure("pqi/rounds", self.plot(), global_step=trainer.global_step)
+                logger.experiment.add_figure(f"{self.name}/rounds", self.plot(), global_step=trainer.global_step)
 
     def _finish_row(self, trainer: Trainer) -> None:
         """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
@@ -132,7 +138,7 @@ class PQIMonitor(Callback):
 
     def _orders(self, trainer: Trainer) -> tuple[float, float]:
         p, q = next((pruner.orders() for pruner in _pruners(trainer)), (0.5, 1.0))
-        return p if self.p is None else self.p, q if self.q is None else self.q
+        return (p, q) if self.p is None or self.q is None else (self.p, self.q)
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> Measure:
         """Indices of the weights as they are, measured once after a step."""
@@ -146,14 +152,14 @@ class PQIMonitor(Callback):
         if trainer.barebones:
             return
         measure, pieces = self._measure(trainer, module), self._pieces(trainer, module)
-        values = {"pqi/global": measure.overall, "pqi/layer_mean": measure.layer_mean}
+        values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
         after = [pruner.index_after_pruning() for pruner in _pruners(trainer)]
         if after and after[0] is not None:
-            values["pqi/global_pruned"] = after[0]
+            values[f"{self.name}/global_pruned"] = after[0]
         if self.gini:
             values["gini/global"] = float(_gini(pieces))
         for name in filter(self._wants, pieces):
-            values[f"pqi/{name}"] = measure.layers[name]
+            values[f"{self.name}/{name}"] = measure.layers[name]
             values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
         for key, value in values.items():
             module.log(key, value, on_step=False, on_epoch=True, logger=logger)
@@ -165,10 +171,11 @@ class PQIMonitor(Callback):
 
     def _layout(self, trainer: Trainer, module: LightningModule) -> dict[str, dict[str, list[Any]]]:
         """One chart for the index, and one each for the curves of the layers; TensorBoard takes tags as regexes."""
-        charts = {"PQ Index": ["Multiline", ["pqi/global$", "pqi/layer_mean$", "pqi/global_pruned$"]]}
+        own = re.escape(self.name)
+        charts = {"PQ Index": ["Multiline", [f"{own}/{key}$" for key in ("global", "layer_mean", "global_pruned")]]}
         names = [re.escape(name) for name in self._pieces(trainer, module) if self._wants(name)]
         if names:
-            charts["PQ Index of the layers"] = ["Multiline", [f"pqi/{name}$" for name in names]]
+            charts["PQ Index of the layers"] = ["Multiline", [f"{own}/{name}$" for name in names]]
             charts["Remaining weights of the layers"] = ["Multiline", [f"remaining/{name}$" for name in names]]
         return {CHART: charts}
 
@@ -194,6 +201,11 @@ class PQIMonitor(Callback):
         return plot_rounds(self.rows(), metric=self.monitor)
 
     # -- checkpoints and copies ---------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The name alone: changed options must not lose the state."""
+        return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self._rows}

@@ -136,6 +136,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
+            self._pending, self._weights = None, {}  # of a fit that did not come to its end
             checks.check_strategy(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,7 +197,7 @@ class PruningCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
-        self._stage = None
+        self._stage, self._weights, self._schedules = None, {}, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
