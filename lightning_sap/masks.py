@@ -93,10 +93,12 @@ class MaskSet:
                     tensor.masked_fill_(self._pruned[name], 0.0)
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether these are masks of exactly these weights, and every pruned one is zero."""
-        if {n: m.shape for n, m in self._pruned.items()} != {n: w.shape for n, w in weights.items()}:
+        """Whether each mask belongs to one of these weights and shape, and every pruned weight is zero."""
+        if any(name not in weights or weights[name].shape != mask.shape for name, mask in self._pruned.items()):
             return False
-        return not any(bool(w.detach()[self._pruned[n].to(w.device)].count_nonzero()) for n, w in weights.items())
+        return not any(
+            bool(weights[n].detach()[m.to(weights[n].device)].count_nonzero()) for n, m in self._pruned.items()
+        )
 
     def pack(self) -> dict[str, Any]:
         """Plain values and uint8 tensors, one bit per weight, on the CPU."""

@@ -77,6 +77,7 @@ class PQIMonitor(Callback):
         self.name = name
         self._rows: list[dict[str, Any]] = []
         self._validated = False
+        self._saved_metrics: dict[str, float] = {}  # of the epoch that was interrupted; Lightning forgets them
         self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -122,9 +123,10 @@ class PQIMonitor(Callback):
         """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
         if self.monitor is None or not self._rows or self._rows[-1]["metric"] is not None:
             return
-        metrics = trainer.callback_metrics
+        metrics = self._saved_metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        self._saved_metrics = {}
         if self.monitor in metrics:
-            self._rows[-1]["metric"] = float(metrics[self.monitor])
+            self._rows[-1]["metric"] = metrics[self.monitor]
         elif self._validated or not trainer.enable_validation:
             raise ValueError(
                 f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
@@ -151,6 +153,7 @@ class PQIMonitor(Callback):
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if trainer.barebones:
             return
+        to = None if logger else False  # True would warn where there is no logger
         measure, pieces = self._measure(trainer, module), self._pieces(trainer, module)
         values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
         after = [pruner.index_after_pruning() for pruner in _pruners(trainer)]
@@ -162,7 +165,7 @@ class PQIMonitor(Callback):
             values[f"{self.name}/{name}"] = measure.layers[name]
             values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
         for key, value in values.items():
-            module.log(key, value, on_step=False, on_epoch=True, logger=logger)
+            module.log(key, value, on_step=False, on_epoch=True, logger=to)
 
     def _wants(self, name: str) -> bool:
         if isinstance(self.log_layers, bool):
@@ -208,10 +211,24 @@ class PQIMonitor(Callback):
         return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows}
+        return {"rows": [dict(row) for row in self._rows], "metrics": self._saved_metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rows = list(state_dict["rows"])
+        self._rows = [dict(row) for row in state_dict["rows"]]
+        self._saved_metrics = dict(state_dict["metrics"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the monitored metric of this moment: Lightning does not."""
+        metrics = trainer.callback_metrics
+        if self.monitor in metrics:
+            state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            state["metrics"] = {self.monitor: float(metrics[self.monitor])}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict", "_cache")} | {
+            "_cache": None
+        }
 
 
 def _pruners(trainer: Trainer) -> list[MonitoredPruner]:

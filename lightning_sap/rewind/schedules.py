@@ -181,6 +181,8 @@ class Replay:
             return "restart", "it is constant"
         if len(rates) > n and all(abs(a - b) <= 1e-9 * high for a, b in zip(rates[:n], rates[n : 2 * n], strict=False)):
             return "restart", "left alone, it repeats every round"
+        if max(rates[:n]) < high * (1 - 1e-9):
+            return "squeeze", "left alone, it would reach its highest value only after the first round"
         end = min(rates[min(n - 1, len(rates) - 1)], rates[min(n, len(rates) - 1)])
         height = (end - low) / (high - low)
         mode: Mode = "squeeze" if height > TOO_HIGH else "restart"

@@ -173,7 +173,7 @@ class PruningCallback(Callback):
             if not masks.is_dense:
                 rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
             masks = MaskSet.from_zeros(weights) if options.keep_zeros else MaskSet.dense(weights)
-        self._state = RunState(masks.like(weights), plan, round_step=trainer.global_step)
+        self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
 
     def _resume(self, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands."""
@@ -197,14 +197,20 @@ class PruningCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
-        self._stage, self._weights, self._schedules = None, {}, None
+        if self._pending is not None:  # a checkpoint of a run that was over: there was nothing left to train
+            self._state = RunState.unpack(self._pending)
+        self._stage, self._weights, self._schedules, self._pending = None, {}, None, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
+        assert self._schedules is not None
         self._advance(trainer, pl_module)
+        self._schedules.advance_(trainer, pl_module, self._state, epoch_ended=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Advance here too: after some resumes an epoch starts without its hook."""
-        self._advance(trainer, pl_module)
+        if batch_idx == 0:
+            self._advance(trainer, pl_module)
 
     def _advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Prune if a round ended since the last call."""
@@ -229,6 +235,9 @@ class PruningCallback(Callback):
         # from here on things change
         if state.first_weights is not None:
             restore_weights_(module, state.first_weights)
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(other, PruningCallback):  # it may have pruned what came back
+                    other._enforce()
         step.masks.apply_(self._live_weights())
         if self._schedules is not None:
             self._schedules.rewind_()
@@ -252,9 +261,11 @@ class PruningCallback(Callback):
         )
 
     def _select(self, module: nn.Module) -> dict[str, PrunableWeight]:
-        """The prunable weights in the module's order; what was prunable once stays so."""
-        found = {**self._weights, **prunable_weights(module, self.options.include, self.options.exclude)}
-        return {name: found[name] for name in parameter_names(module) if name in found}
+        """The prunable weights in the module's order; what was prunable once in this module stays so."""
+        live = parameter_names(module)
+        found = {name: weight for name, weight in self._weights.items() if live.get(name) is weight.parameter}
+        found |= prunable_weights(module, self.options.include, self.options.exclude)
+        return {name: found[name] for name in live if name in found}
 
     def _live_weights(self) -> dict[str, Tensor]:
         return {name: weight.parameter.data for name, weight in self._weights.items()}
@@ -269,10 +280,13 @@ class PruningCallback(Callback):
     def _record(self, trainer: Trainer, before: Measure) -> RoundRecord:
         """The round that ends now, as it was trained."""
         rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else None
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        return self._state.record(before, trainer.current_epoch - 1, rate, metrics)
+        return self._state.record(before, trainer.current_epoch - 1, rate, self._metrics(trainer))
 
-    def _enforce(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Every logged metric; after a resume Lightning does not know those of before, the state does."""
+        return self._state.metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    def _enforce(self, *_: Any) -> None:
         """After each real optimizer step: the pruned weights are zero again."""
         if not self._state.masks.is_dense:
             self._state.masks.apply_(self._live_weights())
@@ -296,9 +310,7 @@ class PruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._schedules is not None
-        state = self._state
-        steps = trainer.global_step - state.round_step
-        self._schedules.advance_(trainer, pl_module, state.plan, state.round, steps)
+        self._schedules.advance_(trainer, pl_module, self._state, epoch_ended=trainer.is_last_batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
@@ -310,9 +322,10 @@ class PruningCallback(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if not trainer.barebones:
+            to = None if logger else False  # True would warn where there is no logger
             values = {"round": self._state.round, "remaining": self.remaining, "pruned": self._state.count}
             for key, value in values.items():
-                module.log(f"{self.options.name}/{key}", float(value), on_step=False, on_epoch=True, logger=logger)
+                module.log(f"{self.options.name}/{key}", float(value), on_step=False, on_epoch=True, logger=to)
 
     @property
     def state_key(self) -> str:
@@ -335,9 +348,14 @@ class PruningCallback(Callback):
         if trainer.state.fn == "fit":
             checks.check_state_name(self.options.name, trainer, checkpoint)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
+        checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._metrics(trainer)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave out what belongs to a running fit."""
-        return {**self.__dict__, "_weights": {}, "_schedules": None, "_hooks": [], "_pending": None, "_stage": None}
+        """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
+        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**own, "_weights": {}, "_schedules": None, "_hooks": [], "_pending": None, "_stage": None}
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

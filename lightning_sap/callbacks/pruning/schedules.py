@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.rewind import Replay, Ticks
 
 NEVER = sys.maxsize
@@ -44,7 +45,7 @@ class Schedules:
                 replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
             else:
                 replay.choose(wanted, _ticks(trainer, plan, config.interval, frequency), _stepper(module))
-                config.frequency = NEVER if self._replayed(replay) else frequency
+                config.frequency = NEVER if self._replayed(config, replay) else frequency
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
         return lines
 
@@ -53,15 +54,19 @@ class Schedules:
         for replay in self._replays:
             replay.rewind_()
 
-    def advance_(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, round: int, steps: int) -> None:
-        """After a batch: step each replayed schedule to where the round stands, ``steps`` optimizer steps into it."""
+    def advance_(self, trainer: Trainer, module: LightningModule, state: RunState, *, epoch_ended: bool) -> None:
+        """Step each replayed schedule to where its round stands.
+
+        To be called after every batch, and at the start of an epoch for one before that was cut short.
+        """
         if not module.automatic_optimization:
             return
-        epochs = trainer.current_epoch - plan.start(round) + _epoch_is_over(trainer)
+        epochs = trainer.current_epoch - state.plan.start(state.round) + epoch_ended
+        steps = trainer.global_step - state.round_step
         for config, replay in zip(self._configs, self._replays, strict=True):
-            if self._replayed(replay):
+            if self._replayed(config, replay):
                 by_step = config.interval == "step"
-                length = plan.length(round)
+                length = state.plan.length(state.round)
                 if by_step and length is not None:
                     length = _steps(trainer, length)
                 replay.advance_(steps if by_step else epochs, length, _stepper(module))
@@ -77,16 +82,14 @@ class Schedules:
                 replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
 
     @staticmethod
-    def _replayed(replay: Replay) -> bool:
+    def _replayed(config: LRSchedulerConfig, replay: Replay) -> bool:
+        if config.interval == "step" and replay.length is None:
+            return False  # Lightning counts the batches of each epoch anew, here of unknown number: it goes on doing so
         return replay.mode != "keep" and not replay.metric_driven
 
 
 def _stepper(module: LightningModule) -> Any:
     return lambda scheduler: module.lr_scheduler_step(scheduler, None)
-
-
-def _epoch_is_over(trainer: Trainer) -> bool:
-    return trainer.is_last_batch
 
 
 def _steps(trainer: Trainer, epochs: int) -> int | None:

@@ -27,6 +27,7 @@ class RunState:
         index_after: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         history: The rounds that ended.
+        metrics: The metrics logged when the run was saved; Lightning forgets them.
     """
 
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
@@ -37,6 +38,7 @@ class RunState:
     index_after: float | None = None
     first_weights: dict[str, Tensor] | None = None
     history: History = field(default_factory=History)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Any]:
         """As plain values and CPU tensors, one bit per weight for the masks."""
