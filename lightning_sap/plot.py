@@ -31,7 +31,7 @@ def plot_rounds(rows: Sequence[dict[str, Any]], metric: str | None = None) -> Fi
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('Plotting needs matplotlib: pip install "lightning-sap[plot]".') from error
     if not rows:
@@ -46,10 +46,11 @@ def plot_rounds(rows: Sequence[dict[str, Any]], metric: str | None = None) -> Fi
     axes[0].plot(x, mean, color="#56B4E9", marker="v", linestyle="--", label="mean of the layers")
     axes[0].set_ylabel("PQ Index")
     axes[0].legend(frameon=False)
-    axes[1].plot(x, [row["remaining"] for row in rows], color=REMAINING[0], marker=REMAINING[1])
+    remaining = [row["remaining"] for row in rows]
+    axes[1].plot(x, remaining, color=REMAINING[0], marker=REMAINING[1])
     axes[1].set(ylabel="remaining weights", yscale="log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1.0,) if min(remaining) < 0.03 else (1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes[1].yaxis.set_minor_locator(NullLocator())
     if metric is not None:
         values = [float("nan") if row["metric"] is None else row["metric"] for row in rows]

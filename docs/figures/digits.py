@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from itertools import pairwise
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -19,8 +20,8 @@ class MLP(LightningModule):
         super().__init__()
         self.epochs = epochs
         widths = (64, 128, 256, 10)
-        layers = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        self.layers = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        first, second, last = (nn.Linear(*ends) for ends in pairwise(widths))
+        self.layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def training_step(self, batch):
         images, labels = batch

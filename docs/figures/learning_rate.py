@@ -66,7 +66,7 @@ def main():
     for panel, (schedule, (color, title)) in zip(panels, PANELS.items(), strict=True):
         rates = learning_rates(schedule)
         panel.plot(
-            [step / BATCHES for step in range(len(rates))], rates, color=color, linewidth=2, drawstyle="steps-post"
+            [step / BATCHES for step in range(len(rates))], rates, color=color, linewidth=1.5, drawstyle="steps-post"
         )
         panel.set_title(f'"{schedule}": {title}', loc="left", fontsize=10)
         panel.set(ylabel="learning rate", xlim=(0, EPOCHS), ylim=(0, 0.112))

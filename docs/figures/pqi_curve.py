@@ -17,8 +17,9 @@ def main():
     monitor = PQIMonitor(monitor="val_acc")
     fit([sap, monitor], rounds=30, epochs=10)
     monitor.plot().savefig(Path(__file__).with_name("pqi_curve.png"), dpi=120)
-    line = "round {round:2d}: index {pqi:.3f}, layer mean {layer_mean:.3f}, remaining {remaining:.2%}, val_acc {metric:.3f}\n"
-    sys.stdout.writelines(line.format(**row) for row in monitor.rows())
+    for row in monitor.rows():
+        values = "index {pqi:.3f}, layer mean {layer_mean:.3f}, remaining {remaining:.2%}, val_acc {metric:.3f}"
+        sys.stdout.write(f"round {row['round']}: {values.format(**row)}\n")
 
 
 if __name__ == "__main__":

@@ -226,9 +226,7 @@ class PQIMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
-        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict", "_cache")} | {
-            "_cache": None
-        }
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
 
 
 def _pruners(trainer: Trainer) -> list[MonitoredPruner]:

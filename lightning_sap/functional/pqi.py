@@ -11,6 +11,7 @@ from torch import Tensor
 CHUNK = {"cpu": 1 << 17}  # entries read at a time: a float64 scratch of this size stays in the cache of one core
 DEVICE_CHUNK = 1 << 24
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ROUNDING = 1e-14  # an index of this size is the rounding of the sums of a constant group
 NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on the CPU
 
 # 2^-e must be a normal float64 for every exponent e we scale by; all-zero pieces take the lowest one.
@@ -88,7 +89,7 @@ def index_of(sums: PowerSums, p: float, q: float) -> Tensor:
     count = sums.count.to(torch.float64)
     log_ratio = torch.log(sums.sum_p / count) / p - torch.log(sums.sum_q / count) / q
     index = -torch.expm1(log_ratio)
-    return torch.where(sums.sum_q == 0, 0.0, index.clamp(min=0.0))
+    return torch.where((sums.sum_q == 0) | (index <= ROUNDING), 0.0, index)
 
 
 def power_sums(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import checks, messages
+from lightning_sap.callbacks.pruning import checks, messages, neighbours
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
 from lightning_sap.callbacks.pruning.schedules import Schedules
@@ -151,7 +151,7 @@ class PruningCallback(Callback):
         if self._pending is None:
             self._begin(trainer)
         else:
-            self._resume(self._pending)
+            self._resume(pl_module, self._pending)
             self._pending = None
         state = self._state
         schedules = self._schedules.choose(trainer, pl_module, state.plan, self.options.lr_schedule)
@@ -169,16 +169,21 @@ class PruningCallback(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             plan = plan_rounds(trainer.max_epochs, options.rounds, options.every_n_epochs, trainer.current_epoch)
             checks.check_plan(options, plan)
+        if plan.rounds != 0:
+            neighbours.check_averaging(trainer)
         if masks.is_dense or not masks.holds_for(weights):
             if not masks.is_dense:
                 rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
             masks = MaskSet.from_zeros(weights) if options.keep_zeros else MaskSet.dense(weights)
         self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
 
-    def _resume(self, packed: Mapping[str, Any]) -> None:
+    def _resume(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands."""
         assert self._schedules is not None
         state = RunState.unpack(packed)
+        for name, parameter in parameter_names(module).items():
+            if name in state.masks.pruned and name not in self._weights and not parameter.requires_grad:
+                self._weights[name] = PrunableWeight(name, parameter)  # pruned once, and frozen again
         state.masks = state.masks.like(self._live_weights())
         self._state = state
         self._schedules.load(packed["schedules"])
@@ -191,6 +196,10 @@ class PruningCallback(Callback):
             self._state.history.append(self._record(trainer, self._measure(pl_module)))
         rank_zero_info(messages.farewell(self.options, self._state))
         self._remove_hooks()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whatever another callback put into the module at the end of training: the masks hold."""
+        self._state.masks.apply_(self._live_weights())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._remove_hooks()
@@ -239,6 +248,7 @@ class PruningCallback(Callback):
                 if isinstance(other, PruningCallback):  # it may have pruned what came back
                     other._enforce()
         step.masks.apply_(self._live_weights())
+        neighbours.mask_averages_(trainer, module, lambda: step.masks.apply_(self._live_weights()))
         if self._schedules is not None:
             self._schedules.rewind_()
         if self.options.reset_optimizer:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_sap.callbacks.pruning.neighbours import accumulation_varies
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
@@ -93,9 +94,9 @@ def _stepper(module: LightningModule) -> Any:
 
 
 def _steps(trainer: Trainer, epochs: int) -> int | None:
-    """Optimizer steps of so many epochs; None if the dataloader has no length."""
+    """Optimizer steps of so many epochs; None if that is not known beforehand."""
     batches = trainer.num_training_batches
-    if batches == float("inf"):
+    if batches == float("inf") or accumulation_varies(trainer):
         return None
     return epochs * -(-int(batches) // trainer.accumulate_grad_batches)
 

@@ -1,0 +1,67 @@
+"""Every Python block of README.md and docs/*.md runs, the blocks of a page one after the other in one namespace.
+
+Blocks find these names, and an empty working directory: `MyModel`, a LightningModule of two linear layers (`net.0`,
+`net.2`) that logs `train_loss`, `val_loss` and `val_acc`; `model`, one of them, untrained; `train_loader` and
+`val_loader`. A block under an HTML comment `<!-- not run -->` is only compiled.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
+BLOCK = re.compile(r"^(<!-- not run -->\s*\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class MyModel(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+    def training_step(self, batch):
+        loss = cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch):
+        scores = self.net(batch[0])
+        self.log("val_loss", cross_entropy(scores, batch[1]))
+        self.log("val_acc", (scores.argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
+
+
+def loader(size):
+    inputs = torch.randn(size, 16)
+    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 32)
+
+
+def blocks(page):
+    """Each block compiled, line numbers as on the page, and whether it is to be run."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        lines_before = text.count("\n", 0, match.start(2))
+        yield compile("\n" * lines_before + match[2], str(page), "exec"), match[1] is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page):
+    names = {"MyModel": MyModel, "model": MyModel(), "train_loader": loader(64), "val_loader": loader(32)}
+    for code, is_run in blocks(page):
+        if is_run:
+            exec(code, names)
+
+
+def test_every_fence_is_found():
+    for page in PAGES:
+        fences = re.findall(r"^\s*```\s*python", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) == len(list(blocks(page))), page.name
