@@ -43,7 +43,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the full matrices too (make test-all)")
+
+
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("full") and not item.config.getoption("--full"):
+        pytest.skip("part of the full matrix: give --full")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 

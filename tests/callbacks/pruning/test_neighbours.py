@@ -1,0 +1,135 @@
+"""Beside Lightning's own callbacks, in either order."""
+
+import csv
+
+import pytest
+import torch
+from helpers import Net, fit, loader
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_sap import SAPCallback
+
+
+def sap(**options):
+    return SAPCallback(rounds=2, every_n_epochs=2, scope="global", eta_r=0.1, **options)
+
+
+def ordered(first, *callbacks):
+    return callbacks if first else callbacks[::-1]
+
+
+def masks_in(file):
+    """The masks of a checkpoint file, and its content."""
+    checkpoint = torch.load(file, weights_only=True)
+    pruner = SAPCallback()
+    pruner.load_state_dict(checkpoint["callbacks"]["lightning_sap/sap"])
+    return pruner.masks, checkpoint
+
+
+def is_masked(state, masks):
+    return all(not state[name][~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging], ids=["EMA", "mean"])
+def test_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, validate, pruner_first):
+    pruner, module = sap(rewind_weights="init"), Net()
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    callbacks = ordered(pruner_first, pruner, average())
+    val = loader(seed=3) if validate else None
+    fit(module, *callbacks, saver, max_epochs=6, val=val, enable_checkpointing=True)
+    assert pruner.remaining < 0.9
+    assert is_masked(module.state_dict(), pruner.masks)
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) == 6
+    for file in files:
+        masks, checkpoint = masks_in(file)
+        assert is_masked(checkpoint["state_dict"], masks), f"the average in {file.name}"
+        assert is_masked(checkpoint["current_model_state"], masks), f"the model in {file.name}"
+    assert any(not mask.all() for mask in masks.values())
+
+
+def test_without_the_pruner_the_average_would_be_dense():
+    """The ground of the test above: weights that went to zero late leave a trace in an average."""
+    module, copy = Net(), Net()
+    fit(module, EMAWeightAveraging(decay=0.9), max_epochs=1)
+    fit(copy, max_epochs=1)
+    assert not torch.equal(module.net[0].weight, copy.net[0].weight)
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+def test_stochastic_weight_averaging_is_refused(pruner_first):
+    module, callbacks = Net(), ordered(pruner_first, sap(), StochasticWeightAveraging(0.01))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with pytest.raises(ValueError, match="use EMAWeightAveraging or WeightAveraging, or rounds=0"):
+        fit(module, *callbacks, max_epochs=6)
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_stochastic_weight_averaging_holds_the_masks_of_a_pruned_model():
+    module, pruner = Net(), SAPCallback(rounds=0, keep_zeros=True)
+    with torch.no_grad():
+        module.net[0].weight[::2] = 0.0
+    fit(module, StochasticWeightAveraging(0.01, swa_epoch_start=2), pruner, max_epochs=4)
+    assert not module.net[0].weight[::2].any()
+    assert bool(module.net[0].weight[1::2].all())
+
+
+class WithSchedule(Net):
+    def configure_optimizers(self):
+        optimizer = SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [CosineAnnealingLR(optimizer, 6)]
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_learning_rate_monitor_sees_each_round_start_anew(tmp_path, interval):
+    callbacks = [sap(), LearningRateMonitor(interval)]
+    logger = CSVLogger(tmp_path)
+    fit(WithSchedule(), *callbacks, max_epochs=6, logger=logger, log_every_n_steps=1)
+    (file,) = tmp_path.rglob("metrics.csv")
+    logged = [float(row["lr-SGD"]) for row in csv.DictReader(file.read_text().splitlines()) if row["lr-SGD"]]
+    assert len(logged) == (18 if interval == "step" else 6)
+    third = len(logged) // 3
+    assert logged[:third] == logged[third : 2 * third] == logged[2 * third :]
+    assert logged[0] == 0.1
+
+
+def test_gradient_accumulation_that_changes():
+    pruner = sap()
+    fit(WithSchedule(), GradientAccumulationScheduler({0: 1, 3: 3}), pruner, max_epochs=6)
+    assert [record.round for record in pruner.history] == [0, 1, 2]
+
+
+class WithBackbone(Net):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(6, 6)
+
+    def loss(self, batch):
+        return (self.net(self.backbone(batch[0])) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+def test_a_backbone_joins_when_it_is_unfrozen(pruner_first):
+    pruner, module = sap(), WithBackbone()
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=3, verbose=False)
+    fit(module, *ordered(pruner_first, pruner, finetuning), max_epochs=6)
+    assert ["backbone.weight" in record.layers_pqi for record in pruner.history] == [False, True, True]
+    assert is_masked(module.state_dict(), pruner.masks)
+    assert not pruner.masks["backbone.weight"].all()

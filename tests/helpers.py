@@ -1,0 +1,120 @@
+"""What tests of whole fits share: small networks, fixed data, a quiet Trainer, and a callback made of functions."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sap.callbacks.pruning import PruningCallback
+
+BATCHES = 3  # in an epoch: 22 samples, 8 at a time
+PRUNABLE = {"net.0.weight": 48, "net.3.weight": 24}  # of `mlp()` inside a Net
+
+OPTIMIZERS = {
+    "SGD with momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
+    "Adam": lambda p: Adam(p, lr=0.01),
+    "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def seeded(build, seed=1):
+    """What `build` returns with weights that depend on the seed alone; the tests' own stream goes on untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+class Net(LightningModule):
+    """Regression on random data, by `mlp()` unless another network is given."""
+
+    def __init__(self, network=None, optimizer=OPTIMIZERS["SGD with momentum"]):
+        super().__init__()
+        self.net = seeded(mlp) if network is None else network
+        self.optimizer = optimizer
+
+    def loss(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+class Watch(Callback):
+    """Calls functions of (trainer, module) in hooks: ``Watch(on_train_epoch_start=lambda trainer, module: ...)``."""
+
+    def __init__(self, **hooks):
+        for hook, function in hooks.items():
+            assert hasattr(Callback, hook)
+            setattr(self, hook, lambda trainer, module, *_, function=function: function(trainer, module))
+
+
+def data(samples=22, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(samples, 6, generator=generator), torch.randn(samples, 3, generator=generator))
+
+
+def loader(samples=22, seed=2, batch_size=8):
+    return DataLoader(data(samples, seed), batch_size)
+
+
+def quiet_trainer(*callbacks, max_epochs=4, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        callbacks=list(callbacks),
+        **{**quiet, "enable_model_summary": False, **options},
+    )
+
+
+def fit(module, *callbacks, train=None, val=None, ckpt_path=None, **options):
+    """Train, and return the Trainer."""
+    trainer = quiet_trainer(*callbacks, **options)
+    trainer.fit(module, loader() if train is None else train, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def pruners(trainer):
+    return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
+
+
+def parameters(module):
+    """Names without what `torch.compile` adds."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
+
+
+def all_masked_are_zero(trainer, module):
+    """Whether every weight that a pruner of the Trainer has pruned is exactly zero."""
+    masks = {name: mask for pruner in pruners(trainer) for name, mask in pruner.masks.items()}
+    live = parameters(module)
+    return all(not live[name].detach()[~mask].any() for name, mask in masks.items())
+
+
+def copied(state):
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def survivors(pruner):
+    return {name: int(mask.sum()) for name, mask in pruner.masks.items()}
+
+
+def same(a, b):
+    """Whether two mappings hold bit-equal tensors under the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
