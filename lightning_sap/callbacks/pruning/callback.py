@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import checks, messages, neighbours
+from lightning_sap.callbacks.pruning import checks, messages, neighbours, ranks
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
 from lightning_sap.callbacks.pruning.schedules import Schedules
@@ -233,7 +233,7 @@ class PruningCallback(Callback):
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
         state, started = self._state, time.perf_counter()
-        step = self._decide(module)
+        step = self._decide(trainer, module)
         after = self._measure(module, step.masks).overall
         record = replace(
             self._record(trainer, step.before),
@@ -259,16 +259,17 @@ class PruningCallback(Callback):
         state.round, state.round_step = state.round + 1, trainer.global_step
         messages.warn_of_emptied(self.options, step.masks)
 
-    def _decide(self, module: LightningModule) -> Step:
+    def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
         options, state = self.options, self._state
         self._weights = self._select(module)
         state.masks = state.masks.extended(self._live_weights())
         sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
         limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
-        return prune_step(
-            self.pieces(module), policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits
-        )
+        pieces = self.pieces(module)
+        ranks.check_agreement(trainer, pieces)
+        step = prune_step(pieces, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
+        return ranks.of_rank_zero(trainer, step, self._live_weights())
 
     def _select(self, module: nn.Module) -> dict[str, PrunableWeight]:
         """The prunable weights in the module's order; what was prunable once in this module stays so."""

@@ -1,0 +1,101 @@
+"""WHO: processes that train copies of one model prune alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_sap.functional.pqi import chunk_size
+from lightning_sap.masks import MaskSet
+from lightning_sap.pruner import Piece, Step
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
+
+
+class Fingerprint(NamedTuple):
+    """All that the decision on one parameter depends on, in a few numbers."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    survivors: int
+    mask: int
+    weights: int
+
+
+def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
+    """Raise on every rank unless all ranks hold the same weights and masks; a collective where there are several.
+
+    Compared are the bits, from which the power sums follow: sums of the same bits may still differ in their last digit
+    between devices of two kinds, and that is what the decision of rank 0 settles.
+
+    Raises:
+        ValueError: If they differ; it names the parameters and the ranks.
+    """
+    if not _several(trainer):
+        return
+    mine = {name: _fingerprint(piece) for name, piece in pieces.items()}
+    all_ranks: list[dict[str, Fingerprint]] = [{}] * trainer.world_size
+    torch.distributed.all_gather_object(all_ranks, mine)
+    names = dict.fromkeys(name for of_rank in all_ranks for name in of_rank)
+    faults = [fault for name in names if (fault := _fault(name, [of_rank.get(name) for of_rank in all_ranks]))]
+    if faults:
+        raise ValueError(
+            f"The ranks do not hold the same model, so nothing is pruned: {'; '.join(faults)}. Look for what changes "
+            "a weight outside of the optimizer step, or skips the averaging of its gradient, on these ranks only."
+        )
+
+
+def of_rank_zero(trainer: Trainer, step: Step, weights: Mapping[str, Tensor]) -> Step:
+    """The decision of rank 0, on every rank; a collective where there are several."""
+    if not _several(trainer):
+        return step
+    before, masks, count = trainer.strategy.broadcast((step.before, step.masks.pack(), step.count))
+    return Step(before, MaskSet.unpack(masks).like(weights), count)
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """The bits of a tensor as one number: entries times odd numbers by position, summed modulo 2^64, by chunks.
+
+    Example:
+        >>> import torch
+        >>> fingerprint(torch.tensor([False, True, True]))
+        8
+        >>> fingerprint(torch.tensor([0.0, 1.0])) == fingerprint(torch.tensor([1.0, 0.0]))
+        False
+    """
+    flat = tensor.detach().reshape(-1).view(BITS[tensor.element_size()])
+    step, found = chunk_size(flat), 0
+    for a in range(0, len(flat), step):
+        bits = flat[a : a + step].to(torch.int64)
+        found += int((bits * torch.arange(2 * a + 1, 2 * (a + len(bits)), 2, device=bits.device)).sum())
+    return found % (1 << 64)
+
+
+def _several(trainer: Trainer) -> bool:
+    return trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _fingerprint(piece: Piece) -> Fingerprint:
+    weight, gone = piece.weight, piece.pruned
+    dead, mask = (0, 0) if gone is None else (int(gone.sum()), fingerprint(gone))
+    return Fingerprint(tuple(weight.shape), str(weight.dtype), weight.numel() - dead, mask, fingerprint(weight))
+
+
+def _fault(name: str, by_rank: list[Fingerprint | None]) -> str | None:
+    """What is wrong with one parameter, seen from rank 0; None where nothing is."""
+    first = by_rank[0]
+    others = [rank for rank, found in enumerate(by_rank) if found != first]
+    if not others:
+        return None
+    if first is None or any(by_rank[rank] is None for rank in others):
+        present = [rank for rank, found in enumerate(by_rank) if found is not None]
+        return f"{name!r} is prunable on ranks {present} only"
+    fields = {f for rank in others for f in Fingerprint._fields if getattr(by_rank[rank], f) != getattr(first, f)}
+    of_mask = {"survivors", "mask"}
+    what = [word for word, found in (("weights", fields - of_mask), ("mask", fields & of_mask)) if found]
+    return f"{' and '.join(what)} of {name!r} differ on ranks {others} from rank 0"

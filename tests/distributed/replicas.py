@@ -1,0 +1,90 @@
+"""What each rank does in `test_ranks.py`."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sap import PQIMonitor, SAPCallback
+
+
+class Small(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def loss(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Perturb(Callback):
+    """One weight of one rank moves by a hair, right before the pruning."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            pl_module.net[2].weight.data[3, 1] += 1e-6
+
+
+def data():
+    torch.manual_seed(2)
+    return DataLoader(TensorDataset(torch.randn(16, 6), torch.randn(16, 2)), batch_size=8)
+
+
+def trainer(folder, **options):
+    usual = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "use_distributed_sampler": False,  # the same data on every rank: what one process alone sees
+        "logger": CSVLogger(folder),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    return Trainer(**{**usual, **options})
+
+
+def outcome(callback, module):
+    return {
+        "masks": callback.masks,
+        "weights": {name: tensor.detach().clone() for name, tensor in module.state_dict().items()},
+        "history": [(r.pqi, r.pqi_pruned, r.pruned, r.layers_pqi) for r in callback.history],
+        "remaining": callback.remaining,
+    }
+
+
+def fit(folder, scope, extra=(), **options):
+    module = Small()
+    callback = SAPCallback(
+        eta_r=0.3, scope=scope, every_n_epochs=1, rewind_weights="init" if scope == "global" else None
+    )
+    trainer(folder, callbacks=[callback, PQIMonitor(), *extra], **options).fit(module, data(), data())
+    return outcome(callback, module)
+
+
+def agreeing(rank, folder):
+    """Fits in all scopes, and one in which rank 1 strays."""
+    found = {scope: fit(folder, scope, devices=2, strategy="ddp") for scope in ("neuron", "layer", "global")}
+    callback, module = SAPCallback(every_n_epochs=1), Small()
+    run = trainer(folder, callbacks=[Perturb(1), callback], devices=2, strategy="ddp")
+    try:
+        run.fit(module, data())
+    except ValueError as error:
+        found["error"] = str(error)
+    found["masks after the error"] = callback.masks
+    found["momenta after the error"] = len(run.optimizers[0].state)
+    return found

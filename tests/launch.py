@@ -1,0 +1,84 @@
+"""Runs one function in several processes at once, as `torchrun` would start them, and never leaves one behind."""
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 90  # seconds; importing Lightning takes most of what is needed
+
+
+def run_ranks(function, folder, world=2, limit=LIMIT):
+    """What `function(rank, folder)` returns in each of so many processes, by rank; it is named `module:function`.
+
+    A rank that fails fails the call, with its output; the others are killed.
+    """
+    port = _free_port()
+    ranks = [_start(function, folder, rank, world, port) for rank in range(world)]
+    try:
+        for rank, (process, _) in enumerate(ranks):
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = f"no answer in {limit} s"
+            assert code == 0, (
+                "\n".join(f"--- rank {r}\n{out.read_text()[-6000:]}" for r, (_, out) in enumerate(ranks))
+                + f"\nrank {rank}: {code}"
+            )
+    finally:
+        for process, _ in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(function, folder, rank, world, port):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "NODE_RANK": 0, "MASTER_PORT": port}
+    environment = {
+        **os.environ,
+        **{name: str(value) for name, value in places.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    output = folder / f"rank{rank}.log"
+    with output.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, function, str(folder)],
+            env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    return process, output
+
+
+def _work(function, folder):
+    rank, (module, _, name) = int(os.environ["RANK"]), function.partition(":")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        result = getattr(importlib.import_module(module), name)(rank, Path(folder))
+        torch.save(result, Path(folder) / f"rank{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)  # not by way of the process group, where another rank may keep this one waiting
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1], sys.argv[2])
