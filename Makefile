@@ -2,19 +2,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 installed = $(VENV)/.installed-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-all test-oldest check docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(call installed,examples)  ## prune a small network on handwritten digits
 	$(BIN)/python examples/digits.py
 
 test: $(call installed,test)  ## run every test and every doctest
 	$(BIN)/python -m pytest
+
+test-all: $(call installed,test)  ## run the full matrices too; takes long
+	$(BIN)/python -m pytest --full
+
+test-oldest: $(OLDEST)/.installed  ## run every test on the lowest versions that pyproject.toml promises
+	$(OLDEST)/bin/python -m pytest
 
 check: $(call installed,dev)  ## format, lint, types, import rules and the fast tests
 	$(BIN)/ruff format --check .
@@ -39,4 +46,11 @@ $(VENV)/.created:
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml
 	@echo 'Installing what "$*" needs; PyTorch is large, the first time takes a few minutes.'
 	$(BIN)/python -m pip install -e '.[$*]'
+	@touch $@
+
+# uv resolves to the lowest versions, which pip cannot.
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[test]'
 	@touch $@

@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from lightning_sap import PQIMonitor, SAPCallback
 
 EPOCHS, FOLDER = 120, "outputs/digits"
+# One vector of all weights, so that no layer is asked for what only another can spare; twelve rounds of ten epochs; and
+# a tenth of slack in the index's bound on what to keep, which prunes about a fifth more in each round.
+OPTIONS = {"p": 0.5, "q": 1.0, "eta_r": 0.1, "scope": "global", "rounds": 11}
 
 
 class Net(LightningModule):
@@ -60,9 +63,7 @@ def train(name: str, callbacks: list, seed: int = 0) -> float:
 def main() -> None:
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers|.*LeafSpec|.*exists and is not")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip:" not in r.getMessage())
-    # One vector of all weights, so that no layer is asked for what only another can spare; twelve rounds of ten epochs;
-    # and a tenth of slack in the index's bound on what to keep, which prunes about a fifth more in each round.
-    sap = SAPCallback(p=0.5, q=1.0, eta_r=0.1, scope="global", rounds=11)
+    sap = SAPCallback(**OPTIONS)
     monitor = PQIMonitor(monitor="val_acc", log_layers=True)
     dense, pruned = train("dense", []), train("pruned", [sap, monitor])
     table = Table("round", "epochs", "remaining", "PQ Index", "val. accuracy", title="Rounds")

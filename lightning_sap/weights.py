@@ -79,8 +79,8 @@ def prunable_weights(
     for parameter, places in parameters.values():
         if not _can_be_pruned(parameter):
             continue
-        owners = [o for o in places if _is_full_size(o, parameter, module)]
-        chosen = [o for o in owners if (_matches(o, parameter, included) if included else _is_weight(o))]
+        owners = [o for o in places if _is_full_size(o, parameter)]
+        chosen = [o for o in owners if (_matches(o, parameter, included) if included else _is_weight(o, module))]
         if chosen and not any(_matches(o, parameter, excluded) for o in owners):
             host = _host(chosen[0], module)
             groups = int(host.groups) if isinstance(host, TRANSPOSED) else 0
@@ -123,13 +123,23 @@ def _host(owner: Owner, root: nn.Module) -> nn.Module:
     return owner.ancestors[2] if len(owner.ancestors) > 2 else root
 
 
-def _is_full_size(owner: Owner, parameter: nn.Parameter, root: nn.Module) -> bool:
+def _is_full_size(owner: Owner, parameter: nn.Parameter) -> bool:
     """False for a parametrization's smaller part, such as the norms of weight_norm: a zero there kills a whole unit."""
-    if not isinstance(owner.module, ParametrizationList):
-        return True
-    with torch.no_grad():
-        whole: Tensor = getattr(_host(owner, root), owner.own_name)
-    return whole.shape == parameter.shape
+    return not isinstance(owner.module, ParametrizationList) or _whole(owner.module).shape == parameter.shape
+
+
+def _whole(parametrizations: ParametrizationList) -> Tensor:
+    """The parametrized tensor, taken as in evaluation: in training, spectral_norm changes its buffers at each look."""
+    modes = [(module, module.training) for module in parametrizations.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            whole: Tensor = parametrizations()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return whole
 
 
 def _can_be_pruned(parameter: nn.Parameter) -> bool:
@@ -138,8 +148,8 @@ def _can_be_pruned(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.dim() >= 2 and parameter.is_floating_point()
 
 
-def _is_weight(owner: Owner) -> bool:
-    return "weight" in owner.own_name and not isinstance(owner.module, EMBEDDINGS)
+def _is_weight(owner: Owner, root: nn.Module) -> bool:
+    return "weight" in owner.own_name and not isinstance(_host(owner, root), EMBEDDINGS)
 
 
 def _names(owner: Owner) -> list[str]:

@@ -1,0 +1,46 @@
+"""Test accuracy of the demo's pruned network against its dense baseline, over several seeds.
+
+``python benchmarks/digits_accuracy.py`` takes about a minute and a half; ``--quick`` takes one seed and a tenth of the
+epochs, and keeps no result.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import common
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import digits  # the demo itself, with its options
+
+from lightning_sap import SAPCallback
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    seeds = 1 if arguments.quick else arguments.seeds
+    digits.EPOCHS = 12 if arguments.quick else digits.EPOCHS
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    rows = []
+    with tempfile.TemporaryDirectory() as digits.FOLDER:
+        for seed in range(seeds):
+            sap = SAPCallback(**digits.OPTIONS)
+            dense, pruned = digits.train("dense", [], seed), digits.train("pruned", [sap], seed)
+            rows.append((seed, 100 * dense, 100 * pruned, 100 * (pruned - dense), 100 * sap.remaining))
+    rows.append(("median", *(statistics.median(column) for column in list(zip(*rows, strict=True))[1:])))
+    head = ("seed", "dense, test accuracy (%)", "pruned (%)", "difference (points)", "remaining weights (%)")
+    text = common.table(head, [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in rows])
+    title = f"Scikit-learn's digits, the demo's MLP and options, {digits.EPOCHS} epochs each, 300 test images.\n\n"
+    common.publish("digits_accuracy", title + text, keep=not arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

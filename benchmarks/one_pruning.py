@@ -1,0 +1,211 @@
+"""One pruning, from weights to masks: its time and its memory, beside PyTorch's own ways to the same number of weights.
+
+``python benchmarks/one_pruning.py`` takes some minutes; ``--quick`` takes ResNet-18 and two repeats, and keeps no result.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import multiprocessing
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import common
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import prune
+
+from lightning_sap import SparsityInformed, prune_masks
+from lightning_sap.weights import prunable_weights
+
+POLICY = SparsityInformed(p=0.5, q=1.0)
+NOTES = """One pruning of freshly initialised float32 weights with p = 0.5, q = 1. Ours measures, decides, picks exactly
+and returns new masks; the others are told how many weights we pruned, and only pick. `global_unstructured` and
+`l1_unstructured` are those of `torch.nn.utils.prune`, the latter once for each layer (per neuron PyTorch has nothing);
+`sort` sorts the magnitudes of all weights in one vector and compares each tensor with the threshold it finds there.
+
+- time: {clock}, one thread, the contenders in turn; median of {repeats} repeats, with the least and the most.
+- reading: the median over that of reading the weights once (`sum` of each tensor).
+- ours: how many times as fast as ours of the same scope.
+- memory: peak of what one pruning takes beyond the weights, as a multiple of their bytes: {memory}.
+"""
+CLOCK = {"cpu": "CPU time of the process", "cuda": "wall time up to the end of the device's work"}
+MEMORY = {
+    "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned (Linux)",
+    "cuda": "in a fresh process, `torch.cuda.max_memory_allocated` after it less `memory_allocated` before it",
+}
+
+
+class Transformer(nn.Module):
+    """An encoder of the size of BERT large: 24 layers of width 1024 and an embedding, 354 million weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(50257, 1024, bias=False)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(1024, 16, 4096) for _ in range(24))
+
+
+MODELS = {
+    "resnet18": torchvision.models.resnet18,
+    "resnet50": torchvision.models.resnet50,
+    "vit_b_16": torchvision.models.vit_b_16,
+    "transformer350m": Transformer,
+}
+
+
+def build(model, device):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return MODELS[model]().to(device)
+
+
+def weights_of(module):
+    return {name: weight.parameter.detach() for name, weight in prunable_weights(module).items()}
+
+
+def places_of(module):
+    """The same weights as (module, name of the parameter)."""
+    return [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights_of(module)]
+
+
+def ours(module, counts, *, scope):
+    prune_masks(weights_of(module), policy=POLICY, scope=scope)
+
+
+def global_unstructured(module, counts):
+    prune.global_unstructured(places_of(module), pruning_method=prune.L1Unstructured, amount=sum(counts))
+
+
+def l1_unstructured(module, counts):
+    for place, count in zip(places_of(module), counts, strict=True):
+        prune.l1_unstructured(*place, amount=count)
+
+
+def sort(module, counts):
+    weights = weights_of(module)
+    threshold = torch.cat([w.abs().flatten() for w in weights.values()]).sort().values[sum(counts) - 1]
+    for w in weights.values():
+        torch.gt(w.abs(), threshold)
+
+
+CONTENDERS = {  # (scope, name): call; the first of a scope is ours
+    ("global", "ours"): partial(ours, scope="global"),
+    ("global", "global_unstructured"): global_unstructured,
+    ("global", "sort"): sort,
+    ("layer", "ours"): partial(ours, scope="layer"),
+    ("layer", "l1_unstructured"): l1_unstructured,
+    ("neuron", "ours"): partial(ours, scope="neuron"),
+    ("neuron", "l1_unstructured"): l1_unstructured,
+}
+
+
+def counts_of(module, scope):
+    """How many weights of each parameter ours prunes."""
+    masks = prune_masks(weights_of(module), policy=POLICY, scope=scope)
+    return [mask.numel() - int(mask.count_nonzero()) for mask in masks.values()]
+
+
+def read(weights):
+    for w in weights:
+        w.sum()
+
+
+def timed(call, device):
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def times(model, device, repeats):
+    """Seconds of each contender, and of reading the weights, in every repeat; each has a copy of the model."""
+    module = build(model, device)
+    counts = {scope: counts_of(module, scope) for scope in ("global", "layer", "neuron")}
+    weights = weights_of(module).values()
+    taken = {key: [] for key in ("reading", *CONTENDERS)}
+    for _ in range(repeats):
+        taken["reading"].append(statistics.median(timed(partial(read, weights), device) for _ in range(5)))
+        for key, contender in CONTENDERS.items():
+            fresh = copy.deepcopy(module)
+            taken[key].append(timed(partial(contender, fresh, counts[key[0]]), device))
+    return taken
+
+
+def peak(model, device, key, results):
+    """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
+    module = build(model, device)
+    counts = counts_of(module, key[0])
+    CONTENDERS[key](nn.Linear(8, 8, device=device), [1])  # what is loaded at the first call is no cost of a pruning
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        CONTENDERS[key](module, counts)
+        results.put(torch.cuda.max_memory_allocated() - before)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken without being seen
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = resident("VmRSS")
+        CONTENDERS[key](module, counts)
+        results.put(resident("VmHWM") - before)
+
+
+def resident(field):
+    """Bytes of a field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_a_fresh_process(function, *arguments):
+    context = multiprocessing.get_context("forkserver")
+    results = context.SimpleQueue()
+    process = context.Process(target=function, args=(*arguments, results))
+    process.start()
+    process.join()
+    return results.get() if process.exitcode == 0 else None
+
+
+def rows_of(model, device, repeats):
+    module = build(model, device)
+    size = sum(w.nbytes for w in weights_of(module).values())
+    del module
+    taken = times(model, device, repeats)
+    reading = statistics.median(taken.pop("reading"))
+    for (scope, name), seconds in taken.items():
+        median, own = statistics.median(seconds), statistics.median(taken[scope, "ours"])
+        extra = in_a_fresh_process(peak, model, device, (scope, name))
+        yield (
+            f"{model} ({size / 4e6:.1f} M)", scope, name,
+            f"{1e3 * median:.0f} ms ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})",
+            f"{median / reading:.0f}×", f"{median / own:.1f}×", "–" if extra is None else f"{extra / size:.2f}",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", default="resnet18,resnet50,vit_b_16", help=f"any of {','.join(MODELS)}")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    models, repeats = arguments.models.split(","), arguments.repeats
+    if arguments.quick:
+        models, repeats = ["resnet18"], 2
+    device = arguments.device
+    rows = [row for model in models for row in rows_of(model, device, repeats)]
+    head = ("model", "scope", "what", "time", "of reading", "of ours", "memory")
+    notes = NOTES.format(clock=CLOCK[device], memory=MEMORY[device], repeats=repeats)
+    common.publish(f"one_pruning_{device}", f"{notes}\n{common.table(head, rows)}", keep=not arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What a user's mistake gets: an error that names the value, what is allowed and the fix, before training starts."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import Net, Watch, copied, fit, loader, quiet_trainer, same, survivors
+from lightning.pytorch import LightningModule, strategies
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_sap import FixedFraction, PruningCallback, SAPCallback
+from lightning_sap.callbacks.pruning import checks
+
+
+def half(**options):
+    return PruningCallback(FixedFraction(0.5), **{"every_n_epochs": 1, **options})
+
+
+def refused(message, *callbacks, module=None, error=ValueError, whole=True, **options):
+    """`fit` raises, with that message, before a batch is trained and before a weight or mask is changed."""
+    module, steps = Net() if module is None else module, []
+    before = copied(module.state_dict())
+    look = Watch(on_train_batch_start=lambda t, m: steps.append(t.global_step))
+    pattern = re.escape(message)
+    with pytest.raises(error, match=f"^{pattern}$" if whole else pattern):
+        fit(module, *callbacks, look, **options)
+    assert steps == []
+    assert same(module.state_dict(), before)
+
+
+class TestRounds:
+    def test_that_do_not_fit(self):
+        message = (
+            "rounds=3, every_n_epochs=2 with 4 epochs of training: they need (rounds + 1) · every_n_epochs = 8 epochs. "
+            "Give max_epochs=8, or fewer or shorter rounds."
+        )
+        refused(message, half(rounds=3, every_n_epochs=2))
+
+    def test_a_run_limited_by_steps_without_a_length(self):
+        message = (
+            "The rounds have no length: the Trainer has no max_epochs and every_n_epochs is not given. Set either; "
+            "rounds counted in steps (for a run limited by max_steps) do not exist yet."
+        )
+        for max_epochs in (-1, None):
+            refused(message, SAPCallback(), max_epochs=max_epochs, max_steps=9)
+
+    @pytest.mark.parametrize(("k", "epochs", "options"), [(2, 1, {}), (3, 2, {"max_epochs": 9, "rounds": 3})])
+    def test_rewinding_to_beyond_the_first_round(self, k, epochs, options):
+        pruner = half(rewind_weights=k, every_n_epochs=epochs, rounds=options.pop("rounds", None))
+        message = (
+            f"rewind_weights={k} lies beyond the first round, which has {epochs} epochs; give at most {epochs}, or a "
+            "longer round with every_n_epochs."
+        )
+        refused(message, pruner, **options)
+
+    def test_a_target_without_prunings(self):
+        message = (
+            "target_remaining=0.5 cannot be reached: the number of prunings is 0. Give rounds, or max_epochs for at "
+            "least two rounds."
+        )
+        refused(message, half(rounds=0, every_n_epochs=None, target_remaining=0.5))
+
+    def test_a_target_of_a_run_without_an_end(self):
+        message = (
+            "target_remaining=0.5 cannot be reached: the number of prunings is not known beforehand. Give rounds, or "
+            "max_epochs for at least two rounds."
+        )
+        refused(message, half(target_remaining=0.5), max_epochs=-1, max_steps=9)
+
+    def test_nothing_of_this_under_fast_dev_run(self):
+        fit(Net(), half(rounds=9, every_n_epochs=9, rewind_weights=99, target_remaining=0.5), fast_dev_run=True)
+
+
+class TestSelection:
+    @pytest.mark.parametrize("option", ["include", "exclude"])
+    def test_a_pattern_that_matches_nothing_lists_the_closest_names(self, option):
+        message = (
+            "The pattern 'net.0.wieght' matches no parameter. Patterns are globs on whole parameter names (say "
+            "'*.fc.*'); the closest names are ['net.0.weight', 'net.3.weight', 'net.1.weight', "
+        )
+        refused(message, half(**{option: ["net.3.*", "net.0.wieght"]}), whole=False)
+
+    def test_a_model_without_a_prunable_weight(self):
+        module = Net(nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)))
+        module.net[0].requires_grad_(False)
+        message = (
+            "The model has no prunable weight with include=None, exclude=None. Prunable are trainable parameters of "
+            "two or more dimensions whose own name contains 'weight', embeddings left out; `include` lifts the rule on "
+            "names and embeddings. The first parameters of the model are ['net.0.weight', 'net.0.bias', "
+            "'net.1.weight', 'net.1.bias']."
+        )
+        refused(message, half(), module=module)
+
+    def test_everything_excluded(self):
+        message = "The model has no prunable weight with include=None, exclude='*weight'."
+        refused(message, half(exclude="*weight"), whole=False)
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_a_parameter_of_two_callbacks(self, order):
+        a, b = half(name="a", include="net.0.*"), SAPCallback(name="b", rounds=2)
+        first, second = [a, b][::order]
+        message = (
+            f"The callbacks {first.options.name!r} and {second.options.name!r} both prune 'net.0.weight'. "
+            "Give each its own part of the model with include and exclude."
+        )
+        refused(message, first, second)
+
+    def test_a_tied_parameter_of_two_callbacks(self):
+        module = Net(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)))
+        module.net[1].weight = module.net[0].weight
+        a, b = half(name="a", include="net.0.weight"), half(name="b", include="net.1.weight")
+        refused("The callbacks 'a' and 'b' both prune 'net.0.weight'.", a, b, module=module, whole=False)
+
+    def test_two_callbacks_of_one_name(self):
+        with pytest.raises(RuntimeError, match=r"`callback\.state_key` must be unique"):
+            quiet_trainer(half(include="net.0.*"), half(include="net.3.*"))
+
+
+class TestStrategies:
+    @pytest.mark.parametrize("name", checks.SHARDED)
+    def test_sharded_weights_are_refused(self, name):
+        strategy = getattr(strategies, name, type(name, (), {}))
+        message = (
+            f"The strategy {name} shards the weights, which pruning does not support yet; use strategy='auto' or "
+            "strategy='ddp'."
+        )
+        for kind in (strategy, type("Own", (strategy,), {})):
+            trainer = SimpleNamespace(strategy=object.__new__(kind))
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                half().setup(trainer, Net(), "fit")
+            half().setup(trainer, Net(), "validate")
+
+    def test_a_real_trainer_with_one(self):
+        module = Net()
+        module.configure_model = lambda: None
+        message = "The strategy ModelParallelStrategy shards the weights"
+        with pytest.raises(ValueError, match=message):
+            fit(module, half(), strategy=strategies.ModelParallelStrategy(), devices=1)
+
+    def test_ddp_is_not_sharded(self):
+        checks.check_strategy(SimpleNamespace(strategy=object.__new__(strategies.DDPStrategy)))
+
+
+class TestNonFiniteWeights:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    def test_they_end_the_run_at_the_rounds_end(self, scope, value):
+        module, pruner, steps = Net(), half(scope=scope), []
+
+        def diverge(trainer, module):
+            if trainer.current_epoch == 1:
+                with torch.no_grad():
+                    module.net[3].weight[module.net[3].weight != 0] = value
+
+        look = Watch(on_train_epoch_end=diverge, on_train_batch_start=lambda t, m: steps.append(t.global_step))
+        message = (
+            "Weights that are not finite in ['net.3.weight']: nothing is pruned, the masks stay as they were. The "
+            "training has diverged; lower the learning rate or clip the gradients."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            fit(module, pruner, look)
+        assert steps == [0, 1, 2, 3, 4, 5]
+        assert sum(survivors(pruner).values()) == 36
+        assert pruner.current_round() == 1
+        assert [record.round for record in pruner.history] == [0]
+        assert not module.net[3].weight.isnan().all()
+
+    def test_pruned_ones_do_not_count(self):
+        """What is masked is zero again before anyone measures it."""
+        module, pruner = Net(), half()
+
+        def spoil(trainer, module):
+            with torch.no_grad():
+                module.net[3].weight[~pruner.masks["net.3.weight"]] = float("nan")
+
+        fit(module, pruner, Watch(on_before_optimizer_step=spoil))
+        assert pruner.remaining == 0.125
+        assert not module.net[3].weight.isnan().any()
+
+
+class TestCheckpointUnderAnotherName:
+    @pytest.fixture
+    def file(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        fit(Net(), half(name="first"), saver, max_epochs=2, enable_checkpointing=True)
+        return tmp_path / "epoch=0.ckpt"
+
+    def test_it_gives_both_names(self, file):
+        message = (
+            "The checkpoint holds pruning state named ['first'], but this callback is named 'second'. "
+            "Give name='first' to go on with it."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            fit(Net(), half(name="second"), ckpt_path=file)
+
+    def test_one_that_is_there_and_one_that_is_new(self, file):
+        """A second callback may be added to a run, as long as the first finds its state."""
+        a, b = half(name="first", include="net.0.*"), half(name="second", include="net.3.*")
+        with pytest.raises(ValueError, match=r"surplus \['net\.3\.weight'\]"):
+            fit(Net(), a, b, ckpt_path=file)
+        a, b = half(name="first"), half(name="second", include="net.0.bias*")
+        with pytest.raises(ValueError, match="no prunable weight"):
+            fit(Net(), a, b, ckpt_path=file)
+
+    def test_evaluation_does_not_mind(self, file):
+        trainer = quiet_trainer(half(name="second"))
+        trainer.validate(Net(), loader(), ckpt_path=str(file), verbose=False, weights_only=True)
+        assert "val_loss" in trainer.callback_metrics
+
+
+class TestClipsGradients:
+    def test_by_the_trainer_or_by_the_module(self):
+        class Own(LightningModule):
+            def configure_gradient_clipping(self, *arguments, **options):
+                pass
+
+        with_value, without = SimpleNamespace(gradient_clip_val=0.5), SimpleNamespace(gradient_clip_val=None)
+        assert checks.clips_gradients(with_value, Net())
+        assert checks.clips_gradients(without, Own())
+        assert not checks.clips_gradients(without, Net())

@@ -1,0 +1,280 @@
+"""Options: what is out of range is refused with its name, its value and what is allowed; YAML gives the same values."""
+
+import re
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
+from lightning_sap.pruner import Limits
+
+
+def pruning(**options):
+    return PruningCallback(FixedFraction(0.5), **options)
+
+
+class TestRanges:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            *(
+                ({"rounds": value}, f"rounds must be a whole number of at least 0, got {value!r}.")
+                for value in (-1, 1.5, True, "3")
+            ),
+            *(
+                ({"every_n_epochs": value}, f"every_n_epochs must be a whole number of at least 1, got {value!r}.")
+                for value in (0, -2, 0.5, True)
+            ),
+            *(
+                (
+                    {"rewind_weights": value},
+                    "rewind_weights must be None (keep the weights), 'init' or a number of completed epochs, "
+                    f"got {value!r}.",
+                )
+                for value in (-1, "first", 0.5, True)
+            ),
+            (
+                {"lr_schedule": "cosine"},
+                "lr_schedule must be one of ('auto', 'restart', 'squeeze', 'keep'), got 'cosine'.",
+            ),
+            *(
+                ({"target_remaining": value}, f"target_remaining must be None or a fraction in (0, 1], got {value!r}.")
+                for value in (0, 0.0, -0.1, 1.1, float("nan"))
+            ),
+            *(
+                ({"min_remaining": value}, f"min_remaining must be a fraction in [0, 1), got {value!r}.")
+                for value in (-0.1, 1, 1.5, float("nan"))
+            ),
+            (
+                {"min_remaining": 0.3, "target_remaining": 0.2},
+                "min_remaining=0.3 is above target_remaining=0.2: the target could not be reached. Lower min_remaining "
+                "or raise target_remaining.",
+            ),
+            ({"scope": "channel"}, "Unknown scope 'channel'; it must be one of 'neuron', 'layer' and 'global'."),
+            ({"name": ""}, "name must be a non-empty text without '/', got ''."),
+            ({"name": "a/b"}, "name must be a non-empty text without '/', got 'a/b'."),
+        ],
+    )
+    @pytest.mark.parametrize("build", [pruning, SAPCallback])
+    def test_out_of_range(self, build, options, message):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            build(**options)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"rounds": 0},
+            {"every_n_epochs": 1},
+            {"rewind_weights": 0},
+            {"rewind_weights": 12},
+            {"target_remaining": 1.0},
+            {"target_remaining": 1e-9},
+            {"min_remaining": 0.2, "target_remaining": 0.2},
+            {"min_remaining": 0.0},
+            {"name": "a.b-c d"},
+        ],
+    )
+    def test_the_ends_of_the_ranges_are_allowed(self, options):
+        assert all(getattr(pruning(**options).options, key) == value for key, value in options.items())
+
+    @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-0.5, 1.0)])
+    def test_orders(self, p, q):
+        message = f"The orders of the PQ Index must satisfy 0 < p < q, got p={p} and q={q}; try p=0.5, q=1.0."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            SAPCallback(p=p, q=q)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"eta_r": -0.1}, "eta_r must be a number of at least 0, got -0.1."),
+            ({"gamma": -1.0}, "gamma must be a number of at least 0, got -1.0."),
+            ({"gamma": float("inf")}, "gamma must be a number of at least 0, got inf."),
+            ({"beta": 1.0}, "beta must be in [0, 1), got 1.0; 0.2 takes a fifth."),
+            ({"beta": -0.1}, "beta must be in [0, 1), got -0.1; 0.2 takes a fifth."),
+        ],
+    )
+    def test_of_the_policy(self, options, message):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            SAPCallback(**options)
+
+    @pytest.mark.parametrize("policy", [0.2, None, FixedFraction, "sap"])
+    def test_what_is_no_policy(self, policy):
+        message = f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {policy!r}."
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            PruningCallback(policy)
+
+
+class TestLimits:
+    SIZES = {"a": 100, "b": 7}
+
+    @pytest.mark.parametrize(("least", "floors"), [(0.0, (0, 0)), (0.1, (10, 1)), (0.5, (50, 4)), (1 / 7, (15, 1))])
+    def test_floors_are_rounded_up(self, least, floors):
+        limits = pruning(min_remaining=least).options.limits(self.SIZES, 107, 3)
+        assert (limits.floors["a"], limits.floors["b"]) == floors
+
+    def test_without_a_target_there_is_nothing_else(self):
+        assert pruning().options.limits(self.SIZES, 107, 3) == Limits({"a": 0, "b": 0}, 0, None)
+
+    @pytest.mark.parametrize(
+        ("alive", "left", "least", "most"),
+        [
+            (100, 3, 51, 88),  # to 12 of 100: each time by the factor 0.493, at the second by 0.490 if one more went
+            (50, 2, 26, 38),
+            (25, 1, 13, 13),
+            (13, 1, 1, 1),
+            (12, 1, 0, 0),
+            (12, 3, 0, 0),
+            (5, 2, 0, 0),  # fewer than the target from the start: they stay
+            (100, 0, 88, 88),
+        ],
+    )
+    def test_the_geometric_share_of_what_is_left_to_do(self, alive, left, least, most):
+        options = pruning(target_remaining=0.125).options
+        assert options.limits({"a": 100}, alive, left) == Limits({"a": 0}, least, most)
+
+    def test_a_target_where_the_number_of_prunings_is_not_known(self):
+        options = pruning(target_remaining=0.125).options
+        assert options.limits({"a": 100}, 100, None) == Limits({"a": 0}, 0, None)
+
+    def test_nothing_is_alive(self):
+        assert pruning(target_remaining=0.5).options.limits({"a": 4}, 0, 2) == Limits({"a": 0}, 0, None)
+
+
+YAML = """
+trainer:
+  accelerator: cpu
+  logger: false
+  callbacks:
+    - class_path: lightning_sap.SAPCallback
+      init_args:
+        p: 0.7
+        q: 1.5
+        eta_r: 0.1
+        gamma: 0.8
+        beta: 0.5
+        scope: global
+        rounds: 5
+        every_n_epochs: 2
+        rewind_weights: init
+        lr_schedule: squeeze
+        reset_optimizer: false
+        target_remaining: 0.2
+        min_remaining: 0.05
+        include: "net.0.*"
+        exclude: ["*.bias", "net.3.*"]
+        keep_zeros: true
+        name: first
+    - class_path: lightning_sap.PruningCallback
+      init_args:
+        policy:
+          class_path: lightning_sap.FixedFraction
+          init_args:
+            fraction: 0.3
+        scope: neuron
+        rewind_weights: 2
+        lr_schedule: keep
+        include: ["net.3.*"]
+        exclude: "*.bias"
+        name: second
+    - class_path: lightning_sap.PruningCallback
+      init_args:
+        policy:
+          class_path: lightning_sap.SparsityInformed
+          init_args:
+            p: 0.2
+            q: 0.9
+        rewind_weights: null
+        name: third
+    - class_path: lightning_sap.PQIMonitor
+      init_args:
+        p: 1.0
+        q: 2.0
+        monitor: val_acc
+        mode: max
+        gini: true
+        log_layers: ["net.*"]
+"""
+
+
+class TestYAML:
+    @pytest.fixture
+    def callbacks(self, tmp_path):
+        (tmp_path / "config.yaml").write_text(YAML)
+        return self.built(["--config", str(tmp_path / "config.yaml")])
+
+    def built(self, args):
+        cli = LightningCLI(BoringModel, args=args, run=False, save_config_callback=None, seed_everything_default=False)
+        return [c for c in cli.trainer.callbacks if isinstance(c, PruningCallback | PQIMonitor)]
+
+    def test_every_option_of_sap(self, callbacks):
+        assert type(callbacks[0]) is SAPCallback
+        assert vars(callbacks[0].options) == {
+            "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
+            "scope": "global",
+            "rounds": 5,
+            "every_n_epochs": 2,
+            "rewind_weights": "init",
+            "lr_schedule": "squeeze",
+            "reset_optimizer": False,
+            "target_remaining": 0.2,
+            "min_remaining": 0.05,
+            "include": "net.0.*",
+            "exclude": ["*.bias", "net.3.*"],
+            "keep_zeros": True,
+            "name": "first",
+        }
+
+    def test_a_policy_by_its_class_path(self, callbacks):
+        options = callbacks[1].options
+        assert type(callbacks[1]) is PruningCallback
+        assert options.policy == FixedFraction(0.3)
+        assert (options.scope, options.rewind_weights, options.lr_schedule) == ("neuron", 2, "keep")
+        assert (options.include, options.exclude) == (["net.3.*"], "*.bias")
+        assert callbacks[2].options.policy == SparsityInformed(0.2, 0.9)
+        assert callbacks[2].options.rewind_weights is None
+
+    def test_the_monitor(self, callbacks):
+        monitor = callbacks[3]
+        assert (monitor.p, monitor.q, monitor.monitor, monitor.mode) == (1.0, 2.0, "val_acc", "max")
+        assert (monitor.gini, monitor.log_layers) == (True, ["net.*"])
+
+    def test_the_command_line(self):
+        (callback,) = self.built(
+            [
+                "--trainer.logger=false",
+                "--trainer.accelerator=cpu",
+                "--trainer.callbacks=lightning_sap.SAPCallback",
+                "--trainer.callbacks.p=0.7",
+                "--trainer.callbacks.rewind_weights=init",
+                "--trainer.callbacks.include=net.0.*",
+                "--trainer.callbacks.lr_schedule=restart",
+            ]
+        )
+        options = callback.options
+        assert options.policy == SparsityInformed(p=0.7)
+        assert (options.rewind_weights, options.include, options.lr_schedule) == ("init", "net.0.*", "restart")
+
+    @pytest.mark.parametrize("value", ["first", "1.5"])
+    def test_a_wrong_value_is_refused(self, value, capsys):
+        with pytest.raises(SystemExit):
+            self.built(
+                [
+                    "--trainer.accelerator=cpu",
+                    "--trainer.callbacks=lightning_sap.SAPCallback",
+                    f"--trainer.callbacks.rewind_weights={value}",
+                ]
+            )
+        assert "rewind_weights" in capsys.readouterr().err
+
+
+class TestTexts:
+    def test_they_are_plain_and_tell_a_change(self):
+        options = pruning(include=["*.weight", nn.Linear], rewind_weights=2, target_remaining=0.5).options
+        stored = options.plain()
+        assert {type(value) for value in stored.values()} == {str}
+        assert options.changed_since(stored) == ""
+        other = pruning(include=["*.weight", nn.Linear], rewind_weights="init", target_remaining=0.5).options
+        assert other.changed_since(stored) == "rewind_weights=init (was 2)"
+        assert other.changed_since({**stored, "not_known": "1", "rewind_weights": "init"}) == ""

@@ -1,0 +1,150 @@
+"""MaskSet: validated, applied, counted, packed."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_sap.masks import MaskSet
+
+A = torch.tensor([[True, False, True], [False, False, True]])
+B = torch.tensor([False, False])
+
+
+def masks():
+    return MaskSet({"a": A.clone(), "b": B.clone()})
+
+
+class TestCounts:
+    def test_of_two_tensors(self):
+        m = masks()
+        assert m.total == 8
+        assert m.survivors == {"a": 3, "b": 2}
+        assert m.remaining == 5 / 8
+        assert not m.is_dense
+        assert torch.equal(m.kept["a"], ~A)
+        assert torch.equal(m.kept["b"], ~B)
+
+    def test_of_nothing(self):
+        empty = MaskSet({})
+        assert (empty.total, empty.survivors, empty.remaining, empty.is_dense) == (0, {}, 1.0, True)
+
+    def test_dense(self):
+        dense = MaskSet.dense({"w": torch.zeros(2, 3, dtype=torch.float16)})
+        assert dense.is_dense
+        assert dense.survivors == {"w": 6}
+
+    def test_from_zeros(self):
+        found = MaskSet.from_zeros({"w": torch.tensor([0.0, -0.0, 1e-45, 2.0, float("nan")])})
+        assert found.pruned["w"].tolist() == [True, True, False, False, False]
+
+    def test_above_what_float32_counts(self):
+        count = 2**24 + 3
+        assert MaskSet.dense({"w": torch.zeros(1).expand(count)}).survivors == {"w": count}
+
+    def test_what_it_hands_out_is_new(self):
+        m = masks()
+        m.kept["a"].fill_(False)
+        assert m.survivors == {"a": 3, "b": 2}
+        assert torch.equal(m.kept["a"], ~A)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64])
+    def test_only_bool(self, dtype):
+        message = f"The mask of 'w' must be a bool tensor, got {dtype}."
+        with pytest.raises(TypeError, match=re.escape(message)):
+            MaskSet({"ok": A, "w": torch.ones(2, dtype=dtype)})
+
+
+class TestApply:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_in_place_even_where_it_is_not_finite(self, dtype):
+        weight = torch.tensor([[float("nan"), 1.0, float("inf")], [2.0, -3.0, 7.0]], dtype=dtype)
+        address = weight.data_ptr()
+        masks().apply_({"a": weight})
+        assert weight.tolist() == [[0.0, 1.0, 0.0], [2.0, -3.0, 0.0]]
+        assert weight.data_ptr() == address
+
+    def test_parameters_without_a_gradient_and_their_version(self):
+        weight = torch.nn.Parameter(torch.ones(2, 3))
+        masks().apply_({"a": weight})
+        assert weight.requires_grad
+        assert weight.is_leaf
+        assert weight.grad_fn is None
+
+    def test_dense_ones_and_unknown_names_are_not_touched(self):
+        dense, unknown = torch.full((2,), float("nan")), torch.ones(4)
+        versions = dense._version, unknown._version
+        masks().apply_({"b": dense, "else": unknown})
+        assert (dense._version, unknown._version) == versions
+
+    def test_a_tensor_that_is_not_contiguous(self):
+        weight = torch.ones(3, 2).t()
+        masks().apply_({"a": weight})
+        assert torch.equal(weight, (~A).float())
+
+
+class TestHoldsFor:
+    def test_zeros_where_it_prunes(self):
+        assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2)})
+
+    def test_one_pruned_weight_that_is_alive(self):
+        weight = (~A).float()
+        weight[0, 0] = 1e-30
+        assert not masks().holds_for({"a": weight, "b": torch.zeros(2)})
+
+    def test_names_and_shapes(self):
+        assert not masks().holds_for({"a": (~A).float()})
+        assert not masks().holds_for({"a": (~A).float(), "b": torch.zeros(3)})
+        assert not masks().holds_for({"a": (~A).float(), "c": torch.zeros(2)})
+
+    def test_weights_that_joined_since(self):
+        assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2), "c": torch.ones(5)})
+
+
+class TestExtended:
+    def test_new_names_are_dense(self):
+        grown = masks().extended({"b": torch.ones(2), "a": torch.ones(2, 3), "c": torch.ones(4)})
+        assert torch.equal(grown.pruned["a"], A)
+        assert grown.survivors == {"a": 3, "b": 2, "c": 4}
+
+    def test_nothing_new(self):
+        m = masks()
+        assert m.extended({"a": torch.ones(2, 3)}) is m
+
+
+class TestLike:
+    def test_in_the_order_of_the_weights(self):
+        ordered = masks().like({"b": torch.ones(2), "a": torch.ones(2, 3)})
+        assert list(ordered.pruned) == ["b", "a"]
+        assert torch.equal(ordered.pruned["a"], A)
+
+    def test_everything_that_differs_is_named(self):
+        message = (
+            "The masks do not belong to the prunable weights of this model: missing ['c'], surplus ['b'], of another "
+            "shape ['a (2, 3) instead of (3, 2)']. Give the same model, `include` and `exclude` as when the masks were "
+            "made."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            masks().like({"a": torch.ones(3, 2), "c": torch.ones(2)})
+
+
+class TestPacking:
+    @given(st.lists(st.integers(0, 9), min_size=0, max_size=4), st.integers(0, 2**32 - 1))
+    def test_there_and_back(self, shape, seed):
+        mask = torch.from_numpy(np.asarray(np.random.default_rng(seed).random(shape) < 0.5))
+        packed = MaskSet({"w": mask}).pack()
+        assert packed["w"]["bits"].dtype == torch.uint8
+        assert packed["w"]["bits"].numel() == -(-mask.numel() // 8)
+        assert torch.equal(MaskSet.unpack(packed).pruned["w"], mask)
+
+    def test_a_mask_that_is_not_contiguous(self):
+        packed = MaskSet({"w": A.t()}).pack()
+        assert torch.equal(MaskSet.unpack(packed).pruned["w"], A.t())
+
+    def test_it_is_saved_as_such(self, tmp_path):
+        torch.save(masks().pack(), tmp_path / "masks.pt")
+        again = MaskSet.unpack(torch.load(tmp_path / "masks.pt", weights_only=True))
+        assert {n: m.tolist() for n, m in again.pruned.items()} == {"a": A.tolist(), "b": B.tolist()}

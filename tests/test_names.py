@@ -1,0 +1,142 @@
+"""Names that others rely on, as literals: a change here breaks someone's script, dashboard or checkpoint."""
+
+import dataclasses
+import inspect
+
+import torch
+from helpers import Net, fit, loader
+
+import lightning_sap
+from lightning_sap import (
+    FixedFraction,
+    History,
+    PQIMonitor,
+    PQIndex,
+    PruningCallback,
+    RoundRecord,
+    SAPCallback,
+    SparsityInformed,
+    gini_index,
+    pq_index,
+    prune_count,
+    prune_masks,
+    retained_lower_bound,
+)
+
+COMMON = {
+    "scope": "layer",
+    "rounds": None,
+    "every_n_epochs": None,
+    "rewind_weights": None,
+    "lr_schedule": "auto",
+    "reset_optimizer": True,
+    "target_remaining": None,
+    "min_remaining": 0.0,
+    "include": None,
+    "exclude": None,
+    "keep_zeros": False,
+    "name": "sap",
+}
+REQUIRED = inspect.Parameter.empty
+
+
+def arguments(function):
+    """Positional and keyword-only arguments with their defaults."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    return positional, {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+class TestPublicNames:
+    def test_what_the_package_exports(self):
+        assert {
+            "FixedFraction",
+            "History",
+            "PQIMonitor",
+            "PQIndex",
+            "Policy",
+            "PruningCallback",
+            "RoundRecord",
+            "SAPCallback",
+            "SparsityInformed",
+            "gini_index",
+            "pq_index",
+            "prune_count",
+            "prune_masks",
+            "retained_lower_bound",
+        } <= set(lightning_sap.__all__)
+        assert sorted(lightning_sap.__all__) == list(lightning_sap.__all__)
+        assert all(hasattr(lightning_sap, name) for name in lightning_sap.__all__)
+
+    def test_the_callbacks(self):
+        sap = {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9, **COMMON}
+        assert arguments(SAPCallback) == ({"p": 0.5, "q": 1.0}, sap)
+        assert arguments(PruningCallback) == ({"policy": REQUIRED}, COMMON)
+
+    def test_the_monitor(self):
+        positional, named = arguments(PQIMonitor)
+        assert positional == {"p": None, "q": None}
+        known = {"monitor": None, "mode": "max", "gini": False, "log_layers": False, "name": "pqi"}
+        assert known.items() <= named.items()
+
+    def test_the_functions(self):
+        vector = {"x": REQUIRED, "p": 0.5, "q": 1.0}
+        groups = {"index": REQUIRED, "d": REQUIRED, "p": REQUIRED, "q": REQUIRED}
+        assert arguments(pq_index) == (vector, {"mask": None, "dim": None})
+        assert arguments(gini_index) == ({"x": REQUIRED}, {"mask": None, "dim": None})
+        assert arguments(retained_lower_bound) == ({**groups, "eta_r": 0.0}, {})
+        assert arguments(prune_count) == (groups, {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9})
+        named = {"policy": REQUIRED, "scope": "layer", "units": None}
+        assert arguments(prune_masks) == ({"weights": REQUIRED, "masks": None}, named)
+
+    def test_policies_and_the_metric(self):
+        assert arguments(SparsityInformed) == ({"p": 0.5, "q": 1.0, "eta_r": 0.0, "gamma": 1.0, "beta": 0.9}, {})
+        assert arguments(FixedFraction) == ({"fraction": REQUIRED}, {})
+        assert arguments(PQIndex) == ({"p": 0.5, "q": 1.0}, {})
+
+    def test_the_history(self):
+        assert [field.name for field in dataclasses.fields(RoundRecord)] == [
+            "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
+            "pqi_pruned", "lr", "seconds", "metrics",
+        ]  # fmt: skip
+        assert arguments(History.best) == (
+            {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}
+        )  # fmt: skip
+        assert all(callable(getattr(History, name)) for name in ("rows", "to_csv"))
+
+    def test_what_a_pruner_tells(self):
+        assert all(isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history"))
+
+
+class TestLogKeys:
+    def test_of_a_pruner_and_a_monitor(self):
+        trainer = fit(Net(), SAPCallback(), PQIMonitor(gini=True, log_layers=["net.3.*"]), val=loader())
+        assert {
+            "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "pqi/global", "pqi/layer_mean",
+            "pqi/global_pruned", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
+        } <= set(trainer.callback_metrics)  # fmt: skip
+
+    def test_of_a_pruner_by_another_name(self):
+        trainer = fit(Net(), PruningCallback(FixedFraction(0.5), name="ticket"))
+        assert set(trainer.callback_metrics) == {"train_loss", "ticket/round", "ticket/remaining", "ticket/pruned"}
+
+
+class TestCheckpointKeys:
+    def test_they_are_found_by_the_names_alone(self):
+        assert SAPCallback().state_key == "lightning_sap/sap"
+        assert PruningCallback(FixedFraction(0.5), name="ticket", rounds=3).state_key == "lightning_sap/ticket"
+        assert PQIMonitor().state_key == PQIMonitor(p=1.0, q=2.0).state_key == "lightning_sap.monitor/pqi"
+
+    def test_of_a_file(self, tmp_path):
+        trainer = fit(Net(), SAPCallback(rewind_weights="init"), PQIMonitor())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
+        assert {"lightning_sap/sap", "lightning_sap.monitor/pqi"} <= set(states)
+        state = states["lightning_sap/sap"]
+        assert set(state) == {
+            "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
+            "schedules", "options",
+        }  # fmt: skip
+        assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch"}
+        assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}
+        assert set(state["options"]) == {*COMMON, "policy"}

@@ -1,0 +1,345 @@
+"""Curves written by hand for every phase and witness, and the score on the measured runs."""
+
+import copy
+import json
+import math
+import pickle
+import random
+import re
+import runpy
+import sys
+
+import pytest
+
+import lightning_sap
+from lightning_sap import phases
+from lightning_sap.phases import Phase, PhaseDetector
+
+FALLING = [0.20, 0.13, 0.09, 0.07, 0.06, 0.055]
+RISING = [0.06, 0.07, 0.08, 0.10, 0.12]
+FALLING_AGAIN = [0.11, 0.08, 0.06, 0.04]
+
+
+def feed(detector, curve, **given):
+    """The phase after each round, in words; `given` holds a sequence of `layers` or `metric`, one value a round."""
+    rounds = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)] or [{}] * len(
+        curve
+    )
+    return [detector.update(index, **now).value for index, now in zip(curve, rounds, strict=True)]
+
+
+def changes(phases):
+    """The phases in their order, without repetitions."""
+    return [phase for i, phase in enumerate(phases) if i == 0 or phase != phases[i - 1]]
+
+
+def noisy(curve, sigma, seed):
+    generator = random.Random(seed)
+    return [index * math.exp(generator.gauss(0, sigma)) for index in curve]
+
+
+class TestTurns:
+    def test_a_falling_index_is_regularization(self):
+        detector = PhaseDetector()
+        assert set(feed(detector, FALLING)) == {"regularization"}
+        assert detector.since == 0
+        assert detector.reason == "The index has not turned from falling to rising."
+
+    def test_the_first_turn_dates_from_the_lowest_index(self):
+        detector = PhaseDetector()
+        assert feed(detector, FALLING + RISING) == ["regularization"] * 8 + ["compression"] * 3
+        assert detector.since == 5
+        assert detector.reason == "Since round 5 the index rises: 0.08 after 0.055 at its lowest."
+
+    def test_the_second_turn_dates_from_the_peak_and_is_final(self):
+        detector = PhaseDetector()
+        assert feed(detector, FALLING + RISING + FALLING_AGAIN)[-4:] == ["compression"] * 2 + ["collapse"] * 2
+        assert detector.since == 10
+        assert detector.reason == "Since round 10 the index falls: 0.06 after 0.12 at its peak."
+        assert feed(detector, [0.3, 0.4, 0.5]) == ["collapse"] * 3
+        assert detector.since == 10
+
+    def test_a_rise_from_the_start_is_no_turn(self):
+        """The weights of a young network grow apart by training alone; only what fell can turn."""
+        assert set(feed(PhaseDetector(), [0.1, 0.11, 0.13, 0.15, 0.18, 0.16, 0.13, 0.10])) == {"regularization"}
+
+    def test_a_turn_beyond_the_first_value_is_one(self):
+        assert feed(PhaseDetector(), [0.2, 0.1, 0.05, 0.3, 0.3])[-1] == "compression"
+
+    def test_a_constant_index_is_no_turn(self):
+        for index in (0.0, 0.1):
+            assert set(feed(PhaseDetector(), [index] * 10)) == {"regularization"}
+
+    def test_the_overall_index_yields_to_the_mean_of_the_layers(self):
+        layers = [{"a": (index, 1000), "b": (index, 1000)} for index in FALLING + RISING]
+        detector = PhaseDetector()
+        assert feed(detector, [0.1] * 11, layers=layers)[-1] == "compression"
+        assert set(feed(PhaseDetector(), FALLING + RISING, layers=[{"a": (0.1, 1000)}] * 11)) == {"regularization"}
+
+    def test_a_layer_that_joins_is_no_turn(self):
+        """Its index is that of a dense layer, which lifts the mean for a while."""
+        old = [0.2 * 0.8**t for t in range(12)]
+        new = [{"a": (index, 9999)} | ({"b": (old[t - 6], 9999)} if t > 5 else {}) for t, index in enumerate(old)]
+        assert set(feed(PhaseDetector(), old, layers=new)) == {"regularization"}
+
+
+class TestNoise:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_noise_does_not_turn_a_falling_index(self, seed):
+        falling = [0.03 + 0.17 * 0.8**t for t in range(30)]
+        assert set(feed(PhaseDetector(), noisy(falling, 0.05, seed))) == {"regularization"}
+
+    def test_more_noise_asks_for_more_of_a_turn(self, monkeypatch):
+        """Where the index scatters by a fifth, factors of 1.25 occur by chance all the time."""
+        falling = [0.03 + 0.17 * 0.8**t for t in range(30)]
+
+        def misled():
+            return sum("collapse" in feed(PhaseDetector(), noisy(falling, 0.2, seed)) for seed in range(100))
+
+        assert misled() <= 10
+        monkeypatch.setattr(phases, "SCATTERS", 0)
+        assert misled() >= 80
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_the_phases_are_seen_through_noise(self, seed):
+        down, up = [0.2 * 0.8**t for t in range(9)], [0.04 * 1.15**t for t in range(10)]
+        curve = noisy(down + up + [0.12 * 0.7**t for t in range(8)], 0.05, seed)
+        assert changes(feed(PhaseDetector(), curve)) == ["regularization", "compression", "collapse"]
+
+    def test_a_single_high_round_is_outlasted_by_patience(self):
+        curve = [*FALLING, 0.09, 0.054, 0.053, 0.052]
+        assert set(feed(PhaseDetector(), curve)) == {"regularization"}
+        assert "compression" in feed(PhaseDetector(patience=1), curve)
+
+    def test_rise_and_fall_are_the_thresholds(self):
+        curve = FALLING + RISING + [0.11, 0.10, 0.10]
+        assert feed(PhaseDetector(), curve)[-1] == "compression"
+        assert feed(PhaseDetector(fall=0.1), curve)[-1] == "collapse"
+        assert feed(PhaseDetector(rise=1.5), curve)[-1] == "regularization"
+
+    def test_scaling_the_index_changes_nothing(self):
+        curve = noisy(FALLING + RISING + FALLING_AGAIN, 0.03, 0)
+        for scale in (1e-6, 0.5, 3.0):
+            assert feed(PhaseDetector(), [scale * index for index in curve]) == feed(PhaseDetector(), curve)
+
+
+class TestHardFacts:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("where", ["index", "layer", "metric"])
+    def test_not_finite(self, value, where):
+        detector = PhaseDetector()
+        feed(detector, [0.2, 0.1], metric=[0.9, 0.9])
+        given = {
+            "index": {"pqi": value},
+            "layer": {"pqi": 0.1, "layers": {"fc": (value, 7)}},
+            "metric": {"pqi": 0.1, "metric": value},
+        }
+        assert detector.update(**given[where]) is Phase.COLLAPSE
+        assert detector.since == 2
+        name = {"index": "the index", "layer": "the index of fc", "metric": "the metric"}[where]
+        assert detector.reason == f"In round 2 {name} is {value}."
+
+    def test_an_index_fallen_to_nothing(self):
+        detector = PhaseDetector()
+        assert feed(detector, [0.2, 0.1, 0.001]) == ["regularization", "regularization", "collapse"]
+        assert (detector.since, detector.reason) == (
+            2,
+            "In round 2 the index fell to nothing: 0.001 after at most 0.2.",
+        )
+        assert feed(PhaseDetector(floor=0.001), [0.2, 0.1, 0.001])[-1] == "regularization"
+
+    def test_a_layer_that_lost_its_last_weight_whatever_the_metric_says(self):
+        detector = PhaseDetector()
+        layers = [{"a": (0.1, 100), "b": (0.1, left)} for left in (50, 5, 0)]
+        assert feed(detector, [0.2, 0.1, 0.1], layers=layers, metric=[0.8, 0.9, 0.9])[1:] == [
+            "regularization",
+            "collapse",
+        ]
+        assert (detector.since, detector.reason) == (2, "In round 2 b lost its last weight.")
+
+    def test_a_layer_that_never_had_weights_died_of_something_else(self):
+        layers = [{"a": (0.1, 100), "b": (0.0, 0)}] * 4
+        assert set(feed(PhaseDetector(), [0.1] * 4, layers=layers)) == {"regularization"}
+
+
+class TestExhaustion:
+    def test_a_layer_with_nothing_to_spare(self):
+        detector = PhaseDetector()
+        layers = [{"a": (0.1, 1000), "b": (index, 10)} for index in (0.2, 0.05, 0.002, 0.002, 0.002)]
+        assert feed(detector, [0.1] * 5, layers=layers)[2:] == ["regularization", "collapse", "collapse"]
+        assert (detector.since, detector.reason) == (
+            2,
+            "Since round 2 b has nothing to spare: 10 weights of index 0.002.",
+        )
+
+    def test_only_of_a_layer_that_once_had(self):
+        layers = [{"a": (0.1, 1000), "b": (index, 4)} for index in (0.2, 0.05, 0.002, 0.002)]
+        assert set(feed(PhaseDetector(), [0.1] * 4, layers=layers)) == {"regularization"}
+
+    def test_not_where_the_others_compress(self):
+        layers = [{"a": (2 * index, 1000), "b": (1e-4, 100)} for index in FALLING + RISING]
+        layers[0]["b"] = (0.1, 100)
+        assert feed(PhaseDetector(spare=1e-9), [0.1] * 11, layers=layers)[-1] == "compression"
+        late = [now | {"b": (1e-4 if t > 9 else 0.1, 100)} for t, now in enumerate(layers)]
+        assert feed(PhaseDetector(rise=0.05), [0.1] * 11, layers=late)[-1] == "compression"
+
+    def test_not_while_the_metric_is_near_its_best(self):
+        layers = [{"a": (0.1, 1000), "b": (index, 10)} for index in (0.2, 0.05, 0.002, 0.002, 0.002)]
+        assert feed(PhaseDetector(), [0.1] * 5, layers=layers, metric=[0.9] * 4 + [0.89])[-1] == "regularization"
+        assert feed(PhaseDetector(), [0.1] * 5, layers=layers, metric=[0.9] * 2 + [0.8] * 3)[-1] == "collapse"
+
+
+class TestMetric:
+    def test_alone(self):
+        detector = PhaseDetector()
+        assert feed(detector, [0.1] * 6, metric=[0.90, 0.95, 0.90, 0.70, 0.72, 0.60])[3:] == [
+            "regularization",
+            "collapse",
+            "collapse",
+        ]
+        assert (detector.since, detector.reason) == (
+            3,
+            "Since round 3 the metric is far from its best: 0.72 after 0.95.",
+        )
+
+    def test_a_single_bad_round_is_none(self):
+        assert set(feed(PhaseDetector(), [0.1] * 5, metric=[0.9, 0.1, 0.9, 0.1, 0.9])) == {"regularization"}
+
+    def test_mode_min(self):
+        detector = PhaseDetector(mode="min")
+        losses = [0.30, 0.10, 0.30, 0.90, 1.10, 1.20]
+        assert feed(detector, [0.1] * 6, metric=losses)[-2:] == ["regularization", "collapse"]
+        assert (detector.since, detector.reason) == (4, "Since round 4 the metric is far from its best: 1.2 after 0.1.")
+        assert "collapse" not in feed(PhaseDetector(mode="min"), [0.1] * 6, metric=[2.3, 1, 0.5, 0.4, 0.3, 0.3])
+
+    def test_neither_unit_nor_sign_of_a_metric_matters(self):
+        """A score counted in percent, a loss given as a negative score."""
+        score, loss = [0.9, 0.95, 0.7, 0.7], [0.2, 0.1, 1.5, 1.5]
+        assert feed(PhaseDetector(), [0.1] * 4, metric=[100 * value for value in score])[-1] == "collapse"
+        assert feed(PhaseDetector("min"), [0.1] * 4, metric=[100 * value for value in loss])[-1] == "collapse"
+        assert feed(PhaseDetector("max"), [0.1] * 4, metric=[-value for value in loss])[-1] == "collapse"
+        assert feed(PhaseDetector("max"), [0.1] * 4, metric=[-0.2, -0.1, -0.3, -0.3])[-1] == "regularization"
+
+    def test_a_round_without_metric_changes_nothing(self):
+        assert feed(PhaseDetector(), [0.1] * 5, metric=[0.9, 0.5, None, 0.5, None])[-2:] == ["collapse"] * 2
+
+    def test_near_its_best_it_holds_back_the_second_turn(self):
+        curve = FALLING + RISING + FALLING_AGAIN
+        good, bad = [0.9] * len(curve), [0.9] * (len(curve) - 3) + [0.8] * 3
+        assert feed(PhaseDetector(), curve, metric=good)[-1] == "compression"
+        assert feed(PhaseDetector(), curve, metric=bad)[-1] == "collapse"
+
+    def test_how_far_is_an_option(self):
+        score = [0.9, 0.8, 0.8]
+        assert feed(PhaseDetector(), [0.1] * 3, metric=score)[-1] == "regularization"
+        assert feed(PhaseDetector(metric_change=0.05), [0.1] * 3, metric=score)[-1] == "collapse"
+
+
+class TestState:
+    def middle(self):
+        detector = PhaseDetector()
+        layers = [{"a": (index, 1000), "b": (index, 30)} for index in FALLING + RISING]
+        feed(detector, FALLING + RISING, layers=layers, metric=[0.9] * 11)
+        return detector
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+    def test_copies_go_on_alike(self, clone):
+        detector = self.middle()
+        other = clone(detector)
+        assert feed(other, FALLING_AGAIN) == feed(detector, FALLING_AGAIN)
+        assert other == detector
+
+    def test_the_state_is_plain_and_travels(self):
+        detector = self.middle()
+        state = json.loads(json.dumps(detector.state_dict()))
+        other = PhaseDetector()
+        other.load_state_dict(state)
+        assert other == detector
+        before = copy.deepcopy(state)
+        assert feed(other, FALLING_AGAIN) == feed(detector, FALLING_AGAIN)
+        assert state == before
+        assert (other.since, other.reason) == (detector.since, detector.reason)
+
+    def test_every_round_can_be_the_last_before_a_restart(self):
+        curve = noisy(FALLING + RISING + FALLING_AGAIN, 0.05, 1)
+        through = feed(whole := PhaseDetector(), curve)
+        for stop in range(len(curve)):
+            first, second = PhaseDetector(), PhaseDetector()
+            before = feed(first, curve[:stop])
+            second.load_state_dict(first.state_dict())
+            assert before + feed(second, curve[stop:]) == through
+            assert (second.since, second.reason) == (whole.since, whole.reason)
+
+    def test_only_plain_types(self):
+        numpy = pytest.importorskip("numpy")
+        detector = PhaseDetector()
+        for index in FALLING + RISING:
+            layers = {"a": (numpy.float32(index), numpy.int64(9))}
+            detector.update(numpy.float64(index), layers=layers, metric=numpy.float32(0.9))
+
+        def plain(value):
+            if type(value) is dict:
+                return all(type(key) is str and plain(v) for key, v in value.items())
+            return all(map(plain, value)) if type(value) is list else type(value) in (int, float, str, bool, type(None))
+
+        assert plain(detector.state_dict())
+
+    def test_a_state_of_an_older_version_lacks_some_values(self):
+        detector = PhaseDetector()
+        detector.load_state_dict({"phase": "compression", "since": 3, "unknown": 1})
+        assert (detector.update(0.1), detector.since) == (Phase.COMPRESSION, 3)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mode": "best"}, "mode must be 'max' or 'min', got 'best'"),
+            ({"rise": 0}, "rise must be above 0"),
+            ({"fall": 1.0}, "fall must be above 0 and below 1"),
+            ({"patience": 0}, "patience must be above 0"),
+            ({"spare": math.nan}, "spare must be above 0"),
+            ({"floor": -0.1}, "floor must be above 0 and below 1"),
+            ({"metric_change": math.inf}, "metric_change must be above 0"),
+        ],
+    )
+    def test_out_of_range(self, options, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            PhaseDetector(**options)
+
+    def test_phases_are_words(self):
+        assert [str(phase) for phase in Phase] == ["regularization", "compression", "collapse"]
+        assert Phase.COLLAPSE == "collapse"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # the tool leaves that to the interpreter
+class TestMeasuredRuns:
+    """The 72 runs on digits: by the index and the surviving weights of the layers, and by a metric beside them."""
+
+    def score(self, shared, monkeypatch, capsys, *arguments):
+        tool, curves = shared / "tools" / "score_stops.py", shared / "reference" / "pqi_curves.json"
+        if not tool.is_file() or not curves.is_file():
+            pytest.skip("the measured runs are not beside the repository")
+        monkeypatch.setattr(lightning_sap, "PhaseDetector", PhaseDetector, raising=False)
+        monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
+        runpy.run_path(str(tool))
+        words = "caught|missed|false stops|median delay|worst|found|without a turn|from"
+        return {name: float(n) for name, n in re.findall(rf"({words}) ([\d.]+)", capsys.readouterr().out)}
+
+    def test_collapse_by_the_index(self, shared, monkeypatch, capsys):
+        score = self.score(shared, monkeypatch, capsys)
+        assert score["caught"] >= 18
+        assert score["false stops"] == 0
+        assert score["median delay"] == 0
+
+    @pytest.mark.parametrize("metric", ["val_acc", "val_loss"])
+    def test_collapse_by_a_metric_too(self, shared, monkeypatch, capsys, metric):
+        score = self.score(shared, monkeypatch, capsys, "--metric", metric)
+        assert score["missed"] == score["false stops"] == 0
+        assert score["worst"] <= 1
+
+    def test_compression(self, shared, monkeypatch, capsys):
+        score = self.score(shared, monkeypatch, capsys, "--phase", "compression")
+        assert score["found"] >= 16
+        assert score["without a turn"] <= 5
+        assert score["from"] <= 0.01

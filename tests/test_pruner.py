@@ -1,0 +1,229 @@
+"""One step: measure, decide, pick, mask; and the limits that a step keeps to."""
+
+import re
+
+import pytest
+import torch
+from helpers import Net, mlp
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_sap import (
+    FixedFraction,
+    PQIMonitor,
+    PruningCallback,
+    SAPCallback,
+    SparsityInformed,
+    pq_index,
+    prune_masks,
+)
+from lightning_sap.pruner import (
+    Limits,
+    Measure,
+    MonitoredPruner,
+    Piece,
+    dense_pieces,
+    prune_step,
+    summary,
+    sums_of,
+)
+from lightning_sap.weights import prunable_weights
+
+SMALL = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+LARGE = torch.tensor([[10.0, 20.0, -30.0], [-40.0, 50.0, 60.0]])
+
+HALF = FixedFraction(0.5)
+
+
+def pieces(**pruned):
+    return {"small": Piece(SMALL, pruned.get("small")), "large": Piece(LARGE, pruned.get("large"))}
+
+
+def step(scope="layer", policy=HALF, limits=None, **pruned):
+    return prune_step(pieces(**pruned), policy=policy, scope=scope, round=1, limits=limits)
+
+
+def gone(found, name):
+    """Magnitudes that are pruned after the step."""
+    weight = {"small": SMALL, "large": LARGE}[name]
+    return sorted(weight.abs()[found.masks.pruned[name]].int().tolist())
+
+
+class TestScopes:
+    def test_layer(self):
+        found = step("layer")
+        assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 2], [10, 20, 30], 5)
+
+    def test_neuron(self):
+        found = step("neuron")
+        assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 3], [10, 40], 4)
+
+    def test_global(self):
+        found = step("global")
+        assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 2, 3, 4], [10], 5)
+
+    def test_what_is_pruned_stays_so_and_does_not_count_again(self):
+        before = torch.tensor([[False, False], [False, True]])  # the 4 is gone already
+        found = step("layer", small=before)
+        assert (gone(found, "small"), found.count) == ([1, 4], 4)
+        assert before.tolist() == [[False, False], [False, True]]
+
+    def test_an_unknown_one(self):
+        with pytest.raises(ValueError, match=re.escape("Unknown scope 'channel'")):
+            prune_masks({"w": SMALL}, policy=FixedFraction(0.5), scope="channel")
+
+
+class TestMeasure:
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    def test_before_is_that_of_the_survivors_in_every_scope(self, scope):
+        before = torch.tensor([[False, False], [False, True]])
+        measure = step(scope, SparsityInformed(1.0, 2.0), small=before).before
+        alive = SMALL[~before]
+        assert measure.survivors == {"small": 3, "large": 6}
+        assert measure.layers["small"] == pytest.approx(float(pq_index(alive, 1.0, 2.0)), rel=1e-12)
+        whole = torch.cat([alive, LARGE.flatten()])
+        assert measure.overall == pytest.approx(float(pq_index(whole, 1.0, 2.0)), rel=1e-12)
+        assert measure.layer_mean == pytest.approx(sum(measure.layers.values()) / 2)
+
+    def test_of_nothing(self):
+        assert summary({}, 0.5, 1.0) == Measure(0.0, {}, {})
+        assert Measure(0.0, {}, {}).layer_mean == 0.0
+        assert prune_masks({}, policy=FixedFraction(0.5)) == {}
+
+    def test_sums_by_unit(self):
+        sums = sums_of(pieces(), 0.5, 1.0, by_unit=True)
+        assert [part.count.tolist() for part in sums.values()] == [[2, 2], [3, 3]]
+
+    def test_of_a_module_without_a_pruner(self):
+        module = mlp()
+        found = dense_pieces(module)
+        assert list(found) == ["0.weight", "3.weight"]
+        assert found["0.weight"].weight.data_ptr() == module[0].weight.data_ptr()
+        assert found["0.weight"].pruned is None
+        assert not found["0.weight"].weight.requires_grad
+
+
+class TestLimits:
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    @pytest.mark.parametrize("exactly", range(10 + 1))
+    def test_exactly_so_many_go_whatever_the_policy_wants(self, scope, exactly):
+        for fraction in (0.0, 0.5, 0.99):
+            found = step(scope, FixedFraction(fraction), Limits(least=exactly, most=exactly))
+            assert found.count == exactly == 10 - sum(found.masks.survivors.values())
+
+    def test_most_is_cut_in_proportion_largest_remainders_first(self):
+        found = step(policy=FixedFraction(0.99), limits=Limits(most=4))  # 3 and 5 are wanted: 1.5 and 2.5 of 4
+        assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20])
+
+    def test_least_is_added_in_proportion(self):
+        found = step(policy=FixedFraction(0.34), limits=Limits(least=6))  # 1 and 2 are wanted: 1 and 2 more
+        assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20, 30, 40])
+
+    def test_least_of_a_policy_that_wants_nothing_goes_by_size(self):
+        found = step(policy=FixedFraction(0.0), limits=Limits(least=5))
+        assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20, 30])
+
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    def test_floors(self, scope):
+        found = step(scope, FixedFraction(0.99), Limits({"small": 3, "large": 2}))
+        assert found.masks.survivors["small"] >= 3
+        assert found.masks.survivors["large"] >= 2
+        assert found.masks.survivors == {"small": 3, "large": 2} or scope == "neuron"
+
+    def test_in_global_scope_the_next_smallest_elsewhere_go_instead(self):
+        found = step("global", limits=Limits({"small": 3}))
+        assert (gone(found, "small"), gone(found, "large")) == ([1], [10, 20, 30, 40])
+
+    def test_floors_above_what_is_alive_prune_nothing_more(self):
+        found = step(policy=FixedFraction(0.5), limits=Limits({"small": 99, "large": 99}))
+        assert found.count == 0
+
+    def test_floors_before_least(self):
+        found = step(limits=Limits({"small": 4, "large": 5}, least=9))
+        assert found.masks.survivors == {"small": 4, "large": 5}
+
+    @given(
+        st.sampled_from(["neuron", "layer", "global"]),
+        st.floats(0, 0.99),
+        st.integers(0, 10),
+        st.integers(0, 4),
+        st.integers(0, 6),
+        st.integers(0, 2**10 - 1),
+    )
+    def test_limits_always_hold(self, scope, fraction, exactly, floor_a, floor_b, dead):
+        bits = torch.tensor([bool(dead >> i & 1) for i in range(10)])
+        pruned = {"small": bits[:4].reshape(2, 2), "large": bits[4:].reshape(2, 3)}
+        limits = Limits({"small": floor_a, "large": floor_b}, least=exactly, most=exactly)
+        found = step(scope, FixedFraction(fraction), limits, **pruned)
+        alive = {name: int((~p).sum()) for name, p in pruned.items()}
+        spare = {n: max(0, alive[n] - f) for n, f in limits.floors.items()}
+        assert found.count == min(exactly, sum(spare.values()))
+        for name, was in pruned.items():
+            assert found.masks.survivors[name] >= min(alive[name], limits.floors[name])
+            assert bool((found.masks.pruned[name] | ~was).all())  # no weight comes back
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite_are_named(self, value):
+        bad = SMALL.clone()
+        bad[0, 0] = value
+        weights = {"good": LARGE, "bad": bad}
+        with pytest.raises(ValueError, match=re.escape("Weights that are not finite in ['bad']: nothing is pruned")):
+            prune_masks(weights, policy=FixedFraction(0.5))
+        masks = {"bad": torch.tensor([[False, True], [True, True]])}
+        assert prune_masks(weights, masks, policy=FixedFraction(0.4))["bad"].sum() == 2
+
+    def test_masks_of_unknown_weights(self):
+        message = "There are masks for ['v'], but no such weights; the weights are ['w']."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            prune_masks({"w": SMALL}, {"v": SMALL > 0}, policy=FixedFraction(0.5))
+
+    @pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(3, 2, dtype=torch.bool)])
+    def test_a_mask_that_does_not_fit(self, mask):
+        with pytest.raises(ValueError, match=re.escape("The mask of w must be a bool tensor of its shape (2, 2)")):
+            prune_masks({"w": SMALL}, {"w": mask}, policy=FixedFraction(0.5))
+
+    def test_a_dtype_that_is_not_floating(self):
+        with pytest.raises(TypeError, match="w must be of one of the dtypes"):
+            prune_masks({"w": SMALL.long()}, policy=FixedFraction(0.5))
+
+
+class TestPiece:
+    def test_rows_and_back(self):
+        piece = Piece(LARGE)
+        assert torch.equal(piece.from_rows(piece.rows(LARGE > 25)), LARGE > 25)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_rows_of_a_transposed_convolution_and_back(self, groups):
+        weight = prunable_weights(nn.ConvTranspose2d(4, 6, (2, 3), groups=groups))["weight"]
+        piece = Piece(weight.parameter.detach(), None, weight.units)
+        mask = torch.rand(weight.parameter.shape) < 0.5
+        assert torch.equal(piece.from_rows(piece.rows(mask)), mask)
+
+    def test_one_dimension(self):
+        vector = torch.tensor([3.0, 1.0, 2.0])
+        assert Piece(vector).rows(vector).shape == (3, 1)
+        assert prune_masks({"v": vector}, policy=FixedFraction(0.4))["v"].tolist() == [True, False, True]
+
+
+class TestProtocol:
+    def test_pruners_answer_a_monitors_questions(self):
+        for pruner in (PruningCallback(FixedFraction(0.5)), SAPCallback(p=0.3, q=2.0)):
+            assert isinstance(pruner, MonitoredPruner)
+        assert not isinstance(PQIMonitor(), MonitoredPruner)
+        assert SAPCallback(p=0.3, q=2.0).orders() == (0.3, 2.0)
+        assert PruningCallback(FixedFraction(0.5)).orders() == (0.5, 1.0)
+
+    def test_before_the_first_fit(self):
+        pruner, module = SAPCallback(), Net()
+        assert list(pruner.pieces(module)) == ["net.0.weight", "net.3.weight"]
+        assert pruner.current_round() == 0
+        assert pruner.index_after_pruning() is None
+        assert (pruner.masks, pruner.remaining, len(pruner.history)) == ({}, 1.0, 0)
+
+    def test_anything_that_answers_them_is_one(self):
+        answers = ("orders", "pieces", "current_round", "index_after_pruning")
+        assert isinstance(type("Other", (), {name: len for name in answers})(), MonitoredPruner)
+        assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), MonitoredPruner)

@@ -1,0 +1,330 @@
+"""Which parameters are prunable, by which name, and what their units are."""
+
+import re
+
+import pytest
+import torch
+from helpers import Net, copied, fit, same, survivors
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import weight_norm as old_weight_norm
+
+from lightning_sap import FixedFraction, PruningCallback
+from lightning_sap.weights import parameter_names, prunable_weights
+
+
+def names(module, include=None, exclude=None):
+    return list(prunable_weights(module, include, exclude))
+
+
+def block():
+    return nn.Sequential(
+        nn.Embedding(7, 4),  # 0
+        nn.Conv1d(4, 4, 3),  # 1
+        nn.BatchNorm1d(4),  # 2
+        nn.LayerNorm((4, 4)),  # 3: its weight has two dimensions
+        nn.Linear(4, 2),  # 4
+    )
+
+
+class Tied(nn.Module):
+    """A head that shares the embedding's weight."""
+
+    def __init__(self, head_first=False):
+        super().__init__()
+        if head_first:
+            self.head = nn.Linear(4, 7, bias=False)
+        self.embedding = nn.Embedding(7, 4)
+        if not head_first:
+            self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Odd(nn.Module):
+    """Parameters of its own, of all sorts."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight_table = nn.Parameter(torch.ones(3, 3))
+        self.reweighted = nn.Parameter(torch.ones(3, 3))
+        self.scale = nn.Parameter(torch.ones(3, 3))
+        self.weight_vector = nn.Parameter(torch.ones(3))
+        self.frozen_weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        self.int_weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int64), requires_grad=False)
+        self.complex_weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
+        self.register_buffer("weight_buffer", torch.ones(3, 3))
+
+
+class TestDefault:
+    def test_trainable_weights_of_two_or_more_dimensions_without_embeddings(self):
+        assert names(block()) == ["1.weight", "3.weight", "4.weight"]
+
+    def test_the_own_name_decides(self):
+        assert names(Odd()) == ["weight_table", "reweighted"]
+
+    def test_a_module_called_weight_does_not_make_its_parameters_weights(self):
+        module = nn.Module()
+        module.weight_net = Odd()
+        assert names(module) == ["weight_net.weight_table", "weight_net.reweighted"]
+
+    @pytest.mark.parametrize(
+        ("build", "expected"),
+        [
+            (lambda: nn.Conv2d(4, 4, 3, groups=2), ["weight"]),
+            (lambda: nn.ConvTranspose2d(4, 4, 3), ["weight"]),
+            (lambda: nn.EmbeddingBag(5, 3), []),
+            (lambda: nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
+            (
+                lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+                ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"],
+            ),
+            (lambda: nn.LSTM(3, 2), ["weight_ih_l0", "weight_hh_l0"]),
+            (lambda: nn.GRU(3, 2, 2, bidirectional=True), [
+                f"weight_{kind}_l{layer}{way}" for layer in (0, 1) for way in ("", "_reverse") for kind in ("ih", "hh")
+            ]),
+            (lambda: nn.Bilinear(2, 3, 4), ["weight"]),
+            (lambda: nn.LSTM(3, 4, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
+        ],
+    )  # fmt: skip
+    def test_of_layers(self, build, expected):
+        module = nn.Sequential(build(), nn.Linear(2, 2))
+        assert names(module) == [*(f"0.{name}" for name in expected), "1.weight"]
+
+    def test_a_transformer(self):
+        module = nn.TransformerEncoderLayer(4, 2, 8)
+        assert names(module) == [
+            "self_attn.in_proj_weight",
+            "self_attn.out_proj.weight",
+            "linear1.weight",
+            "linear2.weight",
+        ]
+
+    def test_frozen_parameters_are_left_out_even_where_included(self):
+        module = block()
+        module[1].requires_grad_(False)
+        assert names(module) == ["3.weight", "4.weight"]
+        assert names(module, include="*weight") == ["0.weight", "3.weight", "4.weight"]
+
+    def test_a_lazy_layer_before_its_first_forward(self):
+        module = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+        assert names(module) == ["1.weight"]
+        module(torch.ones(1, 3))
+        assert names(module) == ["0.weight", "1.weight"]
+
+
+class TestIncludeAndExclude:
+    @pytest.mark.parametrize(
+        ("include", "exclude", "expected"),
+        [
+            ("*", None, ["0.weight", "1.weight", "3.weight", "3.bias", "4.weight"]),
+            ("0.weight", None, ["0.weight"]),
+            (["0.*", "4.*"], None, ["0.weight", "4.weight"]),
+            ("[14].weight", None, ["1.weight", "4.weight"]),
+            ("?.weight", "1.*", ["0.weight", "3.weight", "4.weight"]),
+            (None, "4.weight", ["1.weight", "3.weight"]),
+            (None, ["4.weight", "1*"], ["3.weight"]),
+            (nn.Linear, None, ["4.weight"]),
+            ([nn.Embedding, nn.Linear], None, ["0.weight", "4.weight"]),
+            (None, nn.LayerNorm, ["1.weight", "4.weight"]),
+            (None, nn.modules.conv._ConvNd, ["3.weight", "4.weight"]),
+            ([nn.Embedding, "4.*"], None, ["0.weight", "4.weight"]),
+            (nn.Sequential, None, ["0.weight", "1.weight", "3.weight", "3.bias", "4.weight"]),
+            (lambda name, module, parameter: parameter.numel() > 20, None, ["0.weight", "1.weight"]),
+            (None, lambda name, module, parameter: isinstance(module, nn.Conv1d), ["3.weight", "4.weight"]),
+            (["4.*", lambda name, module, parameter: name == "3.bias"], None, ["3.bias", "4.weight"]),
+            ([], [], ["1.weight", "3.weight", "4.weight"]),
+        ],
+    )
+    def test_what_they_match(self, include, exclude, expected):
+        assert names(block(), include, exclude) == expected
+
+    def test_a_type_around_the_owner_counts(self):
+        module = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
+        assert names(module, exclude=nn.TransformerEncoderLayer) == ["head.weight"]
+        assert names(module, include=nn.MultiheadAttention) == [
+            "encoder.self_attn.in_proj_weight",
+            "encoder.self_attn.out_proj.weight",
+        ]
+
+    def test_include_never_lifts_the_rules_on_dimensions_and_training(self):
+        assert names(Odd(), include="*") == ["weight_table", "reweighted", "scale"]
+
+    def test_case_counts(self):
+        module = nn.ModuleDict({"FC": nn.Linear(2, 2), "fc": nn.Linear(2, 2)})
+        assert names(module, include="FC.*") == ["FC.weight"]
+
+    def test_a_predicate_is_asked_with_name_owner_and_parameter(self):
+        module, asked = block(), []
+        names(module, include=lambda *arguments: asked.append(arguments) or True)
+        assert ("4.weight", module[4], module[4].weight) in asked
+        assert all(isinstance(parameter, nn.Parameter) for _, _, parameter in asked)
+
+
+class TestMistakes:
+    def test_a_pattern_that_matches_nothing(self):
+        message = (
+            "The pattern 'linear.weight' matches no parameter. Patterns are globs on whole parameter names (say "
+            "'*.fc.*'); the closest names are ["
+        )
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            names(block(), include="linear.weight")
+        closest = re.findall(r"'([^']*)'", str(error.value).split("closest names are")[1])
+        assert len(closest) == 5
+        assert set(closest) <= {name for name, _ in block().named_parameters()}
+
+    def test_a_model_without_parameters(self):
+        with pytest.raises(ValueError, match=re.escape("The first parameters of the model are [].")):
+            names(nn.ReLU())
+
+
+class TestTied:
+    @pytest.mark.parametrize("head_first", [False, True])
+    def test_an_embedding_tied_with_a_head_is_prunable_once(self, head_first):
+        module = Tied(head_first)
+        (name,) = names(module)
+        assert name == next(iter(dict(module.named_parameters())))
+        assert prunable_weights(module)[name].parameter is module.embedding.weight
+
+    @pytest.mark.parametrize("pattern", ["head.*", "embedding.*", nn.Embedding, nn.Linear])
+    def test_any_of_its_names_and_owners_can_be_matched(self, pattern):
+        assert names(Tied(), include=pattern) == ["embedding.weight"]
+        with pytest.raises(ValueError, match="no prunable weight"):
+            names(Tied(), exclude=pattern)
+
+    def test_a_shared_layer_counts_once(self):
+        layer = nn.Linear(3, 3)
+        assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0.weight"]
+
+    def test_it_is_pruned_once(self):
+        network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False))
+        network[1].weight = network[0].weight
+        module, pruner = Net(network), PruningCallback(FixedFraction(0.5), rounds=1)
+        fit(module, pruner, max_epochs=2)
+        assert survivors(pruner) == {"net.0.weight": 18, "net.2.weight": 9}
+        assert pruner.remaining == 0.5
+        assert torch.equal(network[1].weight != 0, pruner.masks["net.0.weight"])
+
+
+class TestParametrized:
+    def test_weight_norm_only_the_full_size_original(self):
+        module = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+        assert names(module) == ["0.parametrizations.weight.original1", "1.weight"]
+        assert module[0].parametrizations.weight.original0.shape == (3, 1)
+
+    def test_weight_norm_of_the_old_kind(self):
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            module = nn.Sequential(old_weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+        assert "0.weight_v" in names(module)
+
+    def test_spectral_norm(self):
+        module = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+        before = copied(module.state_dict())
+        assert names(module) == ["0.parametrizations.weight.original", "1.weight"]
+        assert same(module.state_dict(), before)  # looking at the weight takes no power iteration
+
+    def test_orthogonal(self):
+        module = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))
+        assert names(module) == ["0.parametrizations.weight.original", "1.weight"]
+
+    def test_they_go_by_the_parametrized_name(self):
+        module = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Embedding(5, 4))
+        parametrizations.weight_norm(module[1])
+        assert names(module) == ["0.parametrizations.weight.original1"]  # an embedding stays one
+        assert names(module, include="1.weight") == ["1.parametrizations.weight.original1"]
+        assert names(module, include="0.weight") == ["0.parametrizations.weight.original1"]
+        assert names(module, include="*.original1", exclude="1.weight") == ["0.parametrizations.weight.original1"]
+
+    def test_a_parametrized_bias_is_no_weight(self):
+        class Flat(nn.Module):
+            def forward(self, x):
+                return x.flatten()
+
+            def right_inverse(self, x):
+                return x.reshape(1, -1)
+
+        module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        parametrize.register_parametrization(module[0], "bias", Flat())
+        assert names(module) == ["0.weight", "1.weight"]
+
+    def test_a_whole_fit(self):
+        network = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
+        keys = list(Net(network).state_dict())
+        module, pruner = Net(network), PruningCallback(FixedFraction(0.5), rounds=2, rewind_weights="init")
+        fit(module, pruner, max_epochs=3)
+        assert list(module.state_dict()) == keys
+        mask = pruner.masks["net.0.parametrizations.weight.original1"]
+        assert int(mask.sum()) == 12
+        assert torch.equal(network[0].weight != 0, mask)
+
+
+class TestUnits:
+    def test_axis_0_unless_told(self):
+        module = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(2, 3), nn.ConvTranspose1d(2, 3, 3))
+        found = prunable_weights(module)
+        assert [weight.units is None for weight in found.values()] == [True, True, False]
+
+    def test_of_a_transposed_convolution(self):
+        """in 4, out 6, groups 2: weight (4, 3, 2); unit (g, j) is inputs 2g and 2g + 1 at output index j."""
+        module = nn.Sequential(nn.ConvTranspose1d(4, 6, 2, groups=2))
+        weight = prunable_weights(module)["0.weight"]
+        numbers = torch.arange(24).reshape(4, 3, 2)
+        expected = [
+            [numbers[2 * g + i, j, k].item() for i in range(2) for k in range(2)] for g in range(2) for j in range(3)
+        ]
+        assert weight.units(numbers).tolist() == expected
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    def test_a_unit_is_what_feeds_one_output_channel(self, groups):
+        layer = nn.ConvTranspose2d(4, 8, 3, groups=groups, bias=False)
+        units = prunable_weights(layer)["weight"].units
+        for channel in range(8):
+            with torch.no_grad():
+                layer.weight.zero_()
+                rows = torch.zeros(8, layer.weight.numel() // 8)
+                rows[channel] = 1.0
+                position = units(torch.arange(layer.weight.numel()).reshape(layer.weight.shape))
+                layer.weight.view(-1)[position[channel]] = 1.0
+                output = layer(torch.ones(1, 4, 5, 5))[0]
+            assert [int(output[c].any()) for c in range(8)] == [int(c == channel) for c in range(8)]
+
+    def test_of_a_parametrized_transposed_convolution(self):
+        module = nn.Sequential(parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 2, groups=2)))
+        weight = prunable_weights(module)["0.parametrizations.weight.original1"]
+        assert weight.units(weight.parameter).shape == (6, 4)
+
+    def test_a_whole_fit_prunes_every_unit_alike(self):
+        class Net1d(Net):
+            def loss(self, batch):
+                return (self.net(batch[0][:, :, None]).mean(2) - batch[1]).square().mean()
+
+        network = nn.Sequential(
+            nn.ConvTranspose1d(6, 4, 2, groups=2), nn.Conv1d(4, 4, 2, groups=2), nn.Flatten(1), nn.Linear(4, 3),
+            nn.Unflatten(1, (3, 1)),
+        )  # fmt: skip
+        module, pruner = Net1d(network), PruningCallback(FixedFraction(0.5), rounds=1, scope="neuron")
+        fit(module, pruner, max_epochs=2)
+        masks = pruner.masks
+        units = prunable_weights(module)["net.0.weight"].units(masks["net.0.weight"])
+        assert units.sum(1).tolist() == [3] * 4
+        assert masks["net.1.weight"].flatten(1).sum(1).tolist() == [2] * 4
+        assert masks["net.3.weight"].sum(1).tolist() == [2] * 3
+
+
+class TestCompiled:
+    def test_prefixes_are_ignored(self):
+        plain, whole, part = block(), torch.compile(block()), block()
+        part[4] = torch.compile(part[4])
+        for module in (whole, part):
+            assert names(module) == names(plain)
+            assert names(module, include="4.*") == ["4.weight"]
+            assert list(parameter_names(module)) == [name for name, _ in plain.named_parameters()]
+
+    def test_the_parameter_is_the_modules_own(self):
+        module = block()
+        compiled = torch.compile(module)
+        assert prunable_weights(compiled)["4.weight"].parameter is module[4].weight
+
+    def test_types_and_units_are_seen_through_them(self):
+        module = nn.Sequential(torch.compile(nn.ConvTranspose1d(4, 6, 2)), nn.Linear(2, 2))
+        assert names(module, exclude=nn.ConvTranspose1d) == ["1.weight"]
+        assert prunable_weights(module)["0.weight"].transposed_groups == 1
