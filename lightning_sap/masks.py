@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
+
 
 class MaskSet:
     """Masks of several tensors by name; immutable, so that a wrong one never takes the place of a right one.
 
-    Held is where a weight is *pruned* (the complement of the public masks), for that is what enforcing needs.
+    Held is where a weight is *pruned* (the complement of the public masks), for that is what enforcing needs. Masks of
+    sharded weights are sharded alike; their counts are of all shards, so that making a set is a collective, and so are
+    the methods that make or pack one.
 
     Args:
         pruned: For each name a bool tensor, True where the weight is pruned.
@@ -38,17 +42,18 @@ class MaskSet:
             if mask.dtype != torch.bool:
                 raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         self._pruned = dict(pruned)
-        self._counts = {name: int(mask.sum()) for name, mask in pruned.items()}
+        counts = torch.tensor([int(local(mask).sum()) for mask in pruned.values()], dtype=torch.int64)
+        self._counts = dict(zip(pruned, shards_of(pruned.values()).sum(counts).tolist(), strict=True))
 
     @classmethod
     def dense(cls, weights: Mapping[str, Tensor]) -> MaskSet:
         """Masks that prune nothing."""
-        return cls({name: torch.zeros(w.shape, dtype=torch.bool, device=w.device) for name, w in weights.items()})
+        return cls({name: shard_like(torch.zeros_like(local(w), dtype=torch.bool), w) for name, w in weights.items()})
 
     @classmethod
     def from_zeros(cls, weights: Mapping[str, Tensor]) -> MaskSet:
         """Masks that prune the weights that are exactly zero."""
-        return cls({name: w.detach() == 0 for name, w in weights.items()})
+        return cls({name: shard_like(local(w).detach() == 0, w) for name, w in weights.items()})
 
     @property
     def pruned(self) -> Mapping[str, Tensor]:
@@ -58,7 +63,7 @@ class MaskSet:
     @property
     def kept(self) -> dict[str, Tensor]:
         """Where weights survive, by name; new tensors."""
-        return {name: ~mask for name, mask in self._pruned.items()}
+        return {name: shard_like(~local(mask), mask) for name, mask in self._pruned.items()}
 
     @property
     def total(self) -> int:
@@ -90,20 +95,20 @@ class MaskSet:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if self._counts.get(name):
-                    tensor.masked_fill_(self._pruned[name], 0.0)
+                    local(tensor).masked_fill_(local(self._pruned[name]), 0.0)
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether each mask belongs to one of these weights and shape, and every pruned weight is zero."""
         if any(name not in weights or weights[name].shape != mask.shape for name, mask in self._pruned.items()):
             return False
-        return not any(
-            bool(weights[n].detach()[m.to(weights[n].device)].count_nonzero()) for n, m in self._pruned.items()
-        )
+        placed = {name: placed_like(mask, weights[name]) for name, mask in self._pruned.items()}
+        alive = [int(local(weights[n].detach())[local(mask)].count_nonzero()) for n, mask in placed.items()]
+        return not int(shards_of(placed.values()).sum(torch.tensor(alive)).sum())
 
     def pack(self) -> dict[str, Any]:
-        """Plain values and uint8 tensors, one bit per weight, on the CPU."""
+        """Plain values and uint8 tensors, one bit per weight, on the CPU; of sharded masks all shards."""
         return {
-            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(mask.cpu().numpy()))}
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
             for name, mask in self._pruned.items()
         }
 
@@ -120,7 +125,7 @@ class MaskSet:
         return cls({name: _unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()})
 
     def like(self, weights: Mapping[str, Tensor]) -> MaskSet:
-        """The same masks on the devices of the weights, in their order.
+        """The same masks on the devices of the weights and sharded as they are, in their order.
 
         Raises:
             ValueError: If the names or shapes differ; it says which are missing, surplus or of another shape.
@@ -138,7 +143,7 @@ class MaskSet:
                 f"missing {missing}, surplus {surplus}, of another shape {shapes}. "
                 "Give the same model, `include` and `exclude` as when the masks were made."
             )
-        return MaskSet({name: self._pruned[name].to(w.device) for name, w in weights.items()})
+        return MaskSet({name: placed_like(self._pruned[name], w) for name, w in weights.items()})
 
 
 def _unpack(bits: Tensor, shape: list[int]) -> Tensor:

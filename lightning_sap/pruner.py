@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sap.functional.amount import Policy, spread
-from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, power_sums, total
+from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, merge, power_sums, total
 from lightning_sap.functional.select import smallest, smallest_of_rows
 from lightning_sap.masks import MaskSet
+from lightning_sap.sharding import Shards, local, shard_like, shards_of
 from lightning_sap.weights import prunable_weights
 
 Scope = Literal["neuron", "layer", "global"]
@@ -22,7 +23,7 @@ class Piece(NamedTuple):
     """A weight to measure and prune.
 
     Attributes:
-        weight: The weights, any shape and floating dtype.
+        weight: The weights, any shape and floating dtype, sharded or not.
         pruned: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
         units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
     """
@@ -30,6 +31,10 @@ class Piece(NamedTuple):
     weight: Tensor
     pruned: Tensor | None = None
     units: Callable[[Tensor], Tensor] | None = None
+
+    def local(self) -> Piece:
+        """What this process holds of it."""
+        return self._replace(weight=local(self.weight), pruned=None if self.pruned is None else local(self.pruned))
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as ``(units, weights of a unit)``."""
@@ -165,9 +170,11 @@ def prune_step(
         groups = concatenate([total(groups, policy.p, policy.q)])
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
     counts = _limited(policy(groups, round).cpu(), groups.count.cpu(), _spare_of_groups(sums, spare, scope), limits)
-    picked = _pick(pieces, counts, scope, spare)
-    masks = {n: picked[n] if piece.pruned is None else piece.pruned | picked[n] for n, piece in pieces.items()}
-    return Step(before, MaskSet(masks), int(counts.sum()))
+    here = {name: piece.local() for name, piece in pieces.items()}
+    picked = _pick(here, counts, scope, spare, sums, _shards(pieces))
+    gone = {n: picked[n] if piece.pruned is None else piece.pruned | picked[n] for n, piece in here.items()}
+    masks = MaskSet({name: shard_like(mask, pieces[name].weight) for name, mask in gone.items()})
+    return Step(before, masks, int(counts.sum()))
 
 
 def dense_pieces(module: nn.Module) -> dict[str, Piece]:
@@ -176,13 +183,14 @@ def dense_pieces(module: nn.Module) -> dict[str, Piece]:
 
 
 def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
-    """Power sums of the survivors of each piece, shape ``(1,)``, or ``(units,)``."""
+    """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``."""
     sums = {}
     for name, piece in pieces.items():
-        view = piece.rows if by_unit else _one_row
-        mask = None if piece.pruned is None else ~view(piece.pruned)
-        sums[name] = power_sums(view(piece.weight), p, q, mask=mask, dim=1)
-    return sums
+        here = piece.local()
+        view = here.rows if by_unit else _one_row
+        mask = None if here.pruned is None else ~view(here.pruned)
+        sums[name] = power_sums(view(here.weight), p, q, mask=mask, dim=1)
+    return _over_shards(sums, _shards(pieces), p, q, by_unit)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
@@ -193,6 +201,24 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
     index = index_of(layers, p, q).tolist()
     overall = float(index_of(total(layers, p, q), p, q))
     return Measure(overall, dict(zip(sums, index, strict=True)), dict(zip(sums, layers.count.tolist(), strict=True)))
+
+
+def _shards(pieces: Mapping[str, Piece]) -> Shards:
+    return shards_of(piece.weight for piece in pieces.values())
+
+
+def _over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, by_unit: bool) -> dict[str, PowerSums]:
+    """Power sums with those of other processes: units one process after the other, whole tensors added."""
+    if shards.mesh is None or not sums:
+        return sums
+    lengths = shards.gather(torch.tensor([len(part.count) for part in sums.values()]))
+    fields = [shards.gather(field) for field in concatenate(list(sums.values()))]
+    of_ranks = [
+        [PowerSums(*parts) for parts in zip(*(field.split(length.tolist()) for field in of_rank), strict=True)]
+        for length, of_rank in zip(lengths, zip(*fields, strict=True), strict=True)
+    ]
+    of_names = zip(sums, zip(*of_ranks, strict=True), strict=True)
+    return {name: concatenate(parts) if by_unit else merge(parts, p, q) for name, parts in of_names}
 
 
 def _one_row(tensor: Tensor) -> Tensor:
@@ -235,17 +261,25 @@ def _limited(counts: Tensor, alive: Tensor, spare: list[tuple[int, int]], limits
     return counts
 
 
-def _pick(pieces: Mapping[str, Piece], counts: Tensor, scope: Scope, spare: Mapping[str, int]) -> dict[str, Tensor]:
-    """Where weights go that are alive now."""
+def _pick(
+    pieces: Mapping[str, Piece],
+    counts: Tensor,
+    scope: Scope,
+    spare: Mapping[str, int],
+    sums: Mapping[str, PowerSums],
+    shards: Shards,
+) -> dict[str, Tensor]:
+    """Where weights go that are alive now and held by this process."""
     if scope == "global":
         weights, dead = [p.weight for p in pieces.values()], [p.pruned for p in pieces.values()]
-        return dict(zip(pieces, smallest(weights, dead, int(counts), list(spare.values())), strict=True))
+        return dict(zip(pieces, smallest(weights, dead, int(counts), list(spare.values()), shards), strict=True))
     if scope == "layer":
         of_layer = zip(pieces.items(), counts.tolist(), strict=True)
-        return {name: smallest([piece.weight], [piece.pruned], c)[0] for (name, piece), c in of_layer}
+        return {name: smallest([piece.weight], [piece.pruned], c, shards=shards)[0] for (name, piece), c in of_layer}
     picked = {}
-    of_units = torch.split(counts, [len(piece.rows(piece.weight)) for piece in pieces.values()])
+    of_units = torch.split(counts, [len(part.count) for part in sums.values()])
     for (name, piece), c in zip(pieces.items(), of_units, strict=True):
         dead_rows = None if piece.pruned is None else piece.rows(piece.pruned)
-        picked[name] = piece.from_rows(smallest_of_rows(piece.rows(piece.weight), dead_rows, c))
+        rows = piece.rows(piece.weight)
+        picked[name] = piece.from_rows(smallest_of_rows(rows, dead_rows, shards.own(c, len(rows))))
     return picked

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_sap.sharding import reshard
+
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
 Selection: TypeAlias = Selector | Sequence[Selector] | None
@@ -92,10 +94,12 @@ def prunable_weights(
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by the name they have without ``torch.compile``'s prefixes, each tied parameter once."""
+    reshard(module)
     return {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in module.named_parameters()}
 
 
 def _owners_of_parameters(module: nn.Module) -> dict[int, tuple[nn.Parameter, list[Owner]]]:
+    reshard(module)
     modules = dict(module.named_modules(remove_duplicate=False))
     found: dict[int, tuple[nn.Parameter, list[Owner]]] = {}
     for path, owner in modules.items():

@@ -13,22 +13,23 @@ NAME = PACKAGE.name
 
 # What each room may import besides the standard library and torch. A room is a file or a folder of that name;
 # "functional" alone stands for all rooms in that folder.
-INNER = {"functional", "weights", "masks", "pruner", "rewind", "phases", "history", "metric"}
+INNER = {"sharding", "functional", "weights", "masks", "pruner", "rewind", "phases", "history", "metric"}
 MAY_IMPORT = {
+    "sharding": set(),
     "functional": {"functional"},  # its __init__.py gathers the folder
     "functional/pqi": set(),
     "functional/amount": {"functional/pqi"},
-    "functional/select": {"functional/pqi", "numpy"},
-    "weights": set(),
-    "masks": {"numpy"},
-    "pruner": {"functional", "weights", "masks"},
-    "rewind": set(),
+    "functional/select": {"functional/pqi", "sharding", "numpy"},
+    "weights": {"sharding"},
+    "masks": {"sharding", "numpy"},
+    "pruner": {"functional", "weights", "masks", "sharding"},
+    "rewind": {"sharding"},
     "phases": {"numpy"},
     "history": {"numpy"},
     "metric": {"functional", "torchmetrics"},
     "callbacks": {"callbacks"},  # its __init__.py gathers the folder
     "callbacks/pruning": {"lightning"} | INNER,
-    "callbacks/monitor": {"lightning", "functional", "pruner", "phases", "history", "plot"},
+    "callbacks/monitor": {"lightning", "functional", "pruner", "sharding", "phases", "history", "plot"},
     "plot": {"matplotlib", "phases", "history"},
     "": INNER | {"callbacks", "plot"},  # lightning_sap/__init__.py
 }
@@ -218,6 +219,12 @@ BROKEN = {
         "rewind must not import lightning",
     ),
     "its other name": ("metric.py", "import pytorch_lightning as pl", "metric must not import lightning"),
+    "functional to the rooms": (
+        "functional/pqi.py",
+        "from lightning_sap.sharding import x",
+        "must not import sharding",
+    ),
+    "shards know no room": ("sharding.py", "from lightning_sap.masks import x", "sharding must not import masks"),
     "a stranger": ("weights.py", "import numpy as np", "weights must not import numpy"),
     "a room without a row": ("utils.py", "import math", "the room 'utils' has no row"),
     "a stray file between the callbacks": (
@@ -245,7 +252,10 @@ KEPT = {
     "the map": ("__init__.py", "from .callbacks import x\ndef __getattr__(name):\n    from .plot import y"),
     "drawing": ("plot.py", "from .history import x\ndef f():\n    import matplotlib.pyplot"),
     "types of a drawing": ("plot.py", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
-    "select": ("functional/select.py", "import heapq\nimport numpy\nimport torch"),
+    "select": (
+        "functional/select.py",
+        "import heapq\nimport numpy\nimport torch\nfrom lightning_sap.sharding import x",
+    ),
     "public attributes": ("callbacks/pruning.py", "trainer.optimizers\nself._trainer\ntrainer.__class__"),
     "a long docstring": ("weights.py", "def f():\n    '''" + "\n" * 99 + "'''\n    return 0"),
 }
@@ -255,6 +265,7 @@ def lay_out(folder: Path, path: str, text: str) -> Path:
     """A package of empty rooms with one file written."""
     package = folder / NAME
     rooms = [
+        "sharding",
         "weights",
         "masks",
         "pruner",

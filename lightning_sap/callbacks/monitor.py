@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+from lightning_sap.sharding import is_sharded
 
 CHART = "lightning-sap"
 
@@ -38,7 +39,7 @@ class PQIMonitor(Callback):
         q: Order of the larger norm. None: the pruner's, else 1.0. Give both or neither.
         monitor: A logged metric to draw beside the index, such as ``"val_acc"``.
         mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``).
-        gini: Log the Gini index too; it sorts a copy of all weights.
+        gini: Log the Gini index too; it sorts a copy of all weights, and cannot be had of sharded ones.
         log_layers: Which parameters are logged one by one: False none, True all, or globs on their names.
         name: Tells two monitors apart, in checkpoints and as the first part of the keys ``pqi/…``.
 
@@ -85,6 +86,8 @@ class PQIMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._cache = None
         self._validated = False
+        if self.gini and any(is_sharded(piece.weight) for piece in self._pieces(trainer, pl_module).values()):
+            raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
         if trainer.current_epoch == 0:
             self._rows = []
         for logger in _tensorboards(trainer):

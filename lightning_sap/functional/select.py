@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from lightning_sap.functional.pqi import chunk_size
+from lightning_sap.sharding import ALONE, Shards
 
 DIGIT = 16  # bits resolved by one pass over the weights
 KEYS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def smallest(
-    weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, room: Sequence[int] | None = None
+    weights: Sequence[Tensor],
+    dead: Sequence[Tensor | None],
+    k: int,
+    room: Sequence[int] | None = None,
+    shards: Shards = ALONE,
 ) -> list[Tensor]:
     """Pick exactly k of the smallest surviving magnitudes of several tensors taken as one vector.
 
@@ -28,10 +33,12 @@ def smallest(
         dead: For each tensor a bool tensor of its shape, True where a weight is pruned already; None: nowhere.
         k: How many to pick, at most the number of survivors.
         room: Most that may be taken from each tensor; the next smallest elsewhere go instead. None: no limit.
+        shards: The processes that hold the rows of the tensors; ``k`` and ``room`` are of all rows. They exchange
+            histograms and counts, never weights.
 
     Returns:
         For each tensor a bool tensor of its shape, True where a weight is picked. Ties go to the lower position:
-        order of the tensors, then flat index.
+        order of the tensors, then flat index (of sharded tensors: process, then flat index).
 
     Raises:
         ValueError: If fewer than k weights may be picked.
@@ -41,20 +48,23 @@ def smallest(
         >>> smallest([torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])], [None, None], 1)
         [tensor([False,  True]), tensor([False, False])]
     """
-    left = [w.numel() if d is None else w.numel() - int(d.sum()) for w, d in zip(weights, dead, strict=True)]
+    left = _sums(
+        [w.numel() if d is None else w.numel() - int(d.sum()) for w, d in zip(weights, dead, strict=True)], shards
+    )
     room = left if room is None else [min(a, b) for a, b in zip(left, room, strict=True)]
     if k > sum(room):
         raise ValueError(f"Cannot pick {k} weights where only {sum(room)} may go.")
     picked: dict[int, Tensor] = {}
     free = list(range(len(weights)))
     while True:
-        chosen = _smallest([weights[i] for i in free], [dead[i] for i in free], k)
-        full = {i for i, c in zip(free, chosen, strict=True) if int(c.sum()) > room[i]}
+        chosen = _smallest([weights[i] for i in free], [dead[i] for i in free], k, shards)
+        taken = _sums([int(c.sum()) for c in chosen], shards)
+        full = {i for i, n in zip(free, taken, strict=True) if n > room[i]}
         if not full:
             picked.update(zip(free, chosen, strict=True))
             return [picked[i] for i in range(len(weights))]
         for i in full:  # a tensor over its room stays so when the others must give more: settle it for good
-            picked[i] = _smallest([weights[i]], [dead[i]], room[i])[0]
+            picked[i] = _smallest([weights[i]], [dead[i]], room[i], shards)[0]
             k -= room[i]
         free = [i for i in free if i not in full]
 
@@ -88,23 +98,31 @@ def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tenso
     return picked
 
 
-def _smallest(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int) -> list[Tensor]:
+def _sums(numbers: list[int], shards: Shards) -> list[int]:
+    """Each number summed over the processes."""
+    return [int(n) for n in shards.sum(torch.tensor(numbers, dtype=torch.int64))]
+
+
+def _smallest(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, shards: Shards) -> list[Tensor]:
     if k == 0 or not weights:
         return [torch.zeros(w.shape, dtype=torch.bool, device=w.device) for w in weights]
     dtype = reduce(torch.promote_types, {w.dtype for w in weights})
-    threshold, ties = _kth_key(weights, dead, k, dtype)
+    threshold, ties = _kth_key(weights, dead, k, dtype, shards)
     picked = []
     for w, d in zip(weights, dead, strict=True):
         below, equal = _below_and_equal(w, d, threshold, dtype, want_equal=ties > 0)
         if ties > 0:
-            at = equal.view(-1).nonzero().view(-1)[:ties]
-            below.view(-1)[at] = True
-            ties -= len(at)
+            at = equal.view(-1).nonzero().view(-1)
+            found = [int(n) for n in shards.gather(torch.tensor([len(at)]))]
+            below.view(-1)[at[: max(0, ties - sum(found[: shards.rank]))]] = True
+            ties -= sum(found)
         picked.append(below)
     return picked
 
 
-def _kth_key(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, dtype: torch.dtype) -> tuple[int, int]:
+def _kth_key(
+    weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, dtype: torch.dtype, shards: Shards
+) -> tuple[int, int]:
     """Key of the k-th smallest survivor, and how many weights of that key are among the k smallest."""
     prefix = 0
     for shift in range(torch.iinfo(KEYS[dtype]).bits - DIGIT, -1, -DIGIT):
@@ -115,6 +133,7 @@ def _kth_key(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, d
                 matching = keys if top else keys[(keys >> (shift + DIGIT)) == prefix]
                 digits = (matching >> shift) & ((1 << DIGIT) - 1)
                 counts += torch.bincount(digits.to(torch.int64), minlength=1 << DIGIT).cpu().numpy()
+        counts = shards.sum(torch.from_numpy(counts)).numpy()
         upto = counts.cumsum()
         digit = int(np.searchsorted(upto, k))
         k -= int(upto[digit] - counts[digit])

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_sap.sharding import local, placed_like, reshard
+
 COMPILE_PREFIX = "_orig_mod."
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers on the CPU, sharing no storage with the live ones.
+    """Copies of all parameters and buffers on the CPU, sharded alike, sharing no storage with the live ones.
 
     Example:
         >>> from torch import nn
@@ -35,10 +37,17 @@ def restore_weights_(module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, tensor in live.items():
-            tensor.copy_(snapshot[name])
+            local(tensor).copy_(local(snapshot[name]))
+
+
+def place_weights(module: nn.Module, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A snapshot from a checkpoint on the CPU, each tensor sharded as the live one is; a collective where they are."""
+    live = _live(module)
+    return {name: placed_like(t, live[name]).to("cpu") if name in live else t for name, t in snapshot.items()}
 
 
 def _live(module: nn.Module) -> dict[str, Tensor]:
+    reshard(module)
     tensors: dict[str, Tensor] = {name: parameter for name, parameter in module.named_parameters()}
     tensors.update(module.named_buffers())
     return {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,7 +51,7 @@ def trainer(folder, **options):
         "accelerator": "cpu",
         "use_distributed_sampler": False,  # the same data on every rank: what one process alone sees
         "logger": CSVLogger(folder),
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in options.get("callbacks", ())),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,

@@ -23,6 +23,7 @@ from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Measure, Piece, Scope, Step, prune_step, summary, sums_of
 from lightning_sap.rewind import restore_weights_, take_weights
+from lightning_sap.sharding import reshard
 from lightning_sap.weights import PrunableWeight, Selection, parameter_names, prunable_weights
 
 
@@ -102,7 +103,7 @@ class PruningCallback(Callback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """For each prunable parameter a bool tensor, True where the weight survives; empty before the first fit."""
+        """By prunable parameter a bool tensor, sharded as it is, True where a weight survives; empty before any fit."""
         return self._state.masks.kept
 
     @property
@@ -148,6 +149,7 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what a checkpoint brought, or begin; then say what is going to happen."""
         assert self._schedules is not None
+        reshard(pl_module)
         if self._pending is None:
             self._begin(trainer)
         else:
@@ -184,7 +186,7 @@ class PruningCallback(Callback):
         for name, parameter in parameter_names(module).items():
             if name in state.masks.pruned and name not in self._weights and not parameter.requires_grad:
                 self._weights[name] = PrunableWeight(name, parameter)  # pruned once, and frozen again
-        state.masks = state.masks.like(self._live_weights())
+        state.place(module, self._live_weights())
         self._state = state
         self._schedules.load(packed["schedules"])
         if changed := self.options.changed_since(packed["options"]):
@@ -199,6 +201,7 @@ class PruningCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""
+        reshard(pl_module)
         self._state.masks.apply_(self._live_weights())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -276,10 +279,12 @@ class PruningCallback(Callback):
         live = parameter_names(module)
         found = {name: weight for name, weight in self._weights.items() if live.get(name) is weight.parameter}
         found |= prunable_weights(module, self.options.include, self.options.exclude)
-        return {name: found[name] for name in live if name in found}
+        weights = {name: found[name] for name in live if name in found}
+        checks.check_sharding(self.options, weights)
+        return weights
 
     def _live_weights(self) -> dict[str, Tensor]:
-        return {name: weight.parameter.data for name, weight in self._weights.items()}
+        return {name: weight.parameter.detach() for name, weight in self._weights.items()}
 
     def _measure(self, module: nn.Module, masks: MaskSet | None = None) -> Measure:
         """Indices of the weights as they are, under the masks given or in force."""
@@ -344,7 +349,7 @@ class PruningCallback(Callback):
         return checks.state_key(self.options.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on, as plain values and tensors; the masks take one bit per weight."""
+        """Everything a run needs to go on, as plain values and whole tensors; a collective under sharding."""
         schedules = [] if self._schedules is None else self._schedules.state()
         return {**self._state.pack(), "schedules": schedules, "options": self.options.plain()}
 

@@ -8,21 +8,32 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.weights import prunable_weights
+from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
+from lightning_sap.weights import PrunableWeight, prunable_weights
 
 STATE_PREFIX = "lightning_sap/"
-SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raise for strategies that shard the weights."""
+    """Raise for strategies whose way to shard the weights hides which is which."""
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
     for name in SHARDED:
         if name in kinds:
             raise ValueError(
-                f"The strategy {name} shards the weights, which pruning does not support yet; "
-                "use strategy='auto' or strategy='ddp'."
+                f"Pruning does not work with {name}, which flattens or splits the weights in its own way. {ALTERNATIVE}"
             )
+
+
+def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None:
+    """Raise for weights that are sharded in another way than by rows, and for units that are no rows."""
+    check_placements({name: weight.parameter for name, weight in weights.items()})
+    transposed = [n for n, weight in weights.items() if weight.transposed_groups and is_sharded(weight.parameter)]
+    if options.scope == "neuron" and transposed:
+        raise ValueError(
+            f"In scope 'neuron', the units of the transposed convolutions {transposed} are spread over the processes "
+            "that shard them. Use scope='layer' or 'global', leave them out with `exclude`, or use strategy='ddp'."
+        )
 
 
 def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) -> None:

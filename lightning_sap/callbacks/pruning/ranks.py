@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sap.functional.pqi import chunk_size
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Piece, Step
+from lightning_sap.sharding import is_sharded
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 
@@ -28,7 +29,7 @@ class Fingerprint(NamedTuple):
 
 
 def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
-    """Raise on every rank unless all ranks hold the same weights and masks; a collective where there are several.
+    """Raise on every rank unless all ranks hold the same weights and masks; a collective where they are replicated.
 
     Compared are the bits, from which the power sums follow: sums of the same bits may still differ in their last digit
     between devices of two kinds, and that is what the decision of rank 0 settles.
@@ -36,7 +37,7 @@ def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
     Raises:
         ValueError: If they differ; it names the parameters and the ranks.
     """
-    if not _several(trainer):
+    if not _replicated(trainer, (piece.weight for piece in pieces.values())):
         return
     mine = {name: _fingerprint(piece) for name, piece in pieces.items()}
     all_ranks: list[dict[str, Fingerprint]] = [{}] * trainer.world_size
@@ -51,8 +52,8 @@ def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
 
 
 def of_rank_zero(trainer: Trainer, step: Step, weights: Mapping[str, Tensor]) -> Step:
-    """The decision of rank 0, on every rank; a collective where there are several."""
-    if not _several(trainer):
+    """The decision of rank 0, on every rank; a collective where they are replicated."""
+    if not _replicated(trainer, weights.values()):
         return step
     before, masks, count = trainer.strategy.broadcast((step.before, step.masks.pack(), step.count))
     return Step(before, MaskSet.unpack(masks).like(weights), count)
@@ -76,8 +77,10 @@ def fingerprint(tensor: Tensor) -> int:
     return found % (1 << 64)
 
 
-def _several(trainer: Trainer) -> bool:
-    return trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
+    """Whether several ranks hold the same weights; with sharded ones there is but one decision, from all shards."""
+    several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and not any(map(is_sharded, weights))
 
 
 def _fingerprint(piece: Piece) -> Fingerprint:

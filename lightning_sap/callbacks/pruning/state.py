@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Measure
+from lightning_sap.rewind import place_weights
+from lightning_sap.sharding import whole
 
 
 @dataclass
@@ -41,9 +43,11 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Any]:
-        """As plain values and CPU tensors, one bit per weight for the masks."""
+        """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
+        first = self.first_weights
         return {
             **{key: value for key, value in vars(self).items() if key not in ("masks", "plan", "history")},
+            "first_weights": None if first is None else {name: whole(tensor) for name, tensor in first.items()},
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
             "history": [asdict(record) for record in self.history],
@@ -61,6 +65,16 @@ class RunState:
                 "history": History(RoundRecord(**record) for record in packed["history"]),
             }
         )
+
+    def place(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Put what :meth:`unpack` made where the live tensors are, sharded as they are.
+
+        Raises:
+            ValueError: If the masks do not belong to these weights.
+        """
+        self.masks = self.masks.like(weights)
+        if self.first_weights is not None:
+            self.first_weights = place_weights(module, self.first_weights)
 
     def prunings_left(self) -> int | None:
         """How many prunings are still to come; None if there is no end to them."""

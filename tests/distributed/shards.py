@@ -1,0 +1,225 @@
+"""What each rank does in `test_sharding.py`, and the same without sharding."""
+
+import torch
+from distributed.replicas import trainer
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sap import FixedFraction, PQIMonitor, SAPCallback, SparsityInformed
+from lightning_sap.pruner import Limits, Piece, prune_step
+from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
+
+RUNS = {
+    "neuron": {"scope": "neuron", "eta_r": 0.3},
+    "layer": {"scope": "layer", "rewind_weights": 1, "target_remaining": 0.3, "min_remaining": 0.1},
+    "global": {"scope": "global", "rewind_weights": "init"},
+}
+CLIPPED = {"gradient_clip_val": 0.05}  # by the norm of the gradients of the weights that survive
+RESUMED = {"scope": "global", "rewind_weights": "init", "eta_r": 0.3}
+
+
+class Net(LightningModule):
+    """Layers whose rows do not divide by two, one of a single row, and buffers."""
+
+    def __init__(self, sharded, network=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = network or nn.Sequential(
+            nn.Conv1d(3, 7, 3),
+            nn.BatchNorm1d(7),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(28, 9),
+            nn.ReLU(),
+            nn.Linear(9, 5),
+            nn.ReLU(),
+            nn.Linear(5, 1),
+        )
+        self.sharded, self.parts = sharded, ()
+
+    def configure_model(self):
+        if self.sharded and not isinstance(self.net, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for part in self.parts or (*self.net[4:7:2], self.net):
+                fully_shard(part, mesh=mesh)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def loss(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+
+class Enforced(Callback):
+    """Counts, after each step, the weights that should be zero and are not."""
+
+    def __init__(self, pruner):
+        self.pruner = pruner
+        self.alive, self.pruned = 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        parameters = dict(pl_module.named_parameters())
+        for name, mask in self.pruner.masks.items():
+            gone = ~whole(mask)
+            self.pruned += int(gone.sum())
+            self.alive += int(whole(parameters[name].detach())[gone].count_nonzero())
+
+
+def data():
+    """Two batches alike: a run that is resumed in mid-epoch starts with the first one again."""
+    torch.manual_seed(2)
+    return DataLoader(TensorDataset(torch.randn(8, 3, 6).repeat(2, 1, 1), torch.randn(8, 1).repeat(2, 1)), batch_size=8)
+
+
+def strategy(sharded, **options):
+    if not sharded:
+        return {"devices": 1, **options}
+    full = options.pop("full", False)
+    parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not full)
+    return {"devices": 2, "strategy": parallel, **options}
+
+
+def whole_state(module):
+    return {name: whole(tensor.detach()).clone() for name, tensor in module.state_dict().items()}
+
+
+def fit(folder, sharded, options, extra=(), ckpt_path=None, **of_trainer):
+    module = Net(sharded)
+    callback = SAPCallback(every_n_epochs=1, **options)
+    enforced, monitor = Enforced(callback), PQIMonitor()
+    run = trainer(
+        folder, callbacks=[callback, monitor, enforced, *extra], **strategy(sharded, max_epochs=4, **of_trainer)
+    )
+    run.fit(module, data(), data(), ckpt_path=ckpt_path)
+    assert all(isinstance(mask, DTensor) == sharded for mask in callback.masks.values())
+    return {
+        "masks": {name: whole(mask) for name, mask in callback.masks.items()},
+        "weights": whole_state(module),
+        "history": [(r.pqi, r.pqi_pruned, r.pruned, r.layers_pqi, r.layers_remaining) for r in callback.history],
+        "monitored": [(row["pqi"], row["layer_mean"], row["remaining"]) for row in monitor.rows()],
+        "remaining": callback.remaining,
+        "total": sum(mask.numel() for mask in callback.masks.values()),
+        "revived": enforced.alive,
+        "enforced": enforced.pruned,
+        "state": callback.state_dict(),
+    }
+
+
+def everything(rank, folder):
+    """One start of the processes for all that is to be seen."""
+    return {
+        "fits": {name: fit(folder, True, options) for name, options in RUNS.items()},
+        "clipped": fit(folder, True, RESUMED, **CLIPPED),
+        "decisions": decisions(),
+        "resumed": {full: resumed(folder / str(full), full) for full in (False, True)},
+        "again": again(folder),
+        "refusals": refusals(folder),
+    }
+
+
+def resumed(folder, full):
+    """The state in the file of a step in the midst of the second round; how the whole run ends, and a resumed one."""
+    keep = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    through = fit(folder, True, RESUMED, [keep], full=full)
+    ends = [
+        fit(folder, True, RESUMED, ckpt_path=folder / f"step={step}.ckpt", full=full)
+        for step in ((3,) if full else (3, 4))
+    ]
+    file = folder / "step=3.ckpt"
+    saved = torch.load(file if full else file / "meta.pt", weights_only=True)
+    saved = saved["callbacks"]["lightning_sap/sap"]
+    return {"through": through, "ends": ends, "saved": saved, "folder": str(folder)}
+
+
+def again(folder):
+    """A second fit of the same module keeps the masks."""
+    module, callback = Net(True), SAPCallback(rounds=1, every_n_epochs=1)
+    for _ in range(2):
+        run = trainer(folder, callbacks=[callback], **strategy(True, max_epochs=2))
+        run.fit(module, data(), data())
+    return [record.remaining for record in callback.history]
+
+
+def decisions():
+    """For many small cases, what is wrong with the decision on shards beside the one on whole weights."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2,))
+    return [fault for case in range(60) if (fault := fault_of_decision(case, mesh))]
+
+
+def fault_of_decision(case, mesh):
+    scope = ("neuron", "layer", "global")[case % 3]
+    policy = FixedFraction(0.4) if case % 2 else SparsityInformed(eta_r=0.2)
+    plain, sharded = {}, {}
+    for name in "abc"[: 1 + case % 4]:
+        shape = torch.randint(1, 8, (2 + case % 2,)).tolist()
+        # few magnitudes, and so ties on both sides of the cut and of the border between the processes
+        weight = (torch.randint(-3, 4, shape) / 4).to(torch.bfloat16 if case % 5 else torch.float32)
+        pruned = (torch.rand(shape) < 0.2) if case % 7 else None
+        plain[name] = Piece(weight, pruned)
+        placed = distribute_tensor(weight, mesh, [Shard(0)])
+        sharded[name] = Piece(placed, None if pruned is None else placed_like(pruned, placed))
+    floors = {name: int(piece.weight.numel() * (case % 4) / 5) for name, piece in plain.items()}
+    most = int(torch.randint(0, 60, ()))
+    limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)
+    one, many = (prune_step(p, policy=policy, scope=scope, round=1, limits=limits) for p in (plain, sharded))
+    same = all(torch.equal(whole(many.masks.pruned[name]), mask) for name, mask in one.masks.pruned.items())
+    if not same or one.count != many.count or one.before.survivors != many.before.survivors:
+        return f"case {case}: {one} {many}"
+    return None
+
+
+def refusals(folder):
+    """Messages by case."""
+    mesh, square = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    weight = torch.zeros(4, 4)
+    rows = distribute_tensor(weight, mesh, [Shard(0)])
+    placed = {
+        "columns": {"w": distribute_tensor(weight, mesh, [Shard(1)])},
+        "replicated": {"w": distribute_tensor(weight, mesh, [Replicate()])},
+        "hybrid": {"w": distribute_tensor(weight, square, [Replicate(), Shard(0)])},
+        "mixed": {"w": rows, "v": weight},
+        "rows": {"w": rows, "v": shard_like(torch.zeros(2, 4), rows)},
+    }
+    fitted = {
+        "transposed": SAPCallback(scope="neuron", every_n_epochs=1),
+        "partly sharded": SAPCallback(every_n_epochs=1),
+        "gini": PQIMonitor(gini=True),
+    }
+    found = {case: message(check_placements, weights) for case, weights in placed.items()}
+    for case, callback in fitted.items():
+        found[case] = message(refused_fit, folder, case, callback)
+    return found
+
+
+def refused_fit(folder, case, callback):
+    first = nn.ConvTranspose1d(3, 7, 3) if case == "transposed" else nn.Conv1d(3, 7, 5)
+    module = Net(True, nn.Sequential(first, nn.Flatten(), nn.LazyLinear(5), nn.Linear(5, 1)))
+    module(torch.zeros(1, 3, 6))
+    if case == "partly sharded":
+        module.parts = [module.net[2]]
+    trainer(folder, callbacks=[callback], **strategy(True)).fit(module, data(), data())
+
+
+def message(function, *arguments):
+    try:
+        function(*arguments)
+    except ValueError as error:
+        return str(error)
+    return None
