@@ -98,7 +98,7 @@ class TestNoise:
 
         assert misled() <= 10
         monkeypatch.setattr(phases, "SCATTERS", 0)
-        assert misled() >= 80
+        assert misled() >= 70
 
     @pytest.mark.parametrize("seed", range(20))
     def test_the_phases_are_seen_through_noise(self, seed):
@@ -176,12 +176,11 @@ class TestExhaustion:
         layers = [{"a": (0.1, 1000), "b": (index, 4)} for index in (0.2, 0.05, 0.002, 0.002)]
         assert set(feed(PhaseDetector(), [0.1] * 4, layers=layers)) == {"regularization"}
 
-    def test_not_where_the_others_compress(self):
-        layers = [{"a": (2 * index, 1000), "b": (1e-4, 100)} for index in FALLING + RISING]
-        layers[0]["b"] = (0.1, 100)
-        assert feed(PhaseDetector(spare=1e-9), [0.1] * 11, layers=layers)[-1] == "compression"
-        late = [now | {"b": (1e-4 if t > 9 else 0.1, 100)} for t, now in enumerate(layers)]
-        assert feed(PhaseDetector(rise=0.05), [0.1] * 11, layers=late)[-1] == "compression"
+    def test_not_once_the_network_compresses(self):
+        """There the second turn is the witness: a layer may run dry while the others work."""
+        curve = [*FALLING, *RISING, 0.13, 0.14, 0.15]
+        layers = [{"a": (index, 1000), "b": (0.012 if t < 9 else 1e-4, 100)} for t, index in enumerate(curve)]
+        assert feed(PhaseDetector(), [0.1] * 14, layers=layers)[-5:] == ["compression"] * 5
 
     def test_not_while_the_metric_is_near_its_best(self):
         layers = [{"a": (0.1, 1000), "b": (index, 10)} for index in (0.2, 0.05, 0.002, 0.002, 0.002)]
