@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import common
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits  # the demo itself, with its options
@@ -27,6 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds = 1 if arguments.quick else arguments.seeds
     digits.EPOCHS = 12 if arguments.quick else digits.EPOCHS
+    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     rows = []
