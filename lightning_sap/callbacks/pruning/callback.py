@@ -151,7 +151,7 @@ class PruningCallback(Callback):
         assert self._schedules is not None
         reshard(pl_module)
         if self._pending is None:
-            self._begin(trainer)
+            self._begin(trainer, pl_module)
         else:
             self._resume(pl_module, self._pending)
             self._pending = None
@@ -164,28 +164,29 @@ class PruningCallback(Callback):
             state.index_after = self._measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, state, schedules))
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Start the rounds, under the masks of an earlier fit where they belong to this module."""
-        options, weights, masks = self.options, self._live_weights(), self._state.masks
+        options, masks, found = self.options, self._state.masks, dict(self._weights)
         plan = RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             plan = plan_rounds(trainer.max_epochs, options.rounds, options.every_n_epochs, trainer.current_epoch)
             checks.check_plan(options, plan)
         if plan.rounds != 0:
             neighbours.check_averaging(trainer)
-        if masks.is_dense or not masks.holds_for(weights):
+        self._take_in_frozen(module, masks)
+        if masks.is_dense or not masks.holds_for(self._live_weights()):
             if not masks.is_dense:
                 rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
-            masks = MaskSet.from_zeros(weights) if options.keep_zeros else MaskSet.dense(weights)
+            self._weights = found
+            masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self._live_weights())
+        weights = self._live_weights()
         self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
 
     def _resume(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands."""
         assert self._schedules is not None
         state = RunState.unpack(packed)
-        for name, parameter in parameter_names(module).items():
-            if name in state.masks.pruned and name not in self._weights and not parameter.requires_grad:
-                self._weights[name] = PrunableWeight(name, parameter)  # pruned once, and frozen again
+        self._take_in_frozen(module, state.masks)
         state.place(module, self._live_weights())
         self._state = state
         self._schedules.load(packed["schedules"])
@@ -282,6 +283,12 @@ class PruningCallback(Callback):
         weights = {name: found[name] for name in live if name in found}
         checks.check_sharding(self.options, weights)
         return weights
+
+    def _take_in_frozen(self, module: nn.Module, masks: MaskSet) -> None:
+        """Add what was pruned once and is frozen now: its masks hold all the same."""
+        for name, parameter in parameter_names(module).items():
+            if name in masks.pruned and name not in self._weights and not parameter.requires_grad:
+                self._weights[name] = PrunableWeight(name, parameter)
 
     def _live_weights(self) -> dict[str, Tensor]:
         return {name: weight.parameter.detach() for name, weight in self._weights.items()}

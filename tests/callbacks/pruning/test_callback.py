@@ -518,6 +518,24 @@ class TestSecondFit:
         assert survivors(pruner) == {"net.3.weight": 3}
         assert same(first.state_dict(), before)
 
+    def test_the_same_module_with_a_layer_frozen_in_between_keeps_its_masks(self):
+        module, pruner = Net(), PruningCallback(FixedFraction(0.5), rounds=1)
+        fit(module, pruner)
+        before = pruner.masks["net.0.weight"]
+        module.net[0].requires_grad_(False)
+        fit(module, pruner)
+        assert before.sum() == 24
+        assert not pruner.masks["net.0.weight"][~before].any()
+        assert not module.net[0].weight[~before].any()
+
+    def test_another_module_with_a_layer_frozen_starts_afresh_without_it(self):
+        pruner, other = PruningCallback(FixedFraction(0.5), rounds=1), Net()
+        fit(Net(), pruner)
+        other.net[0].requires_grad_(False)
+        with pytest.warns(UserWarning, match="starting afresh"):
+            fit(other, pruner)
+        assert survivors(pruner) == {"net.3.weight": 12}
+
     def test_the_same_module_with_a_layer_unfrozen_in_between_keeps_its_masks(self):
         module, pruner = Net(), half()
         module.net[0].requires_grad_(False)
@@ -770,6 +788,6 @@ def test_a_target_counts_the_weights_that_joined():
     module = Net()
     module.net[0].requires_grad_(False)
     pruner = PruningCallback(FixedFraction(0.1), rounds=3, target_remaining=0.25)
-    join = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch >= 1))
+    join = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch >= 2))
     fit(module, pruner, join)
     assert sum(survivors(pruner).values()) == round(0.25 * N)
