@@ -2,8 +2,7 @@
 
 `python benchmarks/phase_halves.py --curves FILE` chooses the parameters on one half of measured pruning runs and scores
 them on the other: random halves, both ways, and halves by what the runs have in common (architecture, policy, …). It
-also moves each parameter alone, and adds noise. It prints Markdown tables and writes them to
-`benchmarks/results/phase_halves.md`; one core needs a few minutes.
+also moves each parameter alone, and adds noise. One core needs a minute or two.
 
 FILE is a JSON list of runs: `{"arch": …, "scope": …, "policy": …, "rewind": …, "rounds": [{"val_acc": …, "val_loss": …,
 "pqi": …, "layers": {name: [index, surviving weights, weights]}}, …]}`.
@@ -22,17 +21,17 @@ import random
 import statistics
 from pathlib import Path
 
+from common import publish, table
+
 from lightning_sap.phases import PhaseDetector
 
-DEFAULTS = {"rise": 0.25, "fall": 0.3, "patience": 2, "spare": 0.03}
 GRID = {
     "rise": [0.15, 0.2, 0.25, 0.3, 0.4],
     "fall": [0.2, 0.25, 0.3, 0.35, 0.4],
     "patience": [1, 2, 3],
     "spare": [0.01, 0.02, 0.03, 0.05, 0.1],
 }
-ALONE = {**GRID, "floor": [0.003, 0.01, 0.02, 0.03], "metric_change": [0.05, 0.1, 0.2, 0.3, 0.4]}
-RESULTS = Path(__file__).with_name("results") / "phase_halves.md"
+ALONE = {**GRID, "floor": [0.003, 0.01, 0.02, 0.03], "metric_change": [0.05, 0.1, 0.3, 0.4]}
 
 
 def main():
@@ -42,26 +41,26 @@ def main():
     )
     parser.add_argument("--chance", type=float, default=0.1, help="accuracy of a guess, default 0.1")
     parser.add_argument("--splits", type=int, default=5, help="random halvings, default 5")
+    parser.add_argument("--quick", action="store_true", help="every eighth run, one halving, nothing kept")
     args = parser.parse_args()
     if not args.curves.is_file():
         parser.error(f"no such file: {args.curves}; the measured runs are not part of the project, see the docstring")
-    runs = json.loads(args.curves.read_text())
+    runs = json.loads(args.curves.read_text(encoding="utf-8"))[:: 8 if args.quick else 1]
     for run in runs:
         run["degraded"], run["collapsed"] = ground_truth(run["rounds"], args.chance)
         run["turn"] = turns(run["rounds"])
-    report = "\n\n".join(
-        [
-            f"# Parameters of `PhaseDetector`, chosen and scored on different runs\n\n{len(runs)} runs, "
-            f"{sum(run['collapsed'] is not None for run in runs)} of which collapse. A score reads: collapsed runs "
-            "caught / all, false stops, median delay in rounds.",
-            halves(runs, args.splits),
-            alone(runs),
-            disturbed(runs),
-        ]
-    )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(report + "\n")
-    print(report)
+    collapsed = sum(run["collapsed"] is not None for run in runs)
+    report = [
+        "# Parameters of `PhaseDetector`, chosen and scored on different runs",
+        f"{len(runs)} runs, {collapsed} of which collapse. A score of collapse reads: collapsed runs caught / all, "
+        "false stops, median delay in rounds; one of turns: turns found / all, flags without one, median accuracy lost "
+        "at the round from which they date. A parameter that is not named has its default.",
+        halves(runs, 1 if args.quick else args.splits, "Collapse", GRID, stops),
+        halves(runs, 1 if args.quick else args.splits, "Turns", {"rise": GRID["rise"], "patience": [1, 2, 3]}, flags),
+        alone(runs),
+        disturbed(runs),
+    ]
+    publish("phase_halves", "\n\n".join(report), keep=not args.quick)
 
 
 # -- what is true of a run --------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def verdicts(run, metric=None, **options):
 
 
 def stops(runs, found):
-    """Collapsed runs caught, all collapsed runs, false stops, delays."""
+    """Cost of what is said of collapse (errors, then delay), and the score in words."""
     caught = false = 0
     delays = []
     for run, (stop, _, _) in zip(runs, found, strict=True):
@@ -112,110 +111,89 @@ def stops(runs, found):
         elif stop is not None and run["collapsed"] is not None:
             caught += 1
             delays.append(max(0, stop - run["collapsed"]))
-    return caught, sum(run["collapsed"] is not None for run in runs), false, delays
+    collapsed = sum(run["collapsed"] is not None for run in runs)
+    median = f"{statistics.median(delays):g}" if delays else "–"
+    return (collapsed - caught + false, sum(delays)), f"{caught}/{collapsed}, {false}, {median}"
 
 
-def in_words(score):
-    caught, collapsed, false, delays = score
-    return f"{caught}/{collapsed}, {false}, {statistics.median(delays) if delays else '–'}"
-
-
-def turns_in_words(runs, found):
-    """Turns found / all, flags without a turn, median accuracy lost at the round from which the turn dates."""
-    lost = []
+def flags(runs, found):
+    """Cost of what is said of compression (errors, then accuracy lost), and the score in words."""
+    lost, without = [], 0
     for run, (_, flag, since) in zip(runs, found, strict=True):
-        if run["turn"] and flag is not None:
+        if flag is not None and run["turn"]:
             accuracy = [r["val_acc"] for r in run["rounds"]]
             lost.append(max(accuracy[: flag + 1]) - accuracy[since])
-    without = sum(not run["turn"] and flag is not None for run, (_, flag, _) in zip(runs, found, strict=True))
-    median = f"{statistics.median(lost):.4f}" if lost else "–"
-    return f"{len(lost)}/{sum(run['turn'] for run in runs)}, {without}, {median}"
+        without += flag is not None and not run["turn"]
+    with_turn = sum(run["turn"] for run in runs)
+    median = statistics.median(lost) if lost else math.nan
+    return (with_turn - len(lost) + without, median), f"{len(lost)}/{with_turn}, {without}, {median:.4f}"
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def halves(runs, splits):
-    """Chosen: fewest false stops and misses, then least delay, then nearest to the middle of the grid."""
-    candidates = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
-    candidates.sort(key=off_middle)
+def halves(runs, splits, what, grid, judge):
+    """Of the parameters that cost least on the chosen part, those nearest to the middle of the grid are scored."""
+    candidates = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    candidates.sort(key=lambda c: sum(abs(grid[key].index(value) - len(grid[key]) // 2) for key, value in c.items()))
     found = [[verdicts(run, **options) for run in runs] for options in candidates]
-    default = [verdicts(run, **DEFAULTS) for run in runs]
+    default = [verdicts(run) for run in runs]
+
+    def score(said, part):
+        return judge([runs[i] for i in part], [said[i] for i in part])
 
     def row(name, chosen_on, scored_on):
-        def score(verdict, part):
-            return stops([runs[i] for i in part], [verdict[i] for i in part])
+        best = min(range(len(candidates)), key=lambda c: score(found[c], chosen_on)[0])
+        options = ", ".join(f"{key} {value:g}" for key, value in candidates[best].items())
+        scored = ((found[best], chosen_on), (found[best], scored_on), (default, scored_on))
+        return [name, options, *(score(said, part)[1] for said, part in scored)]
 
-        best = min(range(len(candidates)), key=lambda c: cost(score(found[c], chosen_on)))
-        cells = [
-            in_words(score(verdict, part)) for verdict, part in cells_of(found[best], default, chosen_on, scored_on)
-        ]
-        return [name, ", ".join(f"{key} {value:g}" for key, value in candidates[best].items()), *cells]
-
-    def cells_of(chosen, default, chosen_on, scored_on):
-        return (chosen, chosen_on), (chosen, scored_on), (default, scored_on)
-
-    everything = range(len(runs))
+    everything = set(range(len(runs)))
     rows = []
     for split in range(splits):
-        half = set(random.Random(split).sample(everything, len(runs) // 2))
-        for name, part in ((f"random {split}", half), (f"random {split}, turned round", set(everything) - half)):
-            rows.append(row(name, sorted(part), [i for i in everything if i not in part]))
+        half = set(random.Random(split).sample(sorted(everything), len(runs) // 2))
+        rows.append(row(f"random half {split}", sorted(half), sorted(everything - half)))
+        rows.append(row(f"its other half {split}", sorted(everything - half), sorted(half)))
     for key in ("arch", "scope", "policy", "rewind"):
         for value in dict.fromkeys(run.get(key) for run in runs):
-            part = [i for i in everything if runs[i].get(key) == value]
-            rows.append(row(f"all but {key} {value}", [i for i in everything if i not in part], part))
+            part = {i for i in everything if runs[i].get(key) == value}
+            if part != everything:
+                rows.append(row(f"all but {key} {value}", sorted(everything - part), sorted(part)))
     head = ["chosen on", "parameters chosen", "score there", "score on the others", "defaults on the others"]
-    return "## Chosen on one part, scored on the other\n\n" + table(head, rows)
-
-
-def cost(score):
-    caught, collapsed, false, delays = score
-    return collapsed - caught + false, sum(delays)
-
-
-def off_middle(options):
-    return sum(abs(GRID[key].index(value) - len(GRID[key]) // 2) for key, value in options.items())
+    return f"## {what}: chosen on one part of the runs, scored on the others\n\n" + table(head, rows)
 
 
 def alone(runs):
     rows = []
     for key, values in ALONE.items():
         for value in values:
-            by_index = [verdicts(run, **{key: value}) for run in runs]
-            scores = [in_words(stops(runs, by_index)), turns_in_words(runs, by_index)]
-            scores += [in_words(stops(runs, [verdicts(run, "val_acc", **{key: value}) for run in runs]))]
-            rows.append([f"{key} {value:g}", scores[0], scores[2], scores[1]])
-    head = [
-        "parameter",
-        "collapse by the index",
-        "by index and accuracy",
-        "turns (found / all, without one, accuracy lost)",
-    ]
+            found = [verdicts(run, **{key: value}) for run in runs]
+            beside = [verdicts(run, "val_acc", **{key: value}) for run in runs]
+            name = f"{key} {value:g}" + " (default)" * (value == getattr(PhaseDetector(), key))
+            rows.append([name, stops(runs, found)[1], stops(runs, beside)[1], flags(runs, found)[1]])
+    head = ["parameter", "collapse by the index", "by index and accuracy", "turns"]
     return "## One parameter moved, the others at their defaults\n\n" + table(head, rows)
 
 
 def disturbed(runs):
     """Noise is put on the index of every layer anew in every round; what is true of a run stays as measured."""
-    rows = []
-    for sigma in (0.0, 0.05, 0.1, 0.2):
-        copies = [noisy(run, sigma, seed) for seed, run in enumerate(runs)]
-        found = [verdicts(run) for run in copies]
-        rows.append([f"noise of {sigma:.0%}", in_words(stops(runs, found)), turns_in_words(runs, found)])
+    changed = {"as measured": runs}
+    for sigma in (0.05, 0.1, 0.2):
+        changed[f"noise of {sigma:.0%}"] = [noisy(run, sigma, seed) for seed, run in enumerate(runs)]
     for scale in (0.5, 2.0):
-        found = [verdicts(scaled(run, scale)) for run in runs]
-        rows.append([f"indices times {scale:g}", in_words(stops(runs, found)), turns_in_words(runs, found)])
-    head = ["change", "collapse by the index", "turns (found / all, without one, accuracy lost)"]
-    return "## Defaults, with noise and scale on the indices\n\n" + table(head, rows)
+        changed[f"indices times {scale:g}"] = [with_indices(run, lambda index, c=scale: c * index) for run in runs]
+    rows = []
+    for name, copies in changed.items():
+        found = [verdicts(run) for run in copies]
+        beside = [verdicts(run, "val_acc") for run in copies]
+        rows.append([name, stops(runs, found)[1], stops(runs, beside)[1], flags(runs, found)[1]])
+    head = ["change", "collapse by the index", "by index and accuracy", "turns"]
+    return "## Defaults, with noise and scale on the indices of the layers\n\n" + table(head, rows)
 
 
 def noisy(run, sigma, seed):
     generator = random.Random(seed)
     return with_indices(run, lambda index: index * math.exp(generator.gauss(0, sigma)))
-
-
-def scaled(run, scale):
-    return with_indices(run, lambda index: index * scale)
 
 
 def with_indices(run, change):
@@ -224,11 +202,6 @@ def with_indices(run, change):
         layers = {name: (change(index), left, size) for name, (index, left, size) in r["layers"].items()}
         rounds.append({**r, "layers": layers})
     return {**run, "rounds": rounds}
-
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":

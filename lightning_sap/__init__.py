@@ -11,6 +11,7 @@ The flow, from the inside out::
     pruner.py              one step in one sentence: measure, decide, pick, mask
     rewind/                snapshots and restores: weights, schedules, optimizer state
     history.py             the rounds so far
+    phases.py              where the network stands: regularization, compression, collapse
     metric.py              PQIndex as a torchmetrics Metric
     callbacks/pruning.py   WHEN and WHO: rounds, schedules, checkpoint state, logging
     callbacks/monitor.py   watches and logs
@@ -23,6 +24,7 @@ from lightning_sap.functional.amount import FixedFraction, Policy, SparsityInfor
 from lightning_sap.functional.pqi import gini_index, pq_index
 from lightning_sap.history import History, RoundRecord
 from lightning_sap.metric import PQIndex
+from lightning_sap.phases import Phase, PhaseDetector
 from lightning_sap.pruner import prune_masks
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ __all__ = [
     "History",
     "PQIMonitor",
     "PQIndex",
+    "Phase",
+    "PhaseDetector",
     "Policy",
     "PruningCallback",
     "RoundRecord",

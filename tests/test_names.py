@@ -54,6 +54,8 @@ class TestPublicNames:
             "History",
             "PQIMonitor",
             "PQIndex",
+            "Phase",
+            "PhaseDetector",
             "Policy",
             "PruningCallback",
             "RoundRecord",
