@@ -156,13 +156,19 @@ class PruningCallback(Callback):
             self._resume(pl_module, self._pending)
             self._pending = None
         state = self._state
-        schedules = self._schedules.choose(trainer, pl_module, state.plan, self.options.lr_schedule)
+        wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
+        schedules = self._schedules.choose(trainer, pl_module, state.plan, wanted)
         state.masks.apply_(self._live_weights())
         self._remove_hooks()
         self._hooks = [optimizer.register_step_post_hook(self._enforce) for optimizer in trainer.optimizers]
         if state.index_after is None:
             state.index_after = self._measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, state, schedules))
+
+    def _leads(self, trainer: Trainer) -> bool:
+        """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""
+        others = [c for c in trainer.callbacks if isinstance(c, PruningCallback)]  # type: ignore[attr-defined]
+        return next((c for c in others if c.options.rounds != 0), self) is self
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Start the rounds, under the masks of an earlier fit where they belong to this module."""

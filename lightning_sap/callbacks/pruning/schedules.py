@@ -46,7 +46,8 @@ class Schedules:
                 replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
             else:
                 replay.choose(wanted, _ticks(trainer, plan, config.interval, frequency), _stepper(module))
-                config.frequency = NEVER if self._replayed(config, replay) else frequency
+                if self._replayed(config, replay):
+                    config.frequency = NEVER
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
         return lines
 

@@ -427,6 +427,29 @@ class TestKeep:
         assert trace != fit(Recording(plateau), pruning(lr_schedule, every_n_epochs=4), max_epochs=12)
 
 
+class TwoLayers(Recording):
+    def __init__(self, schedule, **config):
+        super().__init__(schedule, **config)
+        self.other = nn.Linear(3, 3)
+
+    def training_step(self, batch, batch_idx):
+        return self.other(self.layer(batch)).square().mean()
+
+
+class TestSeveralCallbacks:
+    @pytest.mark.parametrize("interval", ["step", "epoch"])
+    def test_the_schedule_follows_the_first_that_prunes(self, interval):
+        def schedule(optimizer):
+            return CosineAnnealingLR(optimizer, 3 * E * (BATCHES if interval == "step" else 1))
+
+        alone = fit(TwoLayers(schedule, interval=interval), pruning("squeeze", include="layer.weight"))
+        holding = pruning("squeeze", rounds=0, every_n_epochs=None, include="other.weight", name="holding")
+        second = pruning("restart", rounds=1, every_n_epochs=4, include="other.weight", name="second")
+        first = [pruning("squeeze", include="layer.weight") for _ in range(2)]
+        assert fit(TwoLayers(schedule, interval=interval), first[0], second) == alone
+        assert fit(TwoLayers(schedule, interval=interval), holding, first[1]) == alone
+
+
 def plateau(optimizer):
     return ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
 
