@@ -1,0 +1,164 @@
+"""Models of every kind, in every precision and engine: pruned, masked, and loadable without this package."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torchvision
+from helpers import Net, all_masked_are_zero, copied, fit, survivors
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader
+
+from lightning_sap import FixedFraction, PruningCallback
+
+
+class Sequences(nn.Module):
+    """Tokens in, the last state out, through an LSTM; its head is tied with the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.lstm = nn.LSTM(4, 4, num_layers=2)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.lstm(self.embedding(x))[0])
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer beside a low-rank adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 6).requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.lora_b(self.lora_a(x))
+
+
+def images(size):
+    return torch.randn(4, 3, size, size)
+
+
+def with_a_head(network):
+    """Torchvision's vision transformers start from a head of zeros, of which an amount has nothing to choose from."""
+    nn.init.normal_(network.heads.head.weight)
+    return network
+
+
+def vit():
+    return with_a_head(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5))
+
+
+# name -> the network, its input, and how many of its parameters are prunable
+MODELS = {
+    "LSTM with a tied embedding": (Sequences, lambda: torch.randint(7, (3, 5)), 5),
+    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.randn(4, 3, 8), 4),
+    "adapter beside a frozen layer": (Adapted, lambda: torch.randn(4, 6), 2),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Linear(4, 2)),
+        lambda: torch.randn(4, 6),
+        2,
+    ),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), lambda: images(32), 21),
+    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), lambda: images(32), 54),
+    "vision transformer": (vit, lambda: images(32), 10),
+}
+
+
+class Runs(Net):
+    """Any network, on one batch a step."""
+
+    def loss(self, batch):
+        return self.net(batch[0]).float().square().mean()
+
+
+def train(network, batch, *callbacks, optimizer=None, **options):
+    module = Runs(network, optimizer or (lambda p: SGD([q for q in p if q.requires_grad], lr=0.01, momentum=0.9)))
+    data = DataLoader([(batch,)] * 2, batch_size=None)
+    return module, fit(module, *callbacks, train=data, max_epochs=3, **options)
+
+
+def half(**options):
+    return PruningCallback(FixedFraction(0.5), rounds=2, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    build, batch, prunable = MODELS[name]
+    pruner, network = half(rewind_weights="init"), build()
+    module, trainer = train(network, batch(), pruner)
+    assert len(pruner.masks) == prunable
+    assert all_masked_are_zero(trainer, module)
+    sizes = {key: mask.numel() for key, mask in pruner.masks.items()}
+    assert survivors(pruner) == {key: n - n // 2 - (n - n // 2) // 2 for key, n in sizes.items()}
+    plain = build()
+    plain.load_state_dict(copied(network.state_dict()), strict=True)
+    plain.eval(), network.eval()
+    x = batch()
+    assert torch.equal(plain(x), network(x))
+
+
+@pytest.mark.slow
+def test_vit_b_16():
+    pruner = half(scope="global")
+    module, trainer = train(with_a_head(torchvision.models.vit_b_16(num_classes=5)), images(224)[:1], pruner)
+    assert all_masked_are_zero(trainer, module)
+    n = sum(mask.numel() for mask in pruner.masks.values())
+    assert sum(survivors(pruner).values()) == n - n // 2 - (n - n // 2) // 2
+
+
+@pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision, scope):
+    pruner = half(scope=scope)
+    x = torch.randn(4, 6).to({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
+    module, trainer = train(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), x, pruner, precision=precision)
+    assert all_masked_are_zero(trainer, module)
+    rows = {"net.0.weight": 8 * 2, "net.2.weight": 2 * 2}  # of 6 weights 3 and then 1 go, of 8 weights 4 and 2
+    layers = {"net.0.weight": 12, "net.2.weight": 4}
+    assert (
+        sum(survivors(pruner).values()) == 16
+        if scope == "global"
+        else survivors(pruner) == (rows if scope == "neuron" else layers)
+    )
+    assert 0 < pruner.history[-1].pqi < 1
+
+
+@pytest.mark.gpu
+def test_16_mixed_on_a_gpu():
+    pruner = half()
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    module, trainer = train(network, torch.randn(4, 6), pruner, precision="16-mixed", accelerator="gpu")
+    assert all_masked_are_zero(trainer, module)
+    assert sum(survivors(pruner).values()) == 16
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_optimizer_implementations(kind, options):
+    pruner = half()
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    module, trainer = train(network, torch.randn(4, 6), pruner, optimizer=lambda p: kind(p, lr=0.01, **options))
+    assert all_masked_are_zero(trainer, module)
+    assert sum(survivors(pruner).values()) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_round_makes_torch_compile_start_again(whole):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    if whole:
+        compiled = torch.compile(network, backend=counter)
+    else:
+        compiled = network
+        network[0].compile(backend=counter)
+    pruner = half(rewind_weights="init")
+    module, trainer = train(compiled, torch.randn(4, 6), pruner)
+    assert counter.frame_count == 1
+    assert all_masked_are_zero(trainer, module)
+    assert sum(survivors(pruner).values()) == 16
