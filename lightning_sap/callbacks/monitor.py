@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
@@ -90,8 +90,8 @@ class PQIMonitor(Callback):
             raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
         if trainer.current_epoch == 0:
             self._rows = []
-        for logger in _tensorboards(trainer):
-            logger.experiment.add_custom_scalars(self._layout(trainer, pl_module))
+        for writer in _tensorboards(trainer):
+            writer.add_custom_scalars(self._layout(trainer, pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
@@ -119,8 +119,8 @@ class PQIMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
         if self._rows and importlib.util.find_spec("matplotlib") is not None:
-            for logger in _tensorboards(trainer):
-                logger.experiment.add_figure(f"{self.name}/rounds", self.plot(), global_step=trainer.global_step)
+            for writer in _tensorboards(trainer):
+                writer.add_figure(f"{self.name}/rounds", self.plot(), global_step=trainer.global_step)
 
     def _finish_row(self, trainer: Trainer) -> None:
         """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
@@ -236,8 +236,10 @@ def _pruners(trainer: Trainer) -> list[MonitoredPruner]:
     return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _tensorboards(trainer: Trainer) -> list[SummaryWriter]:
+    """What writes to TensorBoard in this process, whichever logger has it."""
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [experiment for experiment in experiments if isinstance(experiment, SummaryWriter)]
 
 
 def _gini(pieces: dict[str, Piece]) -> Tensor:
