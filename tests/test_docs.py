@@ -65,3 +65,10 @@ def test_every_fence_is_found():
     for page in PAGES:
         fences = re.findall(r"^\s*```\s*python", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(fences) == len(list(blocks(page))), page.name
+
+
+def test_the_tests_named_in_the_compatibility_table_exist():
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)` \|$", page, re.MULTILINE))
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []
