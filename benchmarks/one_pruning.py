@@ -1,6 +1,6 @@
-"""One pruning, from weights to masks: its time and its memory, beside PyTorch's own ways to the same number of weights.
+"""One pruning, from weights to masks: its time and its memory, beside PyTorch's ways to as many weights.
 
-``python benchmarks/one_pruning.py`` takes some minutes; ``--quick`` takes ResNet-18 and two repeats, and keeps no result.
+``python benchmarks/one_pruning.py`` takes some minutes; ``--quick`` takes ResNet-18 and two repeats, and keeps nothing.
 """
 
 import argparse
@@ -35,7 +35,7 @@ and returns new masks; the others are told how many weights we pruned, and only 
 """
 CLOCK = {"cpu": "CPU time of the process", "cuda": "wall time up to the end of the device's work"}
 MEMORY = {
-    "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned (Linux)",
+    "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned",
     "cuda": "in a fresh process, `torch.cuda.max_memory_allocated` after it less `memory_allocated` before it",
 }
 
@@ -50,6 +50,7 @@ class Transformer(nn.Module):
 
 
 MODELS = {
+    "mlp": lambda: nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)),
     "resnet18": torchvision.models.resnet18,
     "resnet50": torchvision.models.resnet50,
     "vit_b_16": torchvision.models.vit_b_16,
@@ -144,7 +145,7 @@ def peak(model, device, key, results):
     """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
     module = build(model, device)
     counts = counts_of(module, key[0])
-    CONTENDERS[key](nn.Linear(8, 8, device=device), [1])  # what is loaded at the first call is no cost of a pruning
+    CONTENDERS[key](nn.Linear(256, 256, device=device), [1])  # what the first call of all loads is no cost of a pruning
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -184,7 +185,7 @@ def rows_of(model, device, repeats):
         median, own = statistics.median(seconds), statistics.median(taken[scope, "ours"])
         extra = in_a_fresh_process(peak, model, device, (scope, name))
         yield (
-            f"{model} ({size / 4e6:.1f} M)", scope, name,
+            f"{model} ({size / 4e6:.3g} M)", scope, name,
             f"{1e3 * median:.0f} ms ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})",
             f"{median / reading:.0f}×", f"{median / own:.1f}×", "–" if extra is None else f"{extra / size:.2f}",
         )  # fmt: skip
@@ -193,15 +194,12 @@ def rows_of(model, device, repeats):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", default="resnet18,resnet50,vit_b_16", help=f"any of {','.join(MODELS)}")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--models", help=f"some of {','.join(MODELS)}; default: resnet18,resnet50,vit_b_16")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    models, repeats = arguments.models.split(","), arguments.repeats
-    if arguments.quick:
-        models, repeats = ["resnet18"], 2
-    device = arguments.device
-    rows = [row for model in models for row in rows_of(model, device, repeats)]
+    models = arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50,vit_b_16")
+    device, repeats = arguments.device, 2 if arguments.quick else 7
+    rows = [row for model in models.split(",") for row in rows_of(model, device, repeats)]
     head = ("model", "scope", "what", "time", "of reading", "of ours", "memory")
     notes = NOTES.format(clock=CLOCK[device], memory=MEMORY[device], repeats=repeats)
     common.publish(f"one_pruning_{device}", f"{notes}\n{common.table(head, rows)}", keep=not arguments.quick)

@@ -1,4 +1,4 @@
-"""Every benchmark runs, in its quick form."""
+"""The benchmark behind the numbers of the README runs, in its quick form."""
 
 import subprocess
 import sys
