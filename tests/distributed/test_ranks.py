@@ -5,6 +5,8 @@ from launch import run_ranks
 
 from lightning_sap.callbacks.pruning.ranks import fingerprint
 
+pytestmark = pytest.mark.slow
+
 SCOPES = ("neuron", "layer", "global")
 
 

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_sap.callbacks.pruning.checks import check_strategy
 from lightning_sap.sharding import ALONE, check_placements, is_sharded, placed_like, whole
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

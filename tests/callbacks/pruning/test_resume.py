@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sap import PQIMonitor, SAPCallback
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS = 6, 18  # two prunings in three rounds of two epochs, three batches each
 
 
