@@ -9,8 +9,6 @@ import warnings
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -66,14 +64,11 @@ def main() -> None:
     sap = SAPCallback(**OPTIONS)
     monitor = PQIMonitor(monitor="val_acc", log_layers=True)
     dense, pruned = train("dense", []), train("pruned", [sap, monitor])
-    table = Table("round", "epochs", "remaining", "PQ Index", "val. accuracy", title="Rounds")
-    for r in sap.history:
-        accuracy = f"{r.metrics['val_acc']:.1%}"
-        table.add_row(str(r.round), f"{r.first_epoch}–{r.last_epoch}", f"{r.remaining:.1%}", f"{r.pqi:.3f}", accuracy)
-    Console().print(table)
-    monitor.plot().savefig(f"{FOLDER}/pqi.png", dpi=150)
+    for name, kind in (("pqi", "rounds"), ("layers", "layers")):
+        monitor.plot(kind).savefig(f"{FOLDER}/{name}.png", dpi=150)
     print(f"test accuracy  dense {dense:.1%}   pruned to {sap.remaining:.1%} of the weights {pruned:.1%}")
-    print(f"figure         {FOLDER}/pqi.png\ncurves         .venv/bin/tensorboard --logdir {FOLDER}")
+    print(f"figures        {FOLDER}/pqi.png, {FOLDER}/layers.png")
+    print(f"curves         .venv/bin/tensorboard --logdir {FOLDER}")
 
 
 if __name__ == "__main__":

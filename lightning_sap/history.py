@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -23,9 +23,14 @@ class RoundRecord:
         layers_pqi: The same of each prunable parameter.
         pruned: Number of weights pruned at its end; None at the end of training, where nothing is pruned.
         pqi_pruned: PQ Index right after that pruning, before retraining.
+        layers_pqi_pruned: The same of each prunable parameter.
         lr: Learning rate of the first parameter group in its last step.
         seconds: Time that pruning took at its end.
         metrics: Every logged metric as it stood at its end.
+        phase: Where a monitor saw the network at its end, see :class:`lightning_sap.Phase`; None without a monitor.
+        reason: Why, in one sentence.
+        path: The checkpoint of its trained model; None if there is none.
+        restored: Whether its weights and masks were put back into the module.
     """
 
     round: int
@@ -37,15 +42,20 @@ class RoundRecord:
     layers_pqi: dict[str, float]
     pruned: int | None = None
     pqi_pruned: float | None = None
+    layers_pqi_pruned: dict[str, float] = field(default_factory=dict)
     lr: float | None = None
     seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    phase: str | None = None
+    reason: str | None = None
+    path: str | None = None
+    restored: bool = False
 
     def row(self) -> dict[str, Any]:
-        """One flat mapping: the metrics, the fields, and ``remaining/<parameter>`` and ``pqi/<parameter>``."""
+        """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``."""
         row = asdict(self)
-        layers = {f"remaining/{name}": value for name, value in row.pop("layers_remaining").items()}
-        layers |= {f"pqi/{name}": value for name, value in row.pop("layers_pqi").items()}
+        fields = {"remaining": "layers_remaining", "pqi": "layers_pqi", "pqi_pruned": "layers_pqi_pruned"}
+        layers = {f"{key}/{name}": value for key, of in fields.items() for name, value in row.pop(of).items()}
         return {**row.pop("metrics"), **row, **layers}
 
 
@@ -82,6 +92,32 @@ class History(Sequence[RoundRecord]):
     def append(self, record: RoundRecord) -> None:
         """Add the record of the round that ended."""
         self._records.append(record)
+
+    def of_round(self, round: int) -> RoundRecord:
+        """The record of a round.
+
+        Raises:
+            ValueError: If no such round has ended.
+        """
+        known = {record.round: record for record in self._records}
+        if round not in known:
+            raise ValueError(f"There is no record of round {round}; those that ended are {list(known)}.")
+        return known[round]
+
+    def note(self, round: int, **fields: Any) -> RoundRecord:
+        """Add what became known of a round after it was recorded; returns its new record."""
+        record = replace(self.of_round(round), **fields)
+        self._records = [record if other.round == round else other for other in self._records]
+        return record
+
+    def mark_restored(self, round: int) -> None:
+        """Remember which round was put back into the module."""
+        self._records = [replace(record, restored=record.round == round) for record in self._records]
+
+    @property
+    def restored(self) -> RoundRecord | None:
+        """The round whose weights and masks were put back into the module last; None if none was."""
+        return next((record for record in self._records if record.restored), None)
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat mapping per round, see :meth:`RoundRecord.row`."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 SCATTERS = 4.0  # a turn is more than this many times the noise of the index
 SMALLEST = 1e-300  # stands for 0 where a logarithm is taken
 LOWER_SCORE, LARGER_LOSS = 0.2, 9.0  # defaults of `metric_change`
+NEAR_SCORE, NEAR_LOSS = 0.02, 0.05  # defaults of `tolerance`
 SOUND = 0.25  # share of `metric_change` up to which the metric speaks against a collapse
 
 Layers = Mapping[str, tuple[float, int]]
@@ -43,6 +44,9 @@ class PhaseDetector:
     is exhausted: index times surviving weights, about what can go by the index, is next to 0. Neither is believed while
     the metric is near its best; and a metric far from its best is a collapse too.
 
+    A round is *sound* while the metric is within the tolerance of its best; where there is none, while each layer could
+    still spare a share, the reserve, of the most weights that it ever could.
+
     Args:
         mode: Whether the metric is better when larger (``"max"``) or smaller (``"min"``).
         rise: How far above its lowest the index must be: 0.25 is a quarter. Smaller is earlier, larger surer.
@@ -52,6 +56,10 @@ class PhaseDetector:
         floor: An index at this fraction of its highest is nothing. Larger is earlier, smaller suits linear models.
         metric_change: How far from its best, relative to it, the metric is bad. None: 0.2 for a score (``"max"``: a
             fifth is lost), 9 for a loss (ten times the best). Smaller is earlier, larger gives time to recover.
+        tolerance: How far from its best, relative to it, the metric of a sound round may be. None: 0.02 for a score,
+            0.05 for a loss. Smaller holds on to more accuracy, larger to fewer weights.
+        reserve: Without a metric, a layer must be able to spare this share of its most. Larger holds on to more
+            accuracy, smaller to fewer weights.
 
     Attributes:
         since: The round from which the phase dates; the first update is round 0.
@@ -80,6 +88,8 @@ class PhaseDetector:
     spare: float = 0.03
     floor: float = 0.01
     metric_change: float | None = None
+    tolerance: float | None = None
+    reserve: float = 0.05
     round: int = field(default=-1, init=False)  # from here on all that it remembers, in plain values
     phase: str = field(default=Phase.REGULARIZATION.value, init=False)
     since: int = field(default=0, init=False)
@@ -87,15 +97,17 @@ class PhaseDetector:
     _curve: list[float] = field(default_factory=list, init=False, repr=False)  # the index, from its highest value on
     _start: int = field(default=0, init=False, repr=False)  # the round of its first entry
     _names: list[str] = field(default_factory=list, init=False, repr=False)  # the layers whose mean it is
-    _alive: dict[str, bool] = field(default_factory=dict, init=False, repr=False)  # layer: could spare a weight once
+    _spared: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # by layer, the most it could spare
     _best: float | None = field(default=None, init=False, repr=False)  # of the metric
-    _sound: bool = field(default=False, init=False, repr=False)  # whether it is near its best
+    _near: bool = field(default=False, init=False, repr=False)  # whether it is near enough to its best to work on
+    _sound: list[int] = field(default_factory=list, init=False, repr=False)  # the sound rounds
     _series: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)  # witness: first round, number
 
     def __post_init__(self) -> None:
         if self.mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}.")
-        limits = dict.fromkeys(("rise", "patience", "spare", "metric_change"), math.inf) | {"fall": 1.0, "floor": 1.0}
+        limits = dict.fromkeys(("rise", "patience", "spare", "metric_change", "tolerance"), math.inf)
+        limits |= dict.fromkeys(("fall", "floor", "reserve"), 1.0)
         for name, limit in limits.items():
             if (value := getattr(self, name)) is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}.")
@@ -112,12 +124,20 @@ class PhaseDetector:
         if self.phase != Phase.COLLAPSE:
             pqi, metric = float(pqi), None if metric is None else float(metric)
             layers = {name: (float(index), int(weights)) for name, (index, weights) in (layers or {}).items()}
-            self._remember(pqi, layers)
+            self._remember(pqi, layers, metric)
+            if self._is_sound(pqi, layers, metric):
+                self._sound.append(self.round)
             turned = self.phase == Phase.COMPRESSION
             verdict = self._hard_fact(pqi, layers, metric) or self._bad_metric(metric)
             verdict = verdict or (self._second_turn() if turned else self._exhausted(layers) or self._first_turn())
             self.phase, self.since, self.reason = verdict or (self.phase, self.since, self.reason)
         return Phase(self.phase)
+
+    @property
+    def last_sound(self) -> int | None:
+        """The last sound round; once the network collapsed, of those before it. None: there was none."""
+        end = self.since if self.phase == Phase.COLLAPSE else self.round + 1
+        return max((round for round in self._sound if round < end), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything it remembers, as plain values."""
@@ -128,40 +148,51 @@ class PhaseDetector:
         for name in self.state_dict().keys() & state_dict.keys():
             setattr(self, name, copy.deepcopy(state_dict[name]))
 
-    def _remember(self, pqi: float, layers: Layers) -> None:
+    def _remember(self, pqi: float, layers: Layers, metric: float | None) -> None:
         index = max(sum(i for i, _ in layers.values()) / len(layers) if layers else pqi, 0.0)
         curve = self._curve or [0.0]
         unfallen = self.phase == Phase.REGULARIZATION and not self._apart(max(curve), min(curve), 1 + self.rise)
         if sorted(layers) != self._names or (unfallen and index > max(curve)):
             self._names, self._curve, self._start = sorted(layers), [], self.round
         self._curve.append(index)
-        self._alive |= {n: i * left >= 1 or self._alive.get(n, False) for n, (i, left) in layers.items() if left}
+        self._spared |= {n: max(i * left, self._spared.get(n, 0.0)) for n, (i, left) in layers.items() if left}
+        if metric is not None:
+            better = max if self.mode == "max" else min
+            self._best = metric if self._best is None else better(metric, self._best)
+
+    def _is_sound(self, pqi: float, layers: Layers, metric: float | None) -> bool:
+        if self._best is None:
+            spare = {n: i * left >= self.reserve * self._spared.get(n, 0.0) for n, (i, left) in layers.items()}
+            return math.isfinite(pqi) and all(spare.values())
+        near = NEAR_SCORE if self._is_score() else NEAR_LOSS
+        return metric is not None and abs(metric - self._best) <= (self.tolerance or near) * abs(self._best)
+
+    def _is_score(self) -> bool:
+        return self.mode == "max" and self._best is not None and self._best > 0
 
     def _hard_fact(self, pqi: float, layers: Layers, metric: float | None) -> Verdict | None:
         values = {"the index": pqi, "the metric": metric, **{f"the index of {n}": i for n, (i, _) in layers.items()}}
         facts = [f"{n} is {value}" for n, value in values.items() if value is not None and not math.isfinite(value)]
-        facts += [f"{n} lost its last weight" for n, (_, left) in layers.items() if not left and n in self._alive]
+        facts += [f"{n} lost its last weight" for n, (_, left) in layers.items() if not left and n in self._spared]
         index, top = self._curve[-1], max(self._curve)
         if top > 0 and index <= self.floor * top:
             facts.append(f"the index fell to nothing: {index:.3g} after at most {top:.3g}")
         return (Phase.COLLAPSE.value, self.round, f"In round {self.round} {facts[0]}.") if facts else None
 
     def _bad_metric(self, metric: float | None) -> Verdict | None:
-        if metric is None:
+        if metric is None or self._best is None:
             return None
-        better = max if self.mode == "max" else min
-        best = self._best = metric if self._best is None else better(metric, self._best)
-        default = LOWER_SCORE if self.mode == "max" and best > 0 else LARGER_LOSS
+        best, default = self._best, LOWER_SCORE if self._is_score() else LARGER_LOSS
         change, bad = abs(metric - best), (self.metric_change or default) * abs(best)
-        self._sound = change <= SOUND * bad
+        self._near = change <= SOUND * bad
         reason = f"the metric is far from its best: {metric:.3g} after {best:.3g}"
         return self._if_lasting("metric", change > bad, reason)
 
     def _exhausted(self, layers: Layers) -> Verdict | None:
-        able = [(i * left, i, left, name) for name, (i, left) in layers.items() if self._alive.get(name)]
+        able = [(i * left, i, left, name) for name, (i, left) in layers.items() if self._spared.get(name, 0) >= 1]
         spare, index, left, name = min(able, default=(math.inf, 0.0, 0, ""))
         reason = f"{name} has nothing to spare: {left} weights of index {index:.3g}"
-        return self._if_lasting("exhausted", spare < self.spare and not self._sound, reason)
+        return self._if_lasting("exhausted", spare < self.spare and not self._near, reason)
 
     def _first_turn(self) -> Verdict | None:
         index, low = self._curve[-1], min(self._curve)
@@ -176,7 +207,7 @@ class PhaseDetector:
         since = self.round + 1 - len(curve) + curve.index(peak)
         reason = f"the index falls: {index:.3g} after {peak:.3g} at its peak"
         fell = self._apart(peak, index, 1 / (1 - self.fall))
-        return self._if_lasting("fall", fell and not self._sound, reason, since)
+        return self._if_lasting("fall", fell and not self._near, reason, since)
 
     def _apart(self, high: float, low: float, factor: float) -> bool:
         ratio = math.log(max(high, SMALLEST) / max(low, SMALLEST))

@@ -2,63 +2,177 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey by their markers
-INDEX, REMAINING, METRIC = ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")
+# Okabe and Ito's palette: told apart with any colour vision, and in grey by markers and hatching
+INDEX, MEAN, REMAINING, METRIC = "o", "v", "s", "^"
+LIGHT = {INDEX: "#0072B2", MEAN: "#56B4E9", REMAINING: "#D55E00", METRIC: "#009E73"}
+DARK = {INDEX: "#56B4E9", MEAN: "#F0E442", REMAINING: "#E69F00", METRIC: "#2CC9A0"}
+INK, PAPER = {False: "#222222", True: "#DDDDDD"}, {False: "white", True: "#161616"}  # by whether it is dark
+SHADES = {"regularization": ("#56B4E9", ""), "compression": ("#E69F00", ".."), "collapse": ("#888888", "//")}
 
 
-def plot_rounds(rows: Sequence[dict[str, Any]], metric: str | None = None) -> Figure:
-    """Draw PQ Index, remaining weights and a metric over the rounds, one above the other.
+def plot_rounds(
+    rows: Sequence[dict[str, Any]],
+    metric: str | None = None,
+    *,
+    stopped: int | None = None,
+    restored: int | None = None,
+    dark: bool = False,
+) -> Figure:
+    """Draw PQ Index, remaining weights and a metric over the rounds, one above the other, the phases shaded.
 
     Args:
-        rows: One mapping per round with ``round`` (None: drawn over ``epoch``), ``pqi``, ``layer_mean``, ``remaining``
-            and ``metric``.
+        rows: One mapping per round with ``round`` (None: drawn over ``epoch``), ``pqi``, ``layer_mean``, ``remaining``,
+            and, where they are known, ``metric`` and ``phase``.
         metric: Name of the metric; None: it is not drawn.
+        stopped: The round after which training was stopped.
+        restored: The round that was put back.
+        dark: Light on dark.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If there are no rows.
 
     Example:
-        >>> rows = [dict(round=t, epoch=t, pqi=0.2, layer_mean=0.3, remaining=0.5**t, metric=None) for t in range(3)]
+        >>> rows = [dict(round=t, epoch=t, pqi=0.2, layer_mean=0.3, remaining=0.5**t) for t in range(3)]
         >>> [axes.get_ylabel() for axes in plot_rounds(rows).axes]
         ['PQ Index', 'remaining weights']
     """
+    with _figure(rows, dark) as new:
+        figure = new(figsize=(6.8, 0.7 + 2.0 * (2 if metric is None else 3)))
+        axes = figure.subplots(2 if metric is None else 3, 1, sharex=True)
+        x, colors = _positions(rows), DARK if dark else LIGHT
+
+        def draw(panel: Axes, key: str, marker: str, **style: Any) -> None:
+            values = [float("nan") if row.get(key) is None else row[key] for row in rows]
+            panel.plot(x, values, color=colors[marker], marker=marker, **style)
+
+        draw(axes[0], "pqi", INDEX, label="all weights")
+        draw(axes[0], "layer_mean", MEAN, linestyle="--", label="mean of the layers")
+        axes[0].set_ylabel("PQ Index")
+        axes[0].legend(frameon=False)
+        draw(axes[1], "remaining", REMAINING)
+        axes[1].set(ylabel="remaining weights", yscale="log")
+        _percent(axes[1], min(row["remaining"] for row in rows))
+        if metric is not None:
+            draw(axes[2], "metric", METRIC)
+            axes[2].set_ylabel(metric)
+        for panel in axes:
+            _shade(panel, rows, x)
+            _mark(panel, INK[dark], {"stopped": stopped, "restored": restored})
+            panel.grid(alpha=0.3)
+            panel.spines[["top", "right"]].set_visible(False)
+        _label_rounds(axes[-1], rows)
+        own = axes[0].get_legend_handles_labels()
+        above = [pair for pair in zip(*axes[1].get_legend_handles_labels(), strict=True) if pair[1] not in own[1][:2]]
+        if above:
+            figure.legend(*zip(*above, strict=True), loc="outside upper center", ncols=len(above), frameon=False)
+    return figure
+
+
+def plot_layers(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> Figure:
+    """Draw PQ Index and remaining weights of each parameter over the rounds as two heat maps.
+
+    Args:
+        rows: One mapping per round with ``round`` (None: drawn over ``epoch``), and by parameter ``layers`` (the
+            indices) and ``layers_remaining`` (the fractions that survive).
+        dark: Light on dark.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If there are no rows.
+
+    Example:
+        >>> rows = [dict(round=t, layers={"w": 0.2}, layers_remaining={"w": 0.5**t}) for t in range(3)]
+        >>> [axes.get_title() for axes in plot_layers(rows).axes[:2]]
+        ['PQ Index', 'remaining weights']
+    """
+    from matplotlib.colors import LogNorm
+
+    with _figure(rows, dark) as new:
+        names = list(dict.fromkeys(name for row in rows for name in row["layers"]))
+        figure = new(figsize=(4.5 + 0.3 * len(rows), 1.6 + 2 * max(1.6, 0.22 * len(names))))
+        axes = figure.subplots(2, 1, sharex=True)
+        index = [[row["layers"].get(name, float("nan")) for row in rows] for name in names]
+        left = [[100 * row["layers_remaining"].get(name, float("nan")) for row in rows] for name in names]
+        least = min((value for line in left for value in line if value > 0), default=100.0)
+        x = _positions(rows)
+        edges = [x[0] - 0.5, *(value + 0.5 for value in x)]
+        for panel, values, title, options in (
+            (axes[0], index, "PQ Index", {}),
+            (axes[1], left, "remaining weights", {"norm": LogNorm(min(least, 99.0), 100.0)}),
+        ):
+            image = panel.pcolormesh(edges, range(len(names) + 1), values, cmap="cividis", **options)
+            panel.set_title(title)
+            panel.set_yticks([i + 0.5 for i in range(len(names))], names)
+            panel.invert_yaxis()
+            panel.set_facecolor("#B0B0B0")  # what has no value, such as the logarithm of no weights
+            unit: dict[str, Any] = (
+                {"label": "PQ Index"} if not options else {"label": "remaining weights (%)", "format": "{x:g}"}
+            )
+            figure.colorbar(image, ax=panel, **unit)
+        _label_rounds(axes[1], rows)
+    return figure
+
+
+@contextmanager
+def _figure(rows: Sequence[dict[str, Any]], dark: bool) -> Iterator[Callable[..., Figure]]:
+    """The class of a new figure; what is made of it inside has the colours of the theme."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('Plotting needs matplotlib: pip install "lightning-sap[plot]".') from error
     if not rows:
         raise ValueError("There is nothing to plot yet: no epoch has ended.")
-    by_round = rows[0]["round"] is not None
-    x = [row["round" if by_round else "epoch"] for row in rows]
-    panels = 2 if metric is None else 3
-    figure = Figure(figsize=(6.4, 2.1 * panels), layout="constrained", facecolor="white")
-    axes = figure.subplots(panels, 1, sharex=True)
-    axes[0].plot(x, [row["pqi"] for row in rows], color=INDEX[0], marker=INDEX[1], label="all weights")
-    mean = [row["layer_mean"] for row in rows]
-    axes[0].plot(x, mean, color="#56B4E9", marker="v", linestyle="--", label="mean of the layers")
-    axes[0].set_ylabel("PQ Index")
-    axes[0].legend(frameon=False)
-    remaining = [row["remaining"] for row in rows]
-    axes[1].plot(x, remaining, color=REMAINING[0], marker=REMAINING[1])
-    axes[1].set(ylabel="remaining weights", yscale="log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1.0,) if min(remaining) < 0.03 else (1.0, 2.0, 3.0, 5.0, 7.0)))
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes[1].yaxis.set_minor_locator(NullLocator())
-    if metric is not None:
-        values = [float("nan") if row["metric"] is None else row["metric"] for row in rows]
-        axes[2].plot(x, values, color=METRIC[0], marker=METRIC[1])
-        axes[2].set_ylabel(metric)
-    axes[-1].set_xlabel("round (number of prunings)" if by_round else "epoch")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for panel in axes:
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    colors: dict[Any, Any] = dict.fromkeys(ink, INK[dark]) | dict.fromkeys(paper, PAPER[dark])
+    with rc_context(colors | {"hatch.linewidth": 0.4}):
+        yield lambda **options: Figure(layout="constrained", **options)
+
+
+def _positions(rows: Sequence[dict[str, Any]]) -> list[int]:
+    return [row["epoch"] if row["round"] is None else row["round"] for row in rows]
+
+
+def _label_rounds(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.set_xlabel("epoch" if rows[0]["round"] is None else "round (number of prunings)")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _percent(panel: Axes, least: float) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0,) if least < 0.03 else (1.0, 2.0, 3.0, 5.0, 7.0)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def _shade(panel: Axes, rows: Sequence[dict[str, Any]], x: Sequence[int]) -> None:
+    """The phases, from half a round before their first round to half a round after their last."""
+    seen: set[str] = set()
+    for phase, of_phase in groupby(zip(rows, x, strict=True), key=lambda pair: pair[0].get("phase")):
+        if phase is not None:
+            places = [place for _, place in of_phase]
+            color, hatch = SHADES[phase]
+            label = None if phase in seen else phase
+            ends = (places[0] - 0.5, places[-1] + 0.5)
+            panel.axvspan(*ends, facecolor=color, edgecolor=color, hatch=hatch, alpha=0.22, linewidth=0, label=label)
+            seen.add(phase)
+
+
+def _mark(panel: Axes, ink: str, rounds: dict[str, int | None]) -> None:
+    for (label, round), style in zip(rounds.items(), ("--", ":"), strict=True):
+        if round is not None:
+            panel.axvline(round, color=ink, linestyle=style, linewidth=1.4, label=label)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_sap.functional.amount import Policy, spread
 from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, merge, power_sums, total
 from lightning_sap.functional.select import smallest, smallest_of_rows
+from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.sharding import Shards, local, shard_like, shards_of
 from lightning_sap.weights import prunable_weights
@@ -97,11 +98,30 @@ class MonitoredPruner(Protocol):
     def pieces(self, module: nn.Module) -> dict[str, Piece]:
         """The weights it prunes, live, with their masks."""
 
+    def prunes(self) -> bool:
+        """Whether it has rounds, or only holds masks."""
+
     def current_round(self) -> int:
         """Number of prunings so far."""
 
+    def ends_round(self, epoch: int) -> bool:
+        """Whether that epoch is planned to be the last of a round."""
+
     def index_after_pruning(self) -> float | None:
         """Index right after the latest pruning, before retraining; at the start of training before the first."""
+
+    def archive_rounds(self) -> None:
+        """Save each round of the coming training, so that it can be restored."""
+
+    def note_phase(self, round: int, phase: str, reason: str) -> None:
+        """Take into the history how the round that just ended was judged."""
+
+    @property
+    def history(self) -> History:
+        """One record for each round that ended."""
+
+    def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
+        """Put the trained weights and the masks of a round back, and return its record."""
 
 
 def check_scope(scope: str) -> None:
@@ -180,6 +200,19 @@ def prune_step(
 def dense_pieces(module: nn.Module) -> dict[str, Piece]:
     """The weights of a module that are prunable by default, live, nothing of them pruned."""
     return {name: Piece(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
+
+
+def dead_units(pieces: Mapping[str, Piece]) -> dict[str, tuple[int, int]]:
+    """For each tensor how many of its output units have no weights left, and how many it has; of all its shards."""
+    here = {name: piece.local() for name, piece in pieces.items()}
+    dead = {name: piece.rows(piece.pruned).all(1) for name, piece in here.items() if piece.pruned is not None}
+    if not dead:
+        return dict.fromkeys(pieces, (0, 0))
+    device = next(iter(dead.values())).device
+    counts = torch.stack([units.sum().to(device) for units in dead.values()]).cpu()
+    both = torch.stack([counts, torch.tensor([len(units) for units in dead.values()])])
+    of_shards = zip(*_shards(pieces).sum(both).tolist(), strict=True)
+    return dict.fromkeys(pieces, (0, 0)) | dict(zip(dead, of_shards, strict=True))
 
 
 def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:

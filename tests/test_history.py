@@ -64,6 +64,7 @@ class TestRows:
         assert history.rows()[1] == {
             "acc": 0.97, "loss": 1 - 0.97, "round": 1, "first_epoch": 2, "last_epoch": 3, "remaining": 0.5, "pqi": 0.2,
             "pruned": None, "pqi_pruned": None, "lr": None, "seconds": None, "remaining/w": 0.5, "pqi/w": 0.3,
+            "phase": None, "reason": None, "path": None, "restored": False,
         }  # fmt: skip
 
     def test_a_metric_named_like_a_field_does_not_hide_it(self):
@@ -95,7 +96,7 @@ class TestOfAFit:
             index.append(float(pq_index(module.net[0].weight[pruner.masks["net.0.weight"]])))
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-        fit(Net(), pruner, PQIMonitor(), Watch(on_train_epoch_end=look), val=loader(), max_epochs=6)
+        fit(Net(), pruner, PQIMonitor(stop_on=None), Watch(on_train_epoch_end=look), val=loader(), max_epochs=6)
         history = pruner.history
         assert [r.round for r in history] == [0, 1, 2]
         assert [(r.first_epoch, r.last_epoch) for r in history] == [(0, 1), (2, 3), (4, 5)]

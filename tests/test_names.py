@@ -35,6 +35,8 @@ COMMON = {
     "include": None,
     "exclude": None,
     "keep_zeros": False,
+    "save_rounds": None,
+    "dirpath": None,
     "name": "sap",
 }
 REQUIRED = inspect.Parameter.empty
@@ -78,8 +80,10 @@ class TestPublicNames:
     def test_the_monitor(self):
         positional, named = arguments(PQIMonitor)
         assert positional == {"p": None, "q": None}
-        known = {"monitor": None, "mode": "max", "gini": False, "log_layers": False, "name": "pqi"}
-        assert known.items() <= named.items()
+        assert named == {
+            "stop_on": "collapse", "monitor": None, "mode": "max", "patience": 2, "restore": True, "verbose": True,
+            "gini": False, "log_layers": False, "name": "pqi",
+        }  # fmt: skip
 
     def test_the_functions(self):
         vector = {"x": REQUIRED, "p": 0.5, "q": 1.0}
@@ -99,7 +103,7 @@ class TestPublicNames:
     def test_the_history(self):
         assert [field.name for field in dataclasses.fields(RoundRecord)] == [
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
-            "pqi_pruned", "lr", "seconds", "metrics",
+            "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "phase", "reason", "path", "restored",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}
@@ -108,14 +112,19 @@ class TestPublicNames:
 
     def test_what_a_pruner_tells(self):
         assert all(isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history"))
+        assert arguments(SAPCallback.restore_round) == ({"self": REQUIRED, "round": REQUIRED, "module": None}, {})
+
+    def test_what_a_monitor_tells(self):
+        assert all(isinstance(getattr(PQIMonitor, name), property) for name in ("phase", "reason", "verdict"))
+        assert all(callable(getattr(PQIMonitor, name)) for name in ("rows", "plot", "report"))
 
 
 class TestLogKeys:
     def test_of_a_pruner_and_a_monitor(self):
-        trainer = fit(Net(), SAPCallback(), PQIMonitor(gini=True, log_layers=["net.3.*"]), val=loader())
+        trainer = fit(Net(), SAPCallback(), PQIMonitor(stop_on=None, gini=True, log_layers=["net.3.*"]), val=loader())
         assert {
             "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "pqi/global", "pqi/layer_mean",
-            "pqi/global_pruned", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
+            "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
         } <= set(trainer.callback_metrics)  # fmt: skip
 
     def test_of_a_pruner_by_another_name(self):
@@ -130,14 +139,14 @@ class TestCheckpointKeys:
         assert PQIMonitor().state_key == PQIMonitor(p=1.0, q=2.0).state_key == "lightning_sap.monitor/pqi"
 
     def test_of_a_file(self, tmp_path):
-        trainer = fit(Net(), SAPCallback(rewind_weights="init"), PQIMonitor())
+        trainer = fit(Net(), SAPCallback(rewind_weights="init"), PQIMonitor(stop_on=None))
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
         assert {"lightning_sap/sap", "lightning_sap.monitor/pqi"} <= set(states)
         state = states["lightning_sap/sap"]
         assert set(state) == {
             "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
-            "schedules", "options",
+            "schedules", "options", "folder", "note",
         }  # fmt: skip
         assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}

@@ -224,6 +224,9 @@ class TestProtocol:
         assert (pruner.masks, pruner.remaining, len(pruner.history)) == ({}, 1.0, 0)
 
     def test_anything_that_answers_them_is_one(self):
-        answers = ("orders", "pieces", "current_round", "index_after_pruning")
+        answers = (
+            "orders", "pieces", "prunes", "current_round", "ends_round", "index_after_pruning", "archive_rounds",
+            "note_phase", "history", "restore_round",
+        )  # fmt: skip
         assert isinstance(type("Other", (), {name: len for name in answers})(), MonitoredPruner)
         assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), MonitoredPruner)

@@ -28,7 +28,10 @@ class Net(pl.LightningModule):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning", "ignore:.*LeafSpec")
 def test_a_fit_and_its_logs(tmp_path):
-    pruner, monitor = SAPCallback(rounds=2, rewind_weights="init"), PQIMonitor(monitor="val_loss", mode="min")
+    pruner, monitor = (
+        SAPCallback(rounds=2, rewind_weights="init"),
+        PQIMonitor(stop_on=None, monitor="val_loss", mode="min"),
+    )
     callbacks = [pruner, monitor, pl.callbacks.EarlyStopping("sap/remaining", patience=9)]
     trainer = pl.Trainer(
         max_epochs=6,
@@ -47,7 +50,7 @@ def test_a_fit_and_its_logs(tmp_path):
     assert pruner.remaining < 1
     events = EventAccumulator(trainer.logger.log_dir).Reload()
     assert {"sap/remaining", "pqi/global", "pqi/global_pruned"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["pqi/rounds"]
+    assert events.Tags()["images"] == ["pqi/rounds", "pqi/layers"]
     resumed = SAPCallback(rounds=2, rewind_weights="init")
     again = pl.Trainer(
         max_epochs=7, callbacks=[resumed], accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -65,19 +65,19 @@ class TestValues:
     @pytest.mark.parametrize("validate", [False, True])
     @pytest.mark.parametrize("order", [1, -1])
     def test_beside_a_pruner_they_are_those_of_the_survivors(self, order, validate):
-        pruner, monitor = half(), PQIMonitor(log_layers=True, gini=True)
+        pruner, monitor = half(), PQIMonitor(stop_on=None, log_layers=True, gini=True)
         look = Expecting(pruner)
         fit(Net(), *[pruner, monitor][::order], look, val=loader() if validate else None)
         assert len(look.seen) == 4
         for seen, expected in zip(look.seen, look.expected, strict=True):
-            assert set(seen) == {*expected, "pqi/global_pruned"}
+            assert set(seen) == {*expected, "pqi/global_pruned", "pqi/phase"}
             assert {key: seen[key] for key in expected} == close(expected)
         assert [seen["remaining/net.0.weight"] for seen in look.seen] == [1.0, 0.5, 0.25, 0.125]
 
     def test_at_validation_end_they_are_of_the_same_epoch(self):
         pruner = half()
         look = Expecting(pruner, hook="on_validation_end")
-        fit(Net(), pruner, PQIMonitor(), look, val=loader())
+        fit(Net(), pruner, PQIMonitor(stop_on=None), look, val=loader())
         assert len(look.seen) == 4
         for seen, expected in zip(look.seen, look.expected, strict=True):
             assert seen["pqi/global"] == close(expected["pqi/global"])
@@ -85,14 +85,14 @@ class TestValues:
 
     def test_without_a_pruner_all_prunable_weights_count(self):
         look = Expecting()
-        fit(Net(), PQIMonitor(log_layers=True, gini=True), look)
+        fit(Net(), PQIMonitor(stop_on=None, log_layers=True, gini=True), look)
         assert len(look.seen) == 4
         for seen, expected in zip(look.seen, look.expected, strict=True):
             assert seen == close(expected)
         assert len({seen["pqi/global"] for seen in look.seen}) == 4  # it follows the training
 
     def test_orders_are_the_pruners_unless_given(self):
-        for monitor, p, q in ((PQIMonitor(), 1.0, 2.0), (PQIMonitor(p=0.3, q=0.7), 0.3, 0.7)):
+        for monitor, p, q in ((PQIMonitor(stop_on=None), 1.0, 2.0), (PQIMonitor(stop_on=None, p=0.3, q=0.7), 0.3, 0.7)):
             pruner = SAPCallback(p=1.0, q=2.0, rounds=3)
             look = Expecting(pruner, p=p, q=q)
             fit(Net(), pruner, monitor, look)
@@ -108,7 +108,7 @@ class TestValues:
             ),
             on_train_epoch_end=lambda t, m: seen.append(logged(t)["pqi/global_pruned"]),
         )
-        fit(module, pruner, PQIMonitor(), look, max_epochs=6)
+        fit(module, pruner, PQIMonitor(stop_on=None), look, max_epochs=6)
         assert seen == close([starts[0], starts[0], starts[1], starts[1], starts[2], starts[2]])
         assert len(set(seen)) == 3
 
@@ -120,7 +120,7 @@ class TestValues:
             seen.append(logged(trainer)["pqi/global"])
             expected.append(by_hand(module, {**a.masks, **b.masks})["pqi/global"])
 
-        fit(Net(), a, PQIMonitor(), b, Watch(on_train_epoch_end=compare))
+        fit(Net(), a, PQIMonitor(stop_on=None), b, Watch(on_train_epoch_end=compare))
         assert seen == close(expected)
 
     def test_a_dense_model_with_integer_weights(self):
@@ -128,7 +128,7 @@ class TestValues:
         module = Net(nn.Linear(4, 1, bias=False), lambda p: torch.optim.SGD(p, lr=0.0))
         module.net.weight = nn.Parameter(torch.tensor([[4.0, -4.0, 0.0, 0.0]]))
         module.loss = lambda batch: module.net.weight.sum()
-        trainer = fit(module, PQIMonitor(gini=True), max_epochs=1)
+        trainer = fit(module, PQIMonitor(stop_on=None, gini=True), max_epochs=1)
         assert logged(trainer) == {"pqi/global": 0.5, "pqi/layer_mean": 0.5, "gini/global": 0.5}
 
 
@@ -145,13 +145,13 @@ class TestLogLayers:
         ],
     )
     def test_which_parameters_are_logged(self, log_layers, names):
-        trainer = fit(Net(), PQIMonitor(log_layers=log_layers), max_epochs=1)
+        trainer = fit(Net(), PQIMonitor(stop_on=None, log_layers=log_layers), max_epochs=1)
         keys = {"pqi/global", "pqi/layer_mean", *(f"{kind}/{name}" for kind in ("pqi", "remaining") for name in names)}
         assert set(logged(trainer)) == keys
 
     def test_gini_only_where_asked_for(self):
-        assert "gini/global" not in fit(Net(), PQIMonitor(), max_epochs=1).callback_metrics
-        assert "gini/global" in fit(Net(), PQIMonitor(gini=True), max_epochs=1).callback_metrics
+        assert "gini/global" not in fit(Net(), PQIMonitor(stop_on=None), max_epochs=1).callback_metrics
+        assert "gini/global" in fit(Net(), PQIMonitor(stop_on=None, gini=True), max_epochs=1).callback_metrics
 
 
 class TestMonitoring:
@@ -162,7 +162,7 @@ class TestMonitoring:
         saver = ModelCheckpoint(tmp_path, "{epoch}", monitor="pqi/global", mode=mode)
         look = Watch(on_train_epoch_end=lambda t, m: seen.append(logged(t)["pqi/global"]))
         val = loader() if validate else None
-        fit(Net(), pruner, PQIMonitor(), saver, look, val=val, max_epochs=6, enable_checkpointing=True)
+        fit(Net(), pruner, PQIMonitor(stop_on=None), saver, look, val=val, max_epochs=6, enable_checkpointing=True)
         best = max(seen) if mode == "max" else min(seen)
         file = torch.load(saver.best_model_path, weights_only=True)
         assert file["epoch"] == seen.index(best)
@@ -178,12 +178,12 @@ class TestMonitoring:
         options = {} if val_every is None else {"val": loader(), "check_val_every_n_epoch": val_every}
         stop = EarlyStopping(key, patience=100)
         look = Watch(on_train_epoch_end=lambda t, m: epochs.append(t.current_epoch))
-        fit(Net(), stop, PQIMonitor(), half(), look, **options)
+        fit(Net(), stop, PQIMonitor(stop_on=None), half(), look, **options)
         assert epochs == [0, 1, 2, 3]
 
     def test_several_validations_an_epoch(self):
         look = Expecting(pruner := half(), hook="on_validation_end")
-        fit(Net(), pruner, PQIMonitor(), look, val=loader(), val_check_interval=1)
+        fit(Net(), pruner, PQIMonitor(stop_on=None), look, val=loader(), val_check_interval=1)
         assert len(look.seen) == 4 * BATCHES
         seen = [values["pqi/global"] for values in look.seen]
         assert seen == close([values["pqi/global"] for values in look.expected])
@@ -196,18 +196,18 @@ class TestMonitoring:
             "'pqi/layer_mean', 'train_loss', 'val_loss']."
         )
         with pytest.raises(ValueError, match=f"^{message}$"):
-            fit(Net(), PQIMonitor(monitor="val_acc"), look, val=loader())
+            fit(Net(), PQIMonitor(stop_on=None, monitor="val_acc"), look, val=loader())
         assert epochs == [0]
 
     def test_a_metric_of_rare_validation_is_waited_for(self):
-        monitor = PQIMonitor(monitor="val_loss")
+        monitor = PQIMonitor(stop_on=None, monitor="val_loss")
         trainer = fit(Net(), monitor, half(), val=loader(), check_val_every_n_epoch=3, max_epochs=3)
         assert [row["metric"] for row in monitor.rows()] == [None, None, float(trainer.callback_metrics["val_loss"])]
 
 
 class TestRows:
     def test_the_last_epoch_of_each_round(self):
-        pruner, monitor, losses = half(every_n_epochs=2), PQIMonitor(monitor="val_loss", mode="min"), []
+        pruner, monitor, losses = half(every_n_epochs=2), PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), []
         look = Watch(on_train_epoch_end=lambda t, m: losses.append(float(t.callback_metrics["val_loss"])))
         expecting = Expecting(pruner)
         fit(Net(), monitor, pruner, look, expecting, val=loader(), max_epochs=6)
@@ -218,26 +218,26 @@ class TestRows:
         assert [r["pqi"] for r in rows] == close([record.pqi for record in pruner.history])
 
     def test_without_a_pruner_each_epoch(self):
-        monitor = PQIMonitor()
+        monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         assert [(r["epoch"], r["round"], r["remaining"]) for r in monitor.rows()] == [(e, None, 1.0) for e in range(4)]
 
     def test_a_second_fit_starts_over(self):
-        monitor = PQIMonitor()
+        monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         fit(Net(), monitor, max_epochs=2)
         assert [row["epoch"] for row in monitor.rows()] == [0, 1]
 
     def test_they_survive_a_resume(self, tmp_path):
-        whole = PQIMonitor(monitor="train_loss")
+        whole = PQIMonitor(stop_on=None, monitor="train_loss")
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         fit(Net(), half(), whole, saver, enable_checkpointing=True)
-        resumed = PQIMonitor(monitor="train_loss")
+        resumed = PQIMonitor(stop_on=None, monitor="train_loss")
         fit(Net(), half(), resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
         assert resumed.rows() == whole.rows()
 
     def test_copies_and_pickles(self):
-        monitor = PQIMonitor(log_layers=["net.3.*"], monitor="train_loss")
+        monitor = PQIMonitor(stop_on=None, log_layers=["net.3.*"], monitor="train_loss")
         during = []
         look = Watch(on_train_epoch_end=lambda t, m: during.append(pickle.loads(pickle.dumps(monitor))))
         fit(Net(), half(), monitor, look)
@@ -261,7 +261,7 @@ class TestTensorBoard:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("tensorboard")
         logger = TensorBoardLogger(folder, name="", version="")
-        monitor, look = PQIMonitor(log_layers=True, monitor="val_loss"), Expecting(pruner := half())
+        monitor, look = PQIMonitor(stop_on=None, log_layers=True, monitor="val_loss"), Expecting(pruner := half())
         fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
         return events(folder), look
 
@@ -304,10 +304,16 @@ class TestTensorBoard:
         assert min(image.width, image.height) > 300
 
     def test_without_matplotlib_there_is_no_figure(self, tmp_path, monkeypatch):
-        import lightning_sap.callbacks.monitor as room
+        import lightning_sap.callbacks.monitor.callback as room
 
         monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-        fit(Net(), PQIMonitor(), half(), logger=TensorBoardLogger(tmp_path, name="", version=""), **STEPS_PER_LOG)
+        fit(
+            Net(),
+            PQIMonitor(stop_on=None),
+            half(),
+            logger=TensorBoardLogger(tmp_path, name="", version=""),
+            **STEPS_PER_LOG,
+        )
         assert events(tmp_path).Tags()["images"] == []
 
 
@@ -315,7 +321,7 @@ class TestOtherLoggers:
     def test_csv(self, tmp_path):
         look = Expecting(pruner := half())
         logger = CSVLogger(tmp_path, name="", version="")
-        fit(Net(), pruner, PQIMonitor(log_layers=True), look, logger=logger, **STEPS_PER_LOG)
+        fit(Net(), pruner, PQIMonitor(stop_on=None, log_layers=True), look, logger=logger, **STEPS_PER_LOG)
         with open(tmp_path / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["pqi/global"]]
         for row, expected in zip(rows, look.expected, strict=True):
@@ -325,14 +331,14 @@ class TestOtherLoggers:
 
     def test_several_at_once(self, tmp_path):
         loggers = [TensorBoardLogger(tmp_path, name="a", version=""), CSVLogger(tmp_path, name="b", version="")]
-        fit(Net(), half(), PQIMonitor(), logger=loggers, **STEPS_PER_LOG)
+        fit(Net(), half(), PQIMonitor(stop_on=None), logger=loggers, **STEPS_PER_LOG)
         assert len(events(tmp_path / "a").Scalars("pqi/global")) == 4
         assert "pqi/global" in (tmp_path / "b" / "metrics.csv").read_text()
 
 
 class TestPlot:
     def test_over_the_rounds(self):
-        monitor = PQIMonitor(monitor="val_loss")
+        monitor = PQIMonitor(stop_on=None, monitor="val_loss")
         fit(Net(), half(every_n_epochs=2), monitor, val=loader(), max_epochs=6)
         index, remaining, metric = monitor.plot().axes
         rows = monitor.rows()
@@ -343,7 +349,7 @@ class TestPlot:
         assert metric.get_xlabel() == "round (number of prunings)"
 
     def test_without_a_pruner_over_the_epochs(self):
-        monitor = PQIMonitor()
+        monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         axes = monitor.plot().axes
         assert axes[-1].get_xlabel() == "epoch"
@@ -351,7 +357,7 @@ class TestPlot:
 
     def test_before_any_epoch_it_says_so(self):
         with pytest.raises(ValueError, match="nothing to plot yet"):
-            PQIMonitor().plot()
+            PQIMonitor(stop_on=None).plot()
 
 
 class TestArguments:
@@ -372,7 +378,7 @@ class TestArguments:
 
 class TestOutsideFit:
     def test_evaluation_logs_nothing(self):
-        trainer = quiet_trainer(PQIMonitor(), half())
+        trainer = quiet_trainer(PQIMonitor(stop_on=None), half())
         trainer.validate(Net(), loader(), verbose=False)
         assert set(trainer.callback_metrics) == {"val_loss"}
 
@@ -380,13 +386,13 @@ class TestOutsideFit:
         options = {"barebones": True, "logger": None, "enable_progress_bar": None}
         options |= {"enable_checkpointing": None, "enable_model_summary": None}
         with pytest.warns(UserWarning, match="barebones"):
-            trainer = fit(Net(), half(), PQIMonitor(), **options)
+            trainer = fit(Net(), half(), PQIMonitor(stop_on=None), **options)
         assert logged(trainer) == {}
 
 
 def test_two_monitors_of_different_orders_and_names(tmp_path):
     pruner = half()
-    a, b = PQIMonitor(), PQIMonitor(p=1.0, q=2.0, name="pr")
+    a, b = PQIMonitor(stop_on=None), PQIMonitor(stop_on=None, p=1.0, q=2.0, name="pr")
     trainer = fit(Net(), pruner, a, b)
     expected = by_hand(trainer.lightning_module, pruner.masks, p=1.0, q=2.0)
     assert float(trainer.callback_metrics["pr/global"]) == close(expected["pqi/global"])

@@ -73,7 +73,7 @@ def fit(folder, scope, extra=(), **options):
     callback = SAPCallback(
         eta_r=0.3, scope=scope, every_n_epochs=1, rewind_weights="init" if scope == "global" else None
     )
-    trainer(folder, callbacks=[callback, PQIMonitor(), *extra], **options).fit(module, data(), data())
+    trainer(folder, callbacks=[callback, PQIMonitor(stop_on=None), *extra], **options).fit(module, data(), data())
     return outcome(callback, module)
 
 

@@ -102,7 +102,7 @@ def whole_state(module):
 def fit(folder, sharded, options, extra=(), ckpt_path=None, **of_trainer):
     module = Net(sharded)
     callback = SAPCallback(every_n_epochs=1, **options)
-    enforced, monitor = Enforced(callback), PQIMonitor()
+    enforced, monitor = Enforced(callback), PQIMonitor(stop_on=None)
     run = trainer(
         folder, callbacks=[callback, monitor, enforced, *extra], **strategy(sharded, max_epochs=4, **of_trainer)
     )
@@ -200,7 +200,7 @@ def refusals(folder):
     fitted = {
         "transposed": SAPCallback(scope="neuron", every_n_epochs=1),
         "partly sharded": SAPCallback(every_n_epochs=1),
-        "gini": PQIMonitor(gini=True),
+        "gini": PQIMonitor(stop_on=None, gini=True),
     }
     found = {case: message(check_placements, weights) for case, weights in placed.items()}
     for case, callback in fitted.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import checks, messages, neighbours, ranks
+from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours, ranks
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
 from lightning_sap.callbacks.pruning.schedules import Schedules
@@ -52,6 +54,10 @@ class PruningCallback(Callback):
             they match is prunable. None: the trainable weights of two or more dimensions without embeddings.
         exclude: The same; what they match is not prunable.
         keep_zeros: Weights that are exactly zero when fit starts count as pruned.
+        save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
+            latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
+            otherwise none.
+        dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
         name: Tells two callbacks apart, in checkpoints and in log keys.
 
     Logs every epoch ``<name>/round``, ``<name>/remaining`` (fraction) and ``<name>/pruned`` (weights that the latest
@@ -86,20 +92,24 @@ class PruningCallback(Callback):
         include: Selection = None,
         exclude: Selection = None,
         keep_zeros: bool = False,
+        save_rounds: bool | int | None = None,
+        dirpath: str | None = None,
         name: str = "sap",
     ) -> None:
         super().__init__()
         self.options = Options(
             policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
-            min_remaining, include, exclude, keep_zeros, name,
+            min_remaining, include, exclude, keep_zeros, save_rounds, dirpath, name,
         )  # fmt: skip
         self._state = RunState()
         self._stage: str | None = None
+        self._archives = False
         # what belongs to a running fit, and is neither copied nor pickled
         self._weights: dict[str, PrunableWeight] = {}
         self._schedules: Schedules | None = None
         self._hooks: list[RemovableHandle] = []
         self._pending: dict[str, Any] | None = None
+        self._trainer: weakref.ref[Trainer] | None = None  # of the latest fit
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -126,9 +136,17 @@ class PruningCallback(Callback):
         weights = self._weights or self._select(module)
         return {name: Piece(w.parameter.detach(), pruned.get(name), w.units) for name, w in weights.items()}
 
+    def prunes(self) -> bool:
+        """Whether it has rounds, or only holds masks."""
+        return self.options.rounds != 0
+
     def current_round(self) -> int:
         """Number of prunings so far in this fit."""
         return self._state.round
+
+    def ends_round(self, epoch: int) -> bool:
+        """Whether that epoch is planned to be the last of a round."""
+        return self._state.plan.ends_round(epoch)
 
     def index_after_pruning(self) -> float | None:
         """PQ Index of all weights right after the latest pruning, or at the start of training."""
@@ -139,6 +157,7 @@ class PruningCallback(Callback):
         if stage == "fit":
             self._pending, self._weights = None, {}  # of a fit that did not come to its end
             checks.check_strategy(trainer)
+            self._trainer, self._archives = weakref.ref(trainer), bool(self.options.save_rounds)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember the schedules, before a checkpoint restores them."""
@@ -155,6 +174,7 @@ class PruningCallback(Callback):
         else:
             self._resume(pl_module, self._pending)
             self._pending = None
+        self._open_archive(trainer)
         state = self._state
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = self._schedules.choose(trainer, pl_module, state.plan, wanted)
@@ -167,8 +187,7 @@ class PruningCallback(Callback):
 
     def _leads(self, trainer: Trainer) -> bool:
         """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""
-        others = [c for c in trainer.callbacks if isinstance(c, PruningCallback)]  # type: ignore[attr-defined]
-        return next((c for c in others if c.options.rounds != 0), self) is self
+        return next((other for other in _pruners(trainer) if other.prunes()), self) is self
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Start the rounds, under the masks of an earlier fit where they belong to this module."""
@@ -187,6 +206,11 @@ class PruningCallback(Callback):
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self._live_weights())
         weights = self._live_weights()
         self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+
+    def _open_archive(self, trainer: Trainer) -> None:
+        state = self._state
+        if self._archives and state.folder is None and state.plan.rounds != 0:
+            state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
     def _resume(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands."""
@@ -244,30 +268,31 @@ class PruningCallback(Callback):
         """Measure, decide and pick; and only when all is known, mask and rewind."""
         state, started = self._state, time.perf_counter()
         step = self._decide(trainer, module)
-        after = self._measure(module, step.masks).overall
+        after = self._measure(module, step.masks)
+        seconds = time.perf_counter() - started
         record = replace(
             self._record(trainer, step.before),
             pruned=step.count,
-            pqi_pruned=after,
-            seconds=time.perf_counter() - started,
+            pqi_pruned=after.overall,
+            layers_pqi_pruned=after.layers,
+            seconds=seconds,
         )
+        messages.warn_of_dead(self.options, self.pieces(module), step.masks)
         # from here on things change
         if state.first_weights is not None:
             restore_weights_(module, state.first_weights)
-            for other in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(other, PruningCallback):  # it may have pruned what came back
-                    other._enforce()
+            for other in _pruners(trainer):  # it may have pruned what came back
+                other._enforce()
         step.masks.apply_(self._live_weights())
-        neighbours.mask_averages_(trainer, module, lambda: step.masks.apply_(self._live_weights()))
+        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self._live_weights()))
         if self._schedules is not None:
             self._schedules.rewind_()
         if self.options.reset_optimizer:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
         state.history.append(record)
-        state.masks, state.count, state.index_after = step.masks, step.count, after
-        state.round, state.round_step = state.round + 1, trainer.global_step
-        messages.warn_of_emptied(self.options, step.masks)
+        state.masks, state.count, state.index_after = step.masks, step.count, after.overall
+        state.round, state.round_step, state.note = state.round + 1, trainer.global_step, {}
 
     def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
@@ -307,9 +332,80 @@ class PruningCallback(Callback):
         return summary(sums_of(pieces, *self.orders()), *self.orders())
 
     def _record(self, trainer: Trainer, before: Measure) -> RoundRecord:
-        """The round that ends now, as it was trained."""
+        """The round that ends now, as it was trained; it is saved if that is asked for."""
         rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else None
-        return self._state.record(before, trainer.current_epoch - 1, rate, self._metrics(trainer))
+        record = self._state.record(before, trainer.current_epoch - 1, rate, self._metrics(trainer))
+        state = self._state
+        if state.folder is None:
+            return record
+        archive.remove_old(trainer, self.options, state)
+        return replace(record, path=archive.save_round(trainer, state.folder, self.options.name, state.round))
+
+    def archive_rounds(self) -> None:
+        """Save each round of the coming training; to be called before it starts.
+
+        Raises:
+            ValueError: If the options say that none is saved.
+        """
+        if self.options.save_rounds is False:
+            raise ValueError(
+                "PQIMonitor(restore=True) goes back to a round that was saved, and save_rounds=False saves none; leave "
+                "save_rounds out, or give restore=False."
+            )
+        self._archives = True
+
+    def note_phase(self, round: int, phase: str, reason: str) -> None:
+        """Take into the history how the round that just ended was judged."""
+        if round == self._state.round and round not in [record.round for record in self.history]:
+            self._state.note = {"phase": phase, "reason": reason}
+        else:
+            self._state.history.note(round, phase=phase, reason=reason)
+
+    def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
+        """Put the trained weights and the masks of a round back, in all copies that other callbacks keep too.
+
+        To be called after training, on every rank.
+
+        Args:
+            round: Number of prunings before it; it must have been saved, see ``save_rounds``.
+            module: The module; None: that of the latest fit, while its Trainer is there.
+
+        Returns:
+            The record of the round.
+
+        Raises:
+            ValueError: If there is no such round, it was not saved, or the module is another one.
+            FileNotFoundError: If its checkpoint is not there any more.
+            RuntimeError: If training is going on.
+
+        Example:
+            >>> from lightning_sap import SAPCallback
+            >>> SAPCallback(save_rounds=True).restore_round(2)
+            Traceback (most recent call last):
+            ValueError: There is no record of round 2; those that ended are [].
+        """
+        record = self.history.of_round(round)
+        if self._hooks:
+            raise RuntimeError("restore_round cannot be called while training goes on; call it after fit.")
+        if record.path is None:
+            raise ValueError(f"Round {round} was not saved: give save_rounds=True (here {self.options.save_rounds}).")
+        trainer = None if self._trainer is None else self._trainer()
+        if trainer is not None and module is None:
+            module = trainer.lightning_module
+        if trainer is not None and module is not trainer.lightning_module:
+            trainer = None  # another module than the Trainer's: its other callbacks are not concerned
+        if module is None:
+            raise ValueError("The module of the latest fit is gone; give it as `module`.")
+        checkpoint, pruners = archive.read_round(record.path, module), [self] if trainer is None else _pruners(trainer)
+        states = [archive.state_in(checkpoint, pruner.state_key, module) for pruner in pruners]
+        archive.restore_model_(module, checkpoint)
+        if trainer is not None:
+            put_back = partial(archive.restore_model_, module, checkpoint)
+            neighbours.in_averages_(trainer, trainer.lightning_module, put_back)
+        for pruner, state in zip(pruners, states, strict=True):
+            pruner._state = replace(state, history=pruner.history, first_weights=pruner._state.first_weights)
+        self.history.mark_restored(round)
+        return self.history.of_round(round)
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """Every logged metric; after a resume Lightning does not know those of before, the state does."""
@@ -384,9 +480,21 @@ class PruningCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**own, "_weights": {}, "_schedules": None, "_hooks": [], "_pending": None, "_stage": None}
+        fitting: dict[str, Any] = {
+            "_weights": {},
+            "_schedules": None,
+            "_hooks": [],
+            "_pending": None,
+            "_stage": None,
+            "_trainer": None,
+        }
+        return {**own, **fitting}
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _pruners(trainer: Trainer) -> list[PruningCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.masks import MaskSet
+from lightning_sap.pruner import Piece, dead_units
 
 
 def announcement(options: Options, state: RunState, schedules: list[str]) -> str:
@@ -21,8 +25,17 @@ def announcement(options: Options, state: RunState, schedules: list[str]) -> str
         f"scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {shown}",
         *(f"  learning rate: {line}" for line in schedules),
+        *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
     ]
     return "\n".join(lines)
+
+
+def _kept(options: Options, plan: RoundPlan) -> str:
+    """How many checkpoints the rounds leave."""
+    keep = options.save_rounds
+    if keep is not None and not isinstance(keep, bool):
+        return f"checkpoints of the latest {keep} rounds"
+    return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
 
 
 def farewell(options: Options, state: RunState) -> str:
@@ -34,8 +47,20 @@ def farewell(options: Options, state: RunState) -> str:
     )
 
 
-def warn_of_emptied(options: Options, masks: MaskSet) -> None:
-    """Warn of parameters that have no weights left."""
-    empty = [name for name, count in masks.survivors.items() if count == 0]
-    if empty:
-        rank_zero_warn(f"{options.name}: no weights are left in {empty}; give min_remaining to keep some.")
+def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) -> None:
+    """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few alive."""
+    pruned = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
+    emptied = [name for name, count in masks.survivors.items() if count == 0]
+    dead = {name: (n, units) for name, (n, units) in dead_units(pruned).items() if 2 * n > units}
+    before = dead_units({name: piece for name, piece in pieces.items() if name in dead})
+    news = [f"no weights are left in {name!r}" for name in emptied if before[name] != dead[name]]
+    news += [
+        f"{n} of {units} output units of {name!r} have no weights left"
+        for name, (n, units) in dead.items()
+        if name not in emptied and pieces[name].weight.ndim > 1 and 2 * before[name][0] <= units
+    ]
+    if news:
+        rank_zero_warn(
+            f"{options.name}: after pruning {masks.remaining:.2%} remain, and {'; '.join(news)}. Give min_remaining "
+            f"(now {options.min_remaining}) to keep a fraction of every parameter, or exclude these."
+        )

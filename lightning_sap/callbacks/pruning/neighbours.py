@@ -19,15 +19,15 @@ def check_averaging(trainer: Trainer) -> None:
         )
 
 
-def mask_averages_(trainer: Trainer, module: LightningModule, mask_: Callable[[], None]) -> None:
-    """Mask the averaged copies of the module; once they are sparse, averaging sparse weights keeps them so.
+def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[], None]) -> None:
+    """Change the averaged copies of the module; once they are sparse, averaging sparse weights keeps them so.
 
     The averaging callbacks put their copy into the module for validation, and take it out again: so they are asked.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging):
             callback.on_validation_epoch_start(trainer, module)
-            mask_()
+            change_()
             callback.on_validation_epoch_end(trainer, module)
 
 

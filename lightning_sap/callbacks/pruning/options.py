@@ -35,6 +35,8 @@ class Options:
     include: Selection
     exclude: Selection
     keep_zeros: bool
+    save_rounds: bool | int | None
+    dirpath: str | None
     name: str
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class Options:
                 f"min_remaining={self.min_remaining} is above target_remaining={target}: the target could not be "
                 "reached. Lower min_remaining or raise target_remaining."
             )
+        fits = self.save_rounds is None or isinstance(self.save_rounds, bool) or _whole(self.save_rounds, 1)
+        _check(fits, "save_rounds", self.save_rounds, "None, True, False or a whole number of at least 1")
         _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
 
     @property

@@ -26,6 +26,10 @@ class RoundPlan:
         passed = (epoch - self.first_epoch) // self.epochs
         return passed if self.rounds is None else min(passed, self.rounds)
 
+    def ends_round(self, epoch: int) -> bool:
+        """Whether an epoch is planned to be the last of a round."""
+        return self.due(epoch + 1) > self.due(epoch) or epoch + 1 == self.last_epoch
+
     def start(self, round: int) -> int:
         """First epoch of a round."""
         return self.first_epoch + round * self.epochs

@@ -35,6 +35,8 @@ class SAPCallback(PruningCallback):
         include: What alone is prunable.
         exclude: What is not prunable.
         keep_zeros: Zeros at the start count as pruned.
+        save_rounds: Which rounds' trained models are kept on disk.
+        dirpath: Folder for them.
         name: Tells two callbacks apart.
 
     Raises:
@@ -67,6 +69,8 @@ class SAPCallback(PruningCallback):
         include: Selection = None,
         exclude: Selection = None,
         keep_zeros: bool = False,
+        save_rounds: bool | int | None = None,
+        dirpath: str | None = None,
         name: str = "sap",
     ) -> None:
         super().__init__(
@@ -82,5 +86,7 @@ class SAPCallback(PruningCallback):
             include=include,
             exclude=exclude,
             keep_zeros=keep_zeros,
+            save_rounds=save_rounds,
+            dirpath=dirpath,
             name=name,
         )

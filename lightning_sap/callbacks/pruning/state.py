@@ -30,6 +30,8 @@ class RunState:
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         history: The rounds that ended.
         metrics: The metrics logged when the run was saved; Lightning forgets them.
+        folder: Where the rounds are saved; None: they are not.
+        note: What a monitor said of the round that goes on, for its record.
     """
 
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
@@ -41,6 +43,8 @@ class RunState:
     first_weights: dict[str, Tensor] | None = None
     history: History = field(default_factory=History)
     metrics: dict[str, float] = field(default_factory=dict)
+    folder: str | None = None
+    note: dict[str, Any] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Any]:
         """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
@@ -96,4 +100,5 @@ class RunState:
             layers_pqi=before.layers,
             lr=lr,
             metrics=metrics,
+            **self.note,
         )

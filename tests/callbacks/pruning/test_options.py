@@ -165,6 +165,8 @@ trainer:
         include: "net.0.*"
         exclude: ["*.bias", "net.3.*"]
         keep_zeros: true
+        save_rounds: 3
+        dirpath: rounds/here
         name: first
     - class_path: lightning_sap.PruningCallback
       init_args:
@@ -223,6 +225,8 @@ class TestYAML:
             "include": "net.0.*",
             "exclude": ["*.bias", "net.3.*"],
             "keep_zeros": True,
+            "save_rounds": 3,
+            "dirpath": "rounds/here",
             "name": "first",
         }
 

@@ -83,7 +83,7 @@ def run(folder, kind, rewind, alike, ckpt_path=None, extra=()):
     """Train from a seed (a wrong one when resuming), and say everything that came of it."""
     seed_everything(1 if ckpt_path is None else 99)
     sap = SAPCallback(rounds=2, every_n_epochs=2, rewind_weights=rewind, scope="global", eta_r=0.1)
-    monitor, logger, rates = PQIMonitor(monitor="val_loss", mode="min"), Remembers(), {}
+    monitor, logger, rates = PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), Remembers(), {}
     watch = Watch(
         on_before_optimizer_step=lambda t, _: rates.update({t.global_step: t.optimizers[0].param_groups[0]["lr"]})
     )
@@ -183,7 +183,7 @@ STEPS_OF_A_PRUNING = [
     "lightning_sap.callbacks.pruning.callback.restore_weights_",
     "lightning_sap.masks.MaskSet.apply_",
     "lightning_sap.rewind.schedules.Replay.rewind_",
-    "lightning_sap.callbacks.pruning.messages.warn_of_emptied",
+    "lightning_sap.callbacks.pruning.messages.warn_of_dead",
 ]
 
 

@@ -1,0 +1,405 @@
+"""PQIMonitor: watches the PQ Index of any training, logs it, and stops before the network is lost."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_sap.callbacks.monitor import tensorboard
+from lightning_sap.callbacks.monitor.judge import Judge, StopOn, Verdict
+from lightning_sap.functional.pqi import check_orders, gini_index
+from lightning_sap.history import RoundRecord
+from lightning_sap.phases import Layers, Phase, PhaseDetector
+from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+from lightning_sap.report import markdown, show
+from lightning_sap.sharding import is_sharded
+
+PHASES = list(Phase)  # logged as their positions
+
+
+class PQIMonitor(Callback):
+    r"""Log the PQ Index of the weights, tell by it where the network stands, and stop before it is lost.
+
+    .. math:: I_{p,q}(w) = 1 - d^{1/q - 1/p} \frac{\|w\|_p}{\|w\|_q}
+
+    Beside a pruner it measures the weights that survive in what the pruner prunes; without one, the weights that a
+    pruner would prune by default, and then it only logs.
+
+    Logs every epoch ``pqi/global`` (all weights as one vector) and ``pqi/layer_mean`` (mean over the parameters);
+    beside a pruner ``pqi/global_pruned`` (right after the latest pruning, before retraining; in the first round, at its
+    start) and ``pqi/phase`` (0 regularization, 1 compression, 2 collapse; told at the end of each round); where asked
+    for ``gini/global``, and ``pqi/<parameter>`` and ``remaining/<parameter>``. With a ``TensorBoardLogger``, charts of
+    these are laid out under Custom Scalars, the figures (where matplotlib is installed) are among the images, and the
+    report among the texts.
+
+    Args:
+        p: Order of the smaller norm, ``0 < p < q``. None: the pruner's, else 0.5.
+        q: Order of the larger norm. None: the pruner's, else 1.0. Give both or neither.
+        stop_on: Stop the Trainer, after its ``min_epochs``, at the end of the round in which the network is seen to
+            collapse (``"collapse"``) or to compress (``"compression"``), see :class:`PhaseDetector`; None: never.
+        monitor: A logged metric to judge by beside the index, such as ``"val_acc"``; it is drawn as well. In a round
+            without validation there is none.
+        mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``).
+        patience: Rounds in a row in which a phase must be seen.
+        restore: Having stopped, put the last sound round (of a compression, the round it dates from) back into the
+            module, its trained weights and its masks. Every round is saved for that, see ``save_rounds`` and
+            ``dirpath`` of the pruner.
+        verbose: Say so when the phase changes, and print a report at the end of fit.
+        gini: Log the Gini index too; it sorts a copy of all weights, and cannot be had of sharded ones.
+        log_layers: Which parameters are logged one by one: False none, True all, or globs on their names.
+        name: Tells two monitors apart, in checkpoints and as the first part of the keys ``pqi/…``.
+
+    Raises:
+        ValueError: If not ``0 < p < q``, or another option is out of its range; in training, if ``monitor`` is never
+            logged.
+
+    Source: Diao et al., *Pruning Deep Neural Networks from a Sparsity Perspective*, ICLR 2023.
+
+    Example:
+        >>> from lightning_sap import PQIMonitor
+        >>> monitor = PQIMonitor(monitor="val_acc", log_layers=["encoder.*"])
+    """
+
+    def __init__(
+        self,
+        p: float | None = None,
+        q: float | None = None,
+        *,
+        stop_on: StopOn = "collapse",
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        patience: int = 2,
+        restore: bool = True,
+        verbose: bool = True,
+        gini: bool = False,
+        log_layers: bool | Sequence[str] = False,
+        name: str = "pqi",
+    ) -> None:
+        super().__init__()
+        if (p is None) != (q is None):
+            raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
+        if p is not None and q is not None:
+            check_orders(p, q)
+        self.p, self.q = p, q
+        self.stop_on = stop_on
+        self.monitor, self.mode = monitor, mode
+        self.patience = patience
+        self.restore = restore
+        self.verbose = verbose
+        self.gini = gini
+        self.log_layers = log_layers
+        self.name = name
+        self._records: list[RoundRecord] = []  # of the latest fit that came to its end
+        self._resumed = False
+        self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a run must not lose, at its start."""
+        self._rows: list[dict[str, Any]] = []
+        self._judge = Judge(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
+        self._validated: int | None = None  # the round in which validation ran last
+        self._saved_metrics: dict[str, float] = {}  # of the epoch that was interrupted; Lightning forgets them
+
+    @property
+    def phase(self) -> Phase:
+        """Where the network stood at the end of the latest round."""
+        return self._judge.phase
+
+    @property
+    def reason(self) -> str:
+        """Why it is this phase, in one sentence."""
+        return self._judge.detector.reason
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Why training was stopped; None if it was not, or not by this monitor."""
+        return self._judge.verdict
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._resumed = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask the pruner to keep the rounds that may have to be restored."""
+        pruner = _pruner(trainer)
+        if pruner is None and self.stop_on is not None:
+            rank_zero_warn(
+                f"{self.name}: no callback of lightning-sap prunes in this Trainer, so PQIMonitor only logs and never "
+                f"stops. Add SAPCallback or PruningCallback, or say stop_on=None (now {self.stop_on!r})."
+            )
+        elif pruner is not None and self.stop_on is not None and self.restore:
+            pruner.archive_rounds()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cache = None
+        pieces = self._pieces(trainer, pl_module)
+        if self.gini and any(is_sharded(piece.weight) for piece in pieces.values()):
+            raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
+        if not self._resumed:
+            self._begin()
+        elif self.verdict is not None:
+            trainer.should_stop = True  # the run was cut off after its verdict
+        for writer in tensorboard.writers(trainer):
+            writer.add_custom_scalars(tensorboard.layout(self.name, filter(self._wants, pieces)))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_row(trainer)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            pruner, judge = _pruner(trainer), self._judge
+            self._validated = 0 if pruner is None else pruner.current_round()
+            if pruner is not None and pruner.ends_round(trainer.current_epoch):
+                judge = copy.deepcopy(judge)  # what the end of the round is going to tell
+                judge.update(*self._evidence(trainer, pl_module))
+            self._log(trainer, pl_module, judge, logger=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pruner = _pruner(trainer)
+        if pruner is not None and pruner.ends_round(trainer.current_epoch):
+            self._close_round(pruner, trainer, pl_module)
+        self._log(trainer, pl_module, self._judge, logger=True)
+        self._add_row(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the last round too, where it was shorter than planned."""
+        self._finish_row(trainer)
+        pruner = _pruner(trainer)
+        if pruner is not None and self._rows and self._rows[-1]["round"] == pruner.current_round():
+            self._close_round(pruner, trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the last sound round back, now that no callback writes any more, and show what happened."""
+        pruner = _pruner(trainer)
+        if pruner is not None:
+            self._go_back(pruner)
+            self._records = list(pruner.history)
+        self._show(trainer)
+
+    # -- the verdict --------------------------------------------------------------------------------------------------
+
+    def _evidence(self, trainer: Trainer, module: LightningModule) -> tuple[float, Layers, float | None]:
+        """What is known of the round that ends now; on all ranks what rank 0 knows."""
+        measure, metric, pruner = self._measure(trainer, module), None, _pruner(trainer)
+        if not trainer.enable_validation or (pruner is not None and self._validated == pruner.current_round()):
+            metric = self._metrics(trainer).get(self.monitor or "")
+        layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
+        return trainer.strategy.broadcast((measure.overall, layers, metric))
+
+    def _close_round(self, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
+        """Tell the phase at the end of a round, once, and stop if there is a verdict."""
+        judge, round, before = self._judge, pruner.current_round(), self.phase
+        if judge.detector.round >= round:
+            return
+        sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
+        judge.catch_up(pruner.history, sizes, self.monitor)
+        phase = judge.update(*self._evidence(trainer, module))
+        pruner.note_phase(round, str(phase), self.reason)
+        if judge.verdict is not None:
+            trainer.should_stop = True
+            rank_zero_info(f"{self.name}: {judge.verdict}")
+        elif self.verbose and phase != before:
+            rank_zero_info(f"{self.name}: {phase} after round {round}. {self.reason}")
+
+    def _go_back(self, pruner: MonitoredPruner) -> None:
+        if self.verdict is None or not self.restore:
+            return
+        kept, round = {record.round: record.path for record in pruner.history}, self.verdict.restore
+        if round is None or kept.get(round) is None:
+            why = "no round was sound" if round is None else f"round {round} was not kept"
+            rank_zero_warn(f"{self.name}: {why}, so the module stays as it is after round {self.verdict.round}.")
+            return
+        record = pruner.restore_round(round)
+        rank_zero_info(
+            f"{self.name}: the module holds round {round} again, {record.remaining:.2%} of the weights: {record.path}"
+        )
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
+        pruned = [pruner.pieces(module) for pruner in _pruners(trainer)]
+        return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
+
+    def _orders(self, trainer: Trainer) -> tuple[float, float]:
+        p, q = next((pruner.orders() for pruner in _pruners(trainer)), (0.5, 1.0))
+        return (p, q) if self.p is None or self.q is None else (self.p, self.q)
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> Measure:
+        """Indices of the weights as they are, measured once after a step."""
+        moment = (trainer.global_step, *(pruner.current_round() for pruner in _pruners(trainer)))
+        if self._cache is None or self._cache[0] != moment:
+            orders = self._orders(trainer)
+            self._cache = (moment, summary(sums_of(self._pieces(trainer, module), *orders), *orders))
+        return self._cache[1]
+
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        return self._saved_metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    def _log(self, trainer: Trainer, module: LightningModule, judge: Judge, *, logger: bool) -> None:
+        if trainer.barebones:
+            return
+        to = None if logger else False  # True would warn where there is no logger
+        measure, pieces, pruner = self._measure(trainer, module), self._pieces(trainer, module), _pruner(trainer)
+        values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
+        after = [pruner.index_after_pruning() for pruner in _pruners(trainer)]
+        if after and after[0] is not None:
+            values[f"{self.name}/global_pruned"] = after[0]
+        if pruner is not None:
+            values[f"{self.name}/phase"] = float(PHASES.index(judge.phase))
+        if self.gini:
+            values["gini/global"] = float(_gini(pieces))
+        for name in filter(self._wants, pieces):
+            values[f"{self.name}/{name}"] = measure.layers[name]
+            values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
+        for key, value in values.items():
+            module.log(key, value, on_step=False, on_epoch=True, logger=to)
+
+    def _wants(self, name: str) -> bool:
+        if isinstance(self.log_layers, bool):
+            return self.log_layers
+        return any(fnmatchcase(name, pattern) for pattern in self.log_layers)
+
+    def _add_row(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep what the epoch ended with, in the place of the round's epoch before."""
+        measure, pruner = self._measure(trainer, module), _pruner(trainer)
+        sizes = {name: piece.weight.numel() for name, piece in self._pieces(trainer, module).items()}
+        row = {
+            "epoch": trainer.current_epoch,
+            "round": None if pruner is None else pruner.current_round(),
+            "pqi": measure.overall,
+            "layer_mean": measure.layer_mean,
+            "remaining": sum(measure.survivors.values()) / sum(sizes.values()),
+            "metric": None,
+            "phase": None if pruner is None else str(self.phase),
+            "layers": measure.layers,
+            "layers_remaining": {name: count / sizes[name] for name, count in measure.survivors.items()},
+        }
+        key = "epoch" if pruner is None else "round"
+        self._rows = [*(other for other in self._rows if other[key] != row[key]), row]
+
+    def _finish_row(self, trainer: Trainer) -> None:
+        """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
+        if self.monitor is None or not self._rows or self._rows[-1]["metric"] is not None:
+            return
+        metrics = self._metrics(trainer)
+        self._saved_metrics = {}
+        if self.monitor in metrics:
+            self._rows[-1]["metric"] = metrics[self.monitor]
+        elif self._validated is not None or not trainer.enable_validation:
+            raise ValueError(
+                f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
+            )
+
+    # -- pictures and report ------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The last epoch of each round (without a pruner, each epoch).
+
+        Keys: epoch, round, pqi, layer_mean, remaining, metric, phase, and by parameter layers (their indices) and
+        layers_remaining.
+        """
+        return copy.deepcopy(self._rows)
+
+    def plot(self, kind: Literal["rounds", "layers"] = "rounds", *, dark: bool = False) -> Any:
+        """Matplotlib figure of the rounds so far (no pruner: the epochs).
+
+        Args:
+            kind: ``"rounds"``: index, remaining weights and monitored metric, the phases shaded and the stop marked;
+                ``"layers"``: index and remaining weights of each parameter as heat maps.
+            dark: Light on dark.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed (``pip install "lightning-sap[plot]"``).
+            ValueError: If no epoch has been seen yet, or the kind is unknown.
+        """
+        from lightning_sap.plot import plot_layers, plot_rounds
+
+        if kind not in ("rounds", "layers"):
+            raise ValueError(f"kind must be 'rounds' or 'layers', got {kind!r}.")
+        if kind == "layers":
+            return plot_layers(self.rows(), dark=dark)
+        verdict = self.verdict
+        marks = {} if verdict is None else {"stopped": verdict.round, "restored": verdict.restore}
+        return plot_rounds(self.rows(), metric=self.monitor, dark=dark, **marks)
+
+    def report(self) -> str:
+        """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.
+
+        Raises:
+            ValueError: If no fit beside a pruner has come to its end.
+        """
+        return markdown(self._records, metric=self.monitor, verdict=str(self.verdict or ""))
+
+    def _show(self, trainer: Trainer) -> None:
+        """Figures and report, to TensorBoard and to the terminal."""
+        for writer in tensorboard.writers(trainer):
+            if self._rows and importlib.util.find_spec("matplotlib") is not None:
+                for kind in ("rounds", "layers"):
+                    writer.add_figure(f"{self.name}/{kind}", self.plot(kind), global_step=trainer.global_step)
+            if self._records:
+                writer.add_text(f"{self.name}/report", self.report(), global_step=trainer.global_step)
+        if self.verbose and self._records and trainer.is_global_zero:
+            if importlib.util.find_spec("rich") is None:
+                rank_zero_info(self.report())
+            else:
+                show(self._records, metric=self.monitor, verdict=str(self.verdict or ""))
+
+    # -- checkpoints and copies ---------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The name alone: changed options must not lose the state."""
+        return f"lightning_sap.monitor/{self.name}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows(),
+            "metrics": self._saved_metrics,
+            "validated": self._validated,
+            "judge": self._judge.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._begin()
+        self._resumed = True
+        self._rows = copy.deepcopy(state_dict["rows"])
+        self._saved_metrics = dict(state_dict["metrics"])
+        self._validated = state_dict["validated"]
+        self._judge.load_state_dict(state_dict["judge"])
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the monitored metric of this moment: Lightning does not."""
+        metrics = trainer.callback_metrics
+        if self.monitor in metrics:
+            state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+            state["metrics"] = {self.monitor: float(metrics[self.monitor])}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
+
+def _pruners(trainer: Trainer) -> list[MonitoredPruner]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
+
+
+def _pruner(trainer: Trainer) -> MonitoredPruner | None:
+    """The one whose rounds count: of several that prune, the first."""
+    return next((pruner for pruner in _pruners(trainer) if pruner.prunes()), None)
+
+
+def _gini(pieces: dict[str, Piece]) -> Tensor:
+    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
+    return gini_index(torch.cat(alive))

@@ -1,0 +1,106 @@
+"""The round archive: a checkpoint of each round's trained model, and the way back to it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.state import RunState
+from lightning_sap.rewind import place_weights, restore_weights_
+from lightning_sap.weights import COMPILE_PREFIX, parameter_names
+
+METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
+
+
+def choose_folder(trainer: Trainer, dirpath: str | None) -> str:
+    """A folder that is not there yet or empty, on all ranks the one of rank 0; a collective.
+
+    Raises:
+        ValueError: If it is not on a local disk, which the rounds are read from.
+    """
+    wanted = dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "rounds")
+    if "://" in wanted:
+        raise ValueError(
+            f"The rounds are saved in a local folder, got {wanted!r}; give dirpath='...', or save_rounds=False (and "
+            "PQIMonitor(restore=False))."
+        )
+    folders = (f"{wanted}-v{i}" if i else wanted for i in itertools.count())
+    free = next(folder for folder in folders if not os.path.isdir(folder) or not os.listdir(folder))
+    return str(trainer.strategy.broadcast(os.path.abspath(free)))
+
+
+def save_round(trainer: Trainer, folder: str, name: str, round: int) -> str:
+    """Write the Trainer's checkpoint of this moment, as it always does; a collective. Returns its path."""
+    path = os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
+    trainer.save_checkpoint(path, weights_only=False)
+    return path
+
+
+def remove_old(trainer: Trainer, options: Options, state: RunState) -> None:
+    """Delete the checkpoints of rounds that are too old to be kept once the round that ends now is."""
+    keep = options.save_rounds
+    if keep is None or isinstance(keep, bool):
+        return
+    for record in [record for record in state.history if record.path and record.round <= state.round - keep]:
+        path = Path(str(record.path))
+        if trainer.is_global_zero:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        state.history.note(record.round, path=None)
+
+
+def read_round(path: str, module: nn.Module) -> dict[str, Any]:
+    """The checkpoint of a round; a distributed one in shards as the module's, a collective.
+
+    It is unpickled as a whole, since a module's hyperparameters may be any objects: it is a file that we wrote.
+
+    Raises:
+        FileNotFoundError: If it is not there any more.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"The round was saved as {path!r}, which is not there any more.")
+    if not os.path.isdir(path):
+        return dict(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
+    checkpoint = dict(torch.load(os.path.join(path, METADATA), map_location="cpu", weights_only=False))
+    weights = get_model_state_dict(module, options=StateDictOptions(cpu_offload=True))
+    load_shards({"state_dict": weights}, checkpoint_id=path)
+    return {**checkpoint, "state_dict": weights}
+
+
+def state_in(checkpoint: dict[str, Any], key: str, module: nn.Module) -> RunState:
+    """A pruning callback's state at the time of a checkpoint, its masks where the module's weights are.
+
+    Raises:
+        ValueError: If the masks do not belong to the module.
+    """
+    state = RunState.unpack(checkpoint["callbacks"][key])
+    live = parameter_names(module)
+    weights = {name: live[name].detach() for name in state.masks.pruned if name in live}
+    return replace(state, masks=state.masks.like(weights))
+
+
+def restore_model_(module: LightningModule | nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint's weights and buffers into a module, in place; a collective where they are sharded.
+
+    Raises:
+        ValueError: If the module has other ones; nothing is written then.
+    """
+    saved = {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in checkpoint["state_dict"].items()}
+    live = {name.replace(COMPILE_PREFIX, "") for name in module.state_dict()}
+    if live != saved.keys():
+        raise ValueError(
+            f"The round was saved from another model: it lacks {sorted(live - saved.keys())} and has "
+            f"{sorted(saved.keys() - live)} besides. Give the module that was pruned."
+        )
+    tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    restore_weights_(module, place_weights(module, tensors))

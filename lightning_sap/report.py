@@ -1,0 +1,74 @@
+"""The rounds of a fit as a table, in Markdown or in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_sap.history import RoundRecord
+
+
+def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> str:
+    """The rounds as Markdown: a table, why training stopped, and what is in the module.
+
+    Args:
+        records: What is known of the rounds.
+        metric: Name of a logged metric to show.
+        verdict: Why training was stopped; empty if it came to its end.
+
+    Raises:
+        ValueError: If there are no records.
+
+    Example:
+        >>> dense = RoundRecord(0, 0, 3, 1.0, {}, 0.31, {}, pruned=20, phase="regularization")
+        >>> print(markdown([dense, RoundRecord(1, 4, 7, 0.5, {}, 0.25, {}, phase="regularization")]))
+        | round | epochs | remaining | PQ Index | pruned | phase |
+        | --- | --- | --- | --- | --- | --- |
+        | 0 | 0–3 | 100.00 % | 0.3100 | 20 | regularization |
+        | 1 | 4–7 | 50.00 % | 0.2500 | – | regularization |
+        <BLANKLINE>
+        The module holds round 1: 50.00 % of the prunable weights.
+    """
+    header, *lines = _table(records, metric)
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *_closing(records, verdict)])
+
+
+def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> None:
+    """Print the same in the terminal; needs rich."""
+    from rich import get_console
+    from rich.table import Table
+
+    header, *lines = _table(records, metric)
+    table = Table(*header, title="Rounds")
+    for line in lines:
+        table.add_row(*line)
+    get_console().print(table)
+    get_console().print("\n".join(_closing(records, verdict)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]]:
+    """The header, then one line for each round."""
+    if not records:
+        raise ValueError("There is nothing to report yet: no round has ended.")
+    columns = {
+        "round": [str(r.round) for r in records],
+        "epochs": [f"{r.first_epoch}–{r.last_epoch}" for r in records],
+        "remaining": [f"{r.remaining:.2%}".replace("%", " %") for r in records],
+        "PQ Index": [f"{r.pqi:.4f}" for r in records],
+        "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
+        "phase": [r.phase or "–" for r in records],
+    }
+    if metric is not None:
+        columns[metric] = [f"{r.metrics[metric]:.4g}" if metric in r.metrics else "–" for r in records]
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
+    held = next((r for r in records if r.restored), records[-1])
+    lines = [verdict] if verdict else []
+    again = " again" if held.restored else ""
+    lines.append(f"The module holds round {held.round}{again}: {held.remaining:.2%} of the prunable weights.")
+    lines[-1] = lines[-1].replace("%", " %")
+    if saved := [r for r in records if r.path]:
+        lines.append(f"Saved rounds: {', '.join(str(r.round) for r in saved)}; that of the module as {held.path}.")
+    return lines
