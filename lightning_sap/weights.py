@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -20,6 +22,7 @@ Selection: TypeAlias = Selector | Sequence[Selector] | None
 
 COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into the names of the module it wraps
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+LORA = re.compile(r"(^|\.)lora_", re.IGNORECASE)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -96,6 +99,36 @@ def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by the name they have without ``torch.compile``'s prefixes, each tied parameter once."""
     reshard(module)
     return {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in module.named_parameters()}
+
+
+def low_rank_adapters(module: nn.Module, weights: Mapping[str, PrunableWeight]) -> list[str]:
+    """Those of these weights that are low-rank adapters, which add their product to a frozen weight.
+
+    Known are they by a part of their name that starts with ``lora_``, as with peft, or by their shapes: in one layer (a
+    module's own parameters and those of its children) a frozen weight and two trainable ones of lower rank whose
+    product has its shape.
+
+    Example:
+        >>> from torch import nn
+        >>> base, down, up = nn.Linear(8, 6).requires_grad_(False), nn.Linear(8, 2), nn.Linear(2, 6)
+        >>> layer = nn.ModuleList([base, down, up])
+        >>> low_rank_adapters(layer, prunable_weights(layer))
+        ['1.weight', '2.weight']
+    """
+    found = {id(p) for layer in module.modules() for pair in _low_rank_pairs(layer) for p in pair}
+    return [name for name, weight in weights.items() if LORA.search(name) or id(weight.parameter) in found]
+
+
+def _low_rank_pairs(layer: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Trainable factors of the shape of a frozen weight, in either order."""
+    own = [p for part in (layer, *layer.children()) for p in part.parameters(recurse=False)]
+    matrices = [p for p in own if not isinstance(p, nn.UninitializedParameter) and p.dim() >= 2]
+    frozen = {tuple(p.shape[:2]) for p in matrices if not p.requires_grad}
+    trained = [p for p in matrices if p.requires_grad] if frozen else []
+    for left, right in itertools.permutations(trained, 2):
+        (rows, rank), (inner, columns) = left.shape[:2], right.shape[:2]
+        if rank == inner < min(rows, columns) and {(rows, columns), (columns, rows)} & frozen:
+            yield left, right
 
 
 def _owners_of_parameters(module: nn.Module) -> dict[int, tuple[nn.Parameter, list[Owner]]]:

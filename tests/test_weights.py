@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from lightning_sap import FixedFraction, PruningCallback
-from lightning_sap.weights import parameter_names, prunable_weights
+from lightning_sap.weights import low_rank_adapters, parameter_names, prunable_weights
 
 
 def names(module, include=None, exclude=None):
@@ -328,3 +328,74 @@ class TestCompiled:
         module = nn.Sequential(torch.compile(nn.ConvTranspose1d(4, 6, 2)), nn.Linear(2, 2))
         assert names(module, exclude=nn.ConvTranspose1d) == ["1.weight"]
         assert prunable_weights(module)["0.weight"].transposed_groups == 1
+
+
+class LoRALinear(nn.Module):
+    """A linear layer that stays as it is, and what is learnt beside it, of rank 2; named as given."""
+
+    def __init__(self, a="down", b="up", dims=(8, 6), transposed=False):
+        super().__init__()
+        self.a, self.b = a, b
+        self.weight = nn.Parameter(torch.randn(*dims[::-1]), requires_grad=False)
+        shapes = [(dims[0], 2), (2, dims[1])] if transposed else [(2, dims[0]), (dims[1], 2)]
+        for name, shape in zip((a, b), shapes, strict=True):
+            setattr(self, f"{name}_weight", nn.Parameter(torch.randn(shape)))
+
+
+class Peft(nn.Module):
+    """The structure and names that the package peft gives an adapted layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(8, 6).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+
+
+class Siblings(nn.Module):
+    def __init__(self, base, down, up):
+        super().__init__()
+        self.base, self.down, self.up = base.requires_grad_(False), down, up
+
+
+def adapters(module, **selection):
+    return low_rank_adapters(module, prunable_weights(module, **selection))
+
+
+class TestLowRankAdapters:
+    def test_as_peft_names_them(self):
+        module = nn.Sequential(Peft(), nn.Linear(6, 6))
+        assert adapters(module) == ["0.lora_A.default.weight", "0.lora_B.default.weight"]
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_by_hand_beside_the_weight(self, transposed):
+        module = nn.Sequential(LoRALinear(transposed=transposed), nn.Linear(6, 3))
+        assert adapters(module) == ["0.down_weight", "0.up_weight"]
+
+    @pytest.mark.parametrize(
+        ("base", "down", "up"),
+        [
+            (nn.Linear(8, 6), nn.Linear(8, 2), nn.Linear(2, 6)),
+            (nn.Conv2d(8, 6, 3), nn.Conv2d(8, 2, 3), nn.Conv2d(2, 6, 1)),
+            (nn.Embedding(8, 6), nn.Linear(8, 2), nn.Linear(2, 6)),
+        ],
+        ids=["linear", "convolution", "embedding"],
+    )
+    def test_as_modules_beside_a_frozen_one(self, base, down, up):
+        assert adapters(nn.Sequential(nn.Linear(3, 8), Siblings(base, down, up))) == ["1.down.weight", "1.up.weight"]
+
+    def test_only_those_that_are_pruned(self):
+        module = nn.Sequential(Peft(), nn.Linear(6, 6))
+        assert adapters(module, exclude="*lora_*") == []
+        assert adapters(module, exclude="*lora_A*") == ["0.lora_B.default.weight"]
+
+    def test_factors_of_full_rank_are_none(self):
+        assert adapters(Siblings(nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 6))) == []
+
+    def test_nothing_frozen_no_adapter(self):
+        layer = Siblings(nn.Linear(8, 6), nn.Linear(8, 2), nn.Linear(2, 6)).requires_grad_(True)
+        assert adapters(layer) == []
+
+    def test_a_frozen_backbone_and_its_head_are_none(self):
+        backbone = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)).requires_grad_(False)
+        assert adapters(nn.Sequential(backbone, nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))) == []

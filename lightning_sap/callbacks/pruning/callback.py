@@ -26,7 +26,7 @@ from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Measure, Piece, Scope, Step, prune_step, summary, sums_of
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.sharding import reshard
-from lightning_sap.weights import PrunableWeight, Selection, parameter_names, prunable_weights
+from lightning_sap.weights import PrunableWeight, Selection, low_rank_adapters, parameter_names, prunable_weights
 
 
 class PruningCallback(Callback):
@@ -184,6 +184,8 @@ class PruningCallback(Callback):
         if state.index_after is None:
             state.index_after = self._measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, state, schedules))
+        if state.plan.rounds != 0:
+            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, self._weights))
 
     def _leads(self, trainer: Trainer) -> bool:
         """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""

@@ -16,14 +16,12 @@ from lightning_sap.pruner import Piece, dead_units
 def announcement(options: Options, state: RunState, schedules: list[str]) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
-    names = list(masks.pruned)
-    shown = ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")
     rounds = "prunings after every round" if plan.rounds is None else f"{plan.rounds} prunings"
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
         f"{options.name}: {rounds} in rounds of {plan.epochs} epochs from epoch {plan.first_epoch}, "
         f"scope {options.scope}, weights {rewind}, {options.policy}",
-        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {shown}",
+        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
         *(f"  learning rate: {line}" for line in schedules),
         *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
     ]
@@ -64,3 +62,18 @@ def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) 
             f"{options.name}: after pruning {masks.remaining:.2%} remain, and {'; '.join(news)}. Give min_remaining "
             f"(now {options.min_remaining}) to keep a fraction of every parameter, or exclude these."
         )
+
+
+def warn_of_adapters(options: Options, adapters: list[str]) -> None:
+    """Warn of low-rank adapters that are going to be pruned."""
+    if adapters:
+        named_alike = all("lora_" in name for name in adapters)
+        rank_zero_warn(
+            f"{options.name}: these look like low-rank adapters of frozen weights: {_listed(adapters)}. Pruning them "
+            "saves little: they are small, and their product, and so the merged weight, stays dense. Leave them out "
+            f"with exclude={'*lora_*' if named_alike else adapters!r}, or merge them first and prune the merged model."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")

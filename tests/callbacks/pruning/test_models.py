@@ -1,5 +1,7 @@
 """Models of every kind, in every precision and engine: pruned, masked, and loadable without this package."""
 
+import re
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -85,6 +87,7 @@ def half(**options):
     return PruningCallback(FixedFraction(0.5), rounds=2, **options)
 
 
+@pytest.mark.filterwarnings("ignore:sap. these look like low-rank adapters")
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     build, batch, prunable = MODELS[name]
@@ -99,6 +102,26 @@ def test_models(name):
     plain.eval(), network.eval()
     x = batch()
     assert torch.equal(plain(x), network(x))
+
+
+class TestAdapters:
+    def test_they_are_warned_of_by_name(self):
+        message = (
+            "sap: these look like low-rank adapters of frozen weights: net.lora_a.weight, net.lora_b.weight. Pruning "
+            "them saves little: they are small, and their product, and so the merged weight, stays dense. Leave them "
+            "out with exclude='*lora_*', or merge them first and prune the merged model."
+        )
+        with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+            train(Adapted(), torch.randn(4, 6), half())
+
+    def test_left_out_as_advised_they_train_densely_and_nothing_is_said(self):
+        pruner, network = half(exclude="*lora_*"), nn.Sequential(Adapted(), nn.Linear(6, 4))
+        train(network, torch.randn(4, 6), pruner)
+        assert survivors(pruner) == {"net.1.weight": 6}
+        assert bool(network[0].lora_a.weight.all())
+
+    def test_nothing_is_said_where_nothing_is_pruned(self):
+        train(Adapted(), torch.randn(4, 6), PruningCallback(FixedFraction(0.5), rounds=0))
 
 
 @pytest.mark.slow
