@@ -11,6 +11,11 @@ from lightning_sap.callbacks.pruning import PruningCallback
 BATCHES = 3  # in an epoch: 22 samples, 8 at a time
 PRUNABLE = {"net.0.weight": 48, "net.3.weight": 24}  # of `mlp()` inside a Net
 
+# What `quiet_trainer` needs besides barebones=True, which wants to set these itself.
+BAREBONES = {"barebones": True} | dict.fromkeys(
+    ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+)
+
 OPTIMIZERS = {
     "SGD with momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "Adam": lambda p: Adam(p, lr=0.01),

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from helpers import BATCHES, PRUNABLE, Net, Watch, fit, loader, parameters, quiet_trainer
+from helpers import BAREBONES, BATCHES, PRUNABLE, Net, Watch, fit, loader, parameters, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
@@ -382,12 +382,18 @@ class TestOutsideFit:
         trainer.validate(Net(), loader(), verbose=False)
         assert set(trainer.callback_metrics) == {"val_loss"}
 
-    def test_barebones(self):
-        options = {"barebones": True, "logger": None, "enable_progress_bar": None}
-        options |= {"enable_checkpointing": None, "enable_model_summary": None}
-        with pytest.warns(UserWarning, match="barebones"):
-            trainer = fit(Net(), half(), PQIMonitor(stop_on=None), **options)
-        assert logged(trainer) == {}
+    def test_barebones_is_said_to_silence_it_and_the_rows_are_kept(self):
+        pruner, monitor = half(), PQIMonitor(stop_on=None, monitor="train_loss")
+        message = (
+            "PQIMonitor: Trainer(barebones=True) silences logging: pqi/global and the other values reach no logger and "
+            "no callback; rows() and plot() have them all the same, without a monitored metric."
+        )
+        with pytest.warns(UserWarning, match="barebones") as caught:
+            trainer = fit(Net(), pruner, monitor, **BAREBONES)
+        assert [str(w.message) for w in caught if "PQIMonitor:" in str(w.message)] == [message]
+        assert trainer.callback_metrics == {}
+        rows = [(row["remaining"], row["pqi"], row["metric"]) for row in monitor.rows()]
+        assert rows == [(2.0**-t, pruner.history[t].pqi, None) for t in range(4)]
 
 
 def test_two_monitors_of_different_orders_and_names(tmp_path):

@@ -150,6 +150,11 @@ class PQIMonitor(Callback):
             self._begin()
         elif self.verdict is not None:
             trainer.should_stop = True  # the run was cut off after its verdict
+        if trainer.barebones:
+            rank_zero_warn(
+                f"PQIMonitor: Trainer(barebones=True) silences logging: {self.name}/global and the other values reach "
+                "no logger and no callback; rows() and plot() have them all the same, without a monitored metric."
+            )
         for writer in tensorboard.writers(trainer):
             writer.add_custom_scalars(tensorboard.layout(self.name, filter(self._wants, pieces)))
 
@@ -291,7 +296,7 @@ class PQIMonitor(Callback):
 
     def _finish_row(self, trainer: Trainer) -> None:
         """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
-        if self.monitor is None or not self._rows or self._rows[-1]["metric"] is not None:
+        if self.monitor is None or trainer.barebones or not self._rows or self._rows[-1]["metric"] is not None:
             return
         metrics = self._metrics(trainer)
         self._saved_metrics = {}

@@ -186,6 +186,8 @@ class PruningCallback(Callback):
         rank_zero_info(messages.announcement(self.options, state, schedules))
         if state.plan.rounds != 0:
             messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, self._weights))
+        if trainer.barebones:
+            messages.warn_of_silence(self.options)
 
     def _leads(self, trainer: Trainer) -> bool:
         """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""

@@ -75,5 +75,14 @@ def warn_of_adapters(options: Options, adapters: list[str]) -> None:
         )
 
 
+def warn_of_silence(options: Options) -> None:
+    """Warn that nothing is logged by a Trainer in barebones mode."""
+    keys = ", ".join(f"{options.name}/{key}" for key in ("round", "remaining", "pruned"))
+    rank_zero_warn(
+        f"{options.name}: Trainer(barebones=True) silences logging: {keys} reach no logger and no callback, and the "
+        "history has no logged metrics; masks, rounds and the rest of the history are kept all the same."
+    )
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import (
+    BAREBONES,
     BATCHES,
     OPTIMIZERS,
     PRUNABLE,
@@ -570,9 +571,19 @@ class TestSecondFit:
 class TestWhatPrunesNothing:
     def test_fast_dev_run(self):
         module, pruner = Net(), half()
-        fit(module, pruner, val=loader(), fast_dev_run=True)
+        trainer = fit(module, pruner, val=loader(), fast_dev_run=True)
+        assert trainer.global_step == 1
         assert pruner.remaining == 1.0
         assert zeros_of(module) == 0
+        assert pruner.current_round() == 0
+
+    def test_fast_dev_run_of_several_batches_keeps_what_was_pruned_before(self):
+        module, pruner = Net(), half()
+        fit(module, pruner)
+        masks = pruner.masks
+        fit(module, pruner, val=loader(), fast_dev_run=BATCHES)
+        assert same(pruner.masks, masks)
+        assert zeros_of(module) == N * 7 // 8
 
     def test_fast_dev_run_checks_no_rounds(self):
         fit(Net(), half(rounds=50, every_n_epochs=9, target_remaining=0.1, rewind_weights=40), fast_dev_run=2)
@@ -593,12 +604,14 @@ class TestWhatPrunesNothing:
         assert same(pruner.masks, masks)
         assert pruner.current_round() == 3
 
-    def test_a_callback_that_never_trained(self):
+    @pytest.mark.parametrize("run", ["validate", "test", "predict"])
+    def test_a_callback_that_never_trained(self, run):
         module, pruner = Net(), half()
-        trainer = quiet_trainer(pruner)
-        trainer.validate(module, loader(), verbose=False)
+        before = copied(module.state_dict())
+        module.forward = lambda batch: module.net(batch[0])
+        getattr(quiet_trainer(pruner), run)(module, loader())
         assert pruner.masks == {}
-        assert zeros_of(module) == 0
+        assert same(module.state_dict(), before)
 
     def test_sanity_check(self):
         module, pruner, seen = Net(), half(), []
@@ -607,6 +620,15 @@ class TestWhatPrunesNothing:
         trainer = fit(module, pruner, look, val=loader(), num_sanity_val_steps=2)
         assert seen == [True]
         assert trainer.callback_metrics["sap/round"] == 3
+
+    def test_sanity_check_of_a_second_fit(self):
+        module, pruner, seen = Net(), half(rounds=1, every_n_epochs=None), []
+        fit(module, pruner, val=loader())
+        before, masks = copied(module.state_dict()), pruner.masks
+        look = Watch(on_sanity_check_end=lambda t, m: seen.extend([copied(m.state_dict()), pruner.masks]))
+        fit(module, pruner, look, val=loader(), num_sanity_val_steps=2)
+        assert [same(*pair) for pair in zip(seen, [before, masks], strict=True)] == [True, True]
+        assert pruner.remaining == 0.25
 
     def test_epochs_without_a_step(self):
         """A round that took no optimizer step is not a round."""
@@ -674,13 +696,19 @@ class TestLogging:
         assert trainer.current_epoch == 3
         assert pruner.remaining == 0.25
 
-    def test_barebones(self):
-        options = {"barebones": True, "logger": None, "enable_progress_bar": None}
-        options |= {"enable_checkpointing": None, "enable_model_summary": None}
+    def test_barebones_is_said_to_silence_it_and_prunes_all_the_same(self):
         pruner = half()
-        with pytest.warns(UserWarning, match="barebones"):
-            fit(Net(), pruner, **options)
+        message = (
+            "sap: Trainer(barebones=True) silences logging: sap/round, sap/remaining, sap/pruned reach no logger and "
+            "no callback, and the history has no logged metrics; masks, rounds and the rest of the history are kept "
+            "all the same."
+        )
+        with pytest.warns(UserWarning, match="barebones") as caught:
+            trainer = fit(Net(), pruner, **BAREBONES)
+        assert [str(w.message) for w in caught if "sap:" in str(w.message)] == [message]
+        assert trainer.callback_metrics == {}
         assert pruner.remaining == 0.125
+        assert [(r.remaining, r.metrics) for r in pruner.history] == [(2.0**-t, {}) for t in range(4)]
 
     def test_the_plan_at_the_start_and_the_result_at_the_end(self, caplog):
         with caplog.at_level(logging.INFO):
