@@ -1,13 +1,25 @@
 """The standalone `pytorch_lightning` package, whose classes are others than those of `lightning.pytorch`."""
 
+from types import SimpleNamespace
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import all_masked_are_zero, loader, mlp, seeded
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sap import PQIMonitor, SAPCallback
+from lightning_sap.callbacks.pruning.neighbours import accumulation_varies
 
-pl = pytest.importorskip("pytorch_lightning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning", "ignore:.*LeafSpec")
 
 
 class Net(pl.LightningModule):
@@ -26,23 +38,19 @@ class Net(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning", "ignore:.*LeafSpec")
+def trainer_with(*callbacks, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, "max_epochs": 6, **options})
+
+
 def test_a_fit_and_its_logs(tmp_path):
     pruner, monitor = (
         SAPCallback(rounds=2, rewind_weights="init"),
         PQIMonitor(stop_on=None, monitor="val_loss", mode="min"),
     )
     callbacks = [pruner, monitor, pl.callbacks.EarlyStopping("sap/remaining", patience=9)]
-    trainer = pl.Trainer(
-        max_epochs=6,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=pl.loggers.TensorBoardLogger(tmp_path),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        gradient_clip_val=0.5,
-    )
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    trainer = trainer_with(*callbacks, logger=logger, log_every_n_steps=1, gradient_clip_val=0.5)
     module = Net()
     trainer.fit(module, loader(), loader(seed=3))
     assert all_masked_are_zero(trainer, module)
@@ -52,10 +60,52 @@ def test_a_fit_and_its_logs(tmp_path):
     assert {"sap/remaining", "pqi/global", "pqi/global_pruned"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["pqi/rounds", "pqi/layers"]
     resumed = SAPCallback(rounds=2, rewind_weights="init")
-    again = pl.Trainer(
-        max_epochs=7, callbacks=[resumed], accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    again = trainer_with(resumed, max_epochs=7, enable_checkpointing=False)
     again.fit(Net(), loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
     assert resumed.masks.keys() == pruner.masks.keys()
     assert all(torch.equal(resumed.masks[name], mask) for name, mask in pruner.masks.items())
+
+
+def is_masked(state, masks):
+    return all(not state[name][~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging], ids=["EMA", "mean"])
+def test_its_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, pruner_first):
+    pruner, module = SAPCallback(rounds=2, eta_r=0.1, scope="global"), Net()
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    callbacks = [pruner, average()] if pruner_first else [average(), pruner]
+    trainer_with(*callbacks, saver).fit(module, loader(), loader(seed=3))
+    assert pruner.remaining < 0.9
+    assert is_masked(module.state_dict(), pruner.masks)
+    for epoch in range(6):
+        checkpoint = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        saved = SAPCallback()
+        saved.load_state_dict(checkpoint["callbacks"]["lightning_sap/sap"])
+        assert (saved.remaining < 1) == (epoch >= 2)
+        assert is_masked(checkpoint["state_dict"], saved.masks)
+        assert is_masked(checkpoint["current_model_state"], saved.masks)
+
+
+@pytest.mark.parametrize(
+    ("neighbour", "message"),
+    [
+        (lambda: StochasticWeightAveraging(0.01), "use EMAWeightAveraging or WeightAveraging, or rounds=0"),
+        (lambda: ModelPruning("l1_unstructured"), "use either callback"),
+    ],
+    ids=["StochasticWeightAveraging", "ModelPruning"],
+)
+@pytest.mark.parametrize("pruner_first", [True, False])
+def test_its_callbacks_that_do_not_go_together_with_pruning_are_refused(neighbour, message, pruner_first):
+    module = Net()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    callbacks = [SAPCallback(rounds=2), neighbour()][:: 1 if pruner_first else -1]
+    with pytest.raises(ValueError, match=message):
+        trainer_with(*callbacks, enable_checkpointing=False).fit(module, loader())
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize(("schedule", "varies"), [({0: 2}, False), ({0: 1, 3: 3}, True)])
+def test_its_changing_accumulation_is_seen(schedule, varies):
+    assert accumulation_varies(SimpleNamespace(callbacks=[GradientAccumulationScheduler(schedule)])) == varies

@@ -3,7 +3,7 @@
 import torch
 from distributed.replicas import trainer
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -198,23 +198,24 @@ def refusals(folder):
         "rows": {"w": rows, "v": shard_like(torch.zeros(2, 4), rows)},
     }
     fitted = {
-        "transposed": SAPCallback(scope="neuron", every_n_epochs=1),
-        "partly sharded": SAPCallback(every_n_epochs=1),
-        "gini": PQIMonitor(stop_on=None, gini=True),
+        "transposed": [SAPCallback(scope="neuron", every_n_epochs=1)],
+        "partly sharded": [SAPCallback(every_n_epochs=1)],
+        "averaged": [SAPCallback(every_n_epochs=1), EMAWeightAveraging()],
+        "gini": [PQIMonitor(stop_on=None, gini=True)],
     }
     found = {case: message(check_placements, weights) for case, weights in placed.items()}
-    for case, callback in fitted.items():
-        found[case] = message(refused_fit, folder, case, callback)
+    for case, callbacks in fitted.items():
+        found[case] = message(refused_fit, folder, case, callbacks)
     return found
 
 
-def refused_fit(folder, case, callback):
+def refused_fit(folder, case, callbacks):
     first = nn.ConvTranspose1d(3, 7, 3) if case == "transposed" else nn.Conv1d(3, 7, 5)
     module = Net(True, nn.Sequential(first, nn.Flatten(), nn.LazyLinear(5), nn.Linear(5, 1)))
     module(torch.zeros(1, 3, 6))
     if case == "partly sharded":
         module.parts = [module.net[2]]
-    trainer(folder, callbacks=[callback], **strategy(True)).fit(module, data(), data())
+    trainer(folder, callbacks=callbacks, **strategy(True)).fit(module, data(), data())
 
 
 def message(function, *arguments):

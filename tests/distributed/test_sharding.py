@@ -105,6 +105,8 @@ def test_a_second_fit_keeps_the_masks(ranks):
         "mixed": "The weight 'v' is not sharded, but 'w' is",
         "partly sharded": "The weight 'net.0.weight' is not sharded, but 'net.2.weight' is",
         "transposed": "the units of the transposed convolutions ['net.0.weight'] are spread",
+        "averaged": "EMAWeightAveraging averages a deep copy of the module, and a module sharded by `fully_shard` "
+        "cannot be copied. Use strategy='ddp' to average",
         "gini": "PQIMonitor(gini=True) needs whole weights",
     }.items(),
 )

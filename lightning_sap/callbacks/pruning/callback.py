@@ -157,6 +157,7 @@ class PruningCallback(Callback):
         if stage == "fit":
             self._pending, self._weights = None, {}  # of a fit that did not come to its end
             checks.check_strategy(trainer)
+            neighbours.check_neighbours(trainer)
             self._trainer, self._archives = weakref.ref(trainer), bool(self.options.save_rounds)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

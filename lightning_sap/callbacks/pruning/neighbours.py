@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
+import lightning.pytorch.callbacks
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
-from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+
+
+def check_neighbours(trainer: Trainer) -> None:
+    """Raise for callbacks beside which pruning never works."""
+    if _of_kind(trainer, "ModelPruning"):
+        raise ValueError(
+            "ModelPruning renames the weights that it prunes and keeps masks of its own; use either callback. What "
+            "it does, PruningCallback(FixedFraction(amount), include=...) does too."
+        )
+    sharding = any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
+    if sharding and (averaging := _of_kind(trainer, "WeightAveraging")):
+        raise ValueError(
+            f"{type(averaging[0]).__name__} averages a deep copy of the module, and a module sharded by `fully_shard` "
+            "cannot be copied. Use strategy='ddp' to average, or leave the averaging out under ModelParallelStrategy."
+        )
 
 
 def check_averaging(trainer: Trainer) -> None:
     """Raise for StochasticWeightAveraging, which takes the schedules away and averages over prunings."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+    if _of_kind(trainer, "StochasticWeightAveraging"):
         raise ValueError(
             "StochasticWeightAveraging replaces the learning-rate schedule and averages dense weights with pruned "
             "ones; use EMAWeightAveraging or WeightAveraging, or rounds=0 to hold the masks of a pruned model."
@@ -24,15 +39,20 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
 
     The averaging callbacks put their copy into the module for validation, and take it out again: so they are asked.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
-            callback.on_validation_epoch_start(trainer, module)
-            change_()
-            callback.on_validation_epoch_end(trainer, module)
+    for callback in _of_kind(trainer, "WeightAveraging"):
+        callback.on_validation_epoch_start(trainer, module)
+        change_()
+        callback.on_validation_epoch_end(trainer, module)
 
 
 def accumulation_varies(trainer: Trainer) -> bool:
     """Whether the number of batches to an optimizer step changes during training."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedulings = [c.scheduling for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    schedulings = [callback.scheduling for callback in _of_kind(trainer, "GradientAccumulationScheduler")]
     return any(len(set(scheduling.values())) > 1 for scheduling in schedulings)
+
+
+def _of_kind(trainer: Trainer, name: str) -> list[Any]:
+    """The Trainer's callbacks of that class of Lightning, or of the same one of `pytorch_lightning` where in use."""
+    packages = (lightning.pytorch.callbacks, sys.modules.get("pytorch_lightning.callbacks"))
+    kinds = tuple(getattr(package, name) for package in packages if hasattr(package, name))
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -77,6 +78,16 @@ def test_stochastic_weight_averaging_is_refused(pruner_first):
     with pytest.raises(ValueError, match="use EMAWeightAveraging or WeightAveraging, or rounds=0"):
         fit(module, *callbacks, max_epochs=6)
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_model_pruning_is_refused(rounds, pruner_first):
+    module, callbacks = Net(), ordered(pruner_first, SAPCallback(rounds=rounds), ModelPruning("l1_unstructured"))
+    names = list(module.state_dict())
+    with pytest.raises(ValueError, match=r"PruningCallback\(FixedFraction\(amount\), include=\.\.\.\)"):
+        fit(module, *callbacks, max_epochs=6)
+    assert list(module.state_dict()) == names
 
 
 def test_stochastic_weight_averaging_holds_the_masks_of_a_pruned_model():
