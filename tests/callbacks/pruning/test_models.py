@@ -2,13 +2,15 @@
 
 import re
 
+import helpers
 import pytest
 import torch
 import torch._dynamo.testing
 import torchvision
 from helpers import Net, all_masked_are_zero, copied, fit, survivors
+from lightning.pytorch import LightningModule
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
 from torch.utils.data import DataLoader
 
 from lightning_sap import FixedFraction, PruningCallback
@@ -122,6 +124,91 @@ class TestAdapters:
 
     def test_nothing_is_said_where_nothing_is_pruned(self):
         train(Adapted(), torch.randn(4, 6), PruningCallback(FixedFraction(0.5), rounds=0))
+
+
+class GAN(LightningModule):
+    """A generator against a discriminator, each with its own optimizer; after each step it counts the zeros of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
+        self.discriminator = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.zeros = []
+
+    def training_step(self, batch, batch_idx):
+        (real,), (g, d) = batch, self.optimizers()
+        noise = torch.randn(len(real), 4)
+        self.descend(
+            d, real_or_fake(self.discriminator(real), 1) + real_or_fake(self.discriminator(self.generator(noise)), 0)
+        )
+        self.descend(g, real_or_fake(self.discriminator(self.generator(noise)), 1))
+
+    def descend(self, optimizer, loss):
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.zeros.append(
+            [int((net[i].weight == 0).sum()) for net in (self.generator, self.discriminator) for i in (0, 2)]
+        )
+
+    def configure_optimizers(self):
+        return [Adam(net.parameters(), lr=0.01) for net in (self.generator, self.discriminator)]
+
+
+def real_or_fake(scores, label):
+    return nn.functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, label))
+
+
+GAN_SIZES = {
+    "generator.0.weight": 32,
+    "generator.2.weight": 48,
+    "discriminator.0.weight": 48,
+    "discriminator.2.weight": 8,
+}
+
+
+class TestGAN:
+    """Two steps an epoch, each of two optimizers: four looks an epoch."""
+
+    @staticmethod
+    def fit(*callbacks):
+        module = GAN()
+        trainer = helpers.fit(
+            module, *callbacks, train=DataLoader([(torch.randn(5, 6),)] * 2, batch_size=None), max_epochs=3
+        )
+        assert trainer.global_step == 3 * 2 * 2
+        return module, trainer
+
+    def looks(self, *prunings):
+        """Zeros of the four weights after each step; an epoch for each of these fractions of the two networks."""
+        return [
+            [int(n * f) for n, f in zip(GAN_SIZES.values(), (g, g, d, d), strict=True)]
+            for g, d in prunings
+            for _ in range(4)
+        ]
+
+    def test_both_are_pruned_by_one_callback(self):
+        pruner = half(reset_optimizer=False)
+        module, _ = self.fit(pruner)
+        assert list(pruner.masks) == list(GAN_SIZES)
+        assert module.zeros == self.looks((0, 0), (1 / 2, 1 / 2), (3 / 4, 3 / 4))
+
+    @pytest.mark.parametrize("selection", [{"include": "generator.*"}, {"exclude": "discriminator.*"}])
+    def test_the_generator_alone(self, selection):
+        pruner = half(reset_optimizer=False, **selection)
+        module, _ = self.fit(pruner)
+        assert survivors(pruner) == {"generator.0.weight": 8, "generator.2.weight": 12}
+        assert module.zeros == self.looks((0, 0), (1 / 2, 0), (3 / 4, 0))
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_a_callback_for_each(self, order):
+        g = half(name="g", include="generator.*", rewind_weights="init", reset_optimizer=False)
+        d = PruningCallback(FixedFraction(0.75), rounds=1, name="d", include="discriminator.*")
+        module, trainer = self.fit(*[g, d][::order])
+        assert module.zeros == self.looks((0, 0), (1 / 2, 3 / 4), (3 / 4, 3 / 4))
+        assert (g.remaining, d.remaining) == (0.25, 0.25)
+        assert {key for key in trainer.callback_metrics if "remaining" in key} == {"g/remaining", "d/remaining"}
 
 
 @pytest.mark.slow
