@@ -1,5 +1,7 @@
 """What each rank does in `test_ranks.py`."""
 
+import os
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -89,3 +91,17 @@ def agreeing(rank, folder):
     found["masks after the error"] = callback.masks
     found["momenta after the error"] = len(run.optimizers[0].state)
     return found
+
+
+def spawning(rank, folder):
+    """A fit whose processes Lightning starts itself, and what then is in this one."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT"):
+        del os.environ[name]  # by which Lightning would take this process for one of those already started
+    module, callback, keep = Small(), SAPCallback(eta_r=0.3, every_n_epochs=1), ModelCheckpoint(folder)
+    run = trainer(folder, callbacks=[callback, PQIMonitor(), keep], devices=2, strategy="ddp_spawn")
+    run.fit(module, data(), data())
+    left_behind = (callback.masks, list(callback.history))
+    saved = torch.load(keep.best_model_path, weights_only=True)["callbacks"][callback.state_key]
+    callback.load_state_dict(saved)
+    metrics = {key: float(value) for key, value in run.callback_metrics.items()}
+    return {**outcome(callback, module), "left behind": left_behind, "metrics": metrics, "started": run.num_devices}

@@ -26,6 +26,19 @@ def test_two_ranks_prune_as_one_process_does(ranks, tmp_path, scope):
         torch.testing.assert_close(found[scope]["weights"], alone["weights"], rtol=0, atol=0)
 
 
+def test_processes_that_lightning_spawns_prune_as_one_process_does(tmp_path):
+    (found,) = run_ranks("distributed.replicas:spawning", tmp_path, world=1, limit=110)
+    alone = replicas.fit(tmp_path, "layer", devices=1)
+    assert found["started"] == 2
+    assert found["remaining"] == alone["remaining"]
+    assert found["metrics"]["sap/remaining"] == pytest.approx(alone["remaining"])
+    assert 0 < alone["remaining"] < 0.6
+    assert found["history"] == alone["history"][:2]  # the file is of the last epoch, before its round ends
+    torch.testing.assert_close(found["masks"], alone["masks"], rtol=0, atol=0)
+    torch.testing.assert_close(found["weights"], alone["weights"], rtol=0, atol=0)
+    assert found["left behind"] == ({}, [])  # as docs/compatibility.md says
+
+
 def test_a_rank_that_strays_is_named_by_all_and_nothing_is_pruned(ranks):
     for found in ranks:
         assert "weights of 'net.2.weight' differ on ranks [1] from rank 0" in found["error"]

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
+    if torch.__version__ < "2.9":
+        pytest.skip("FSDP2 over gloo: PyTorch 2.6 cannot, 2.7 and 2.8 sum the gradients instead of averaging them")
     return run_ranks("distributed.shards:everything", tmp_path_factory.mktemp("shards"))
 
 
