@@ -124,6 +124,10 @@ class MaskSet:
         """
         return cls({name: _unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()})
 
+    def moved(self, tensors: Mapping[str, Tensor]) -> MaskSet:
+        """The same masks where the named tensors are; masks of other names stay where they are."""
+        return MaskSet({n: placed_like(mask, tensors[n]) if n in tensors else mask for n, mask in self._pruned.items()})
+
     def like(self, weights: Mapping[str, Tensor]) -> MaskSet:
         """The same masks on the devices of the weights and sharded as they are, in their order.
 
@@ -143,7 +147,7 @@ class MaskSet:
                 f"missing {missing}, surplus {surplus}, of another shape {shapes}. "
                 "Give the same model, `include` and `exclude` as when the masks were made."
             )
-        return MaskSet({name: placed_like(self._pruned[name], w) for name, w in weights.items()})
+        return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
 
 
 def _unpack(bits: Tensor, shape: list[int]) -> Tensor:

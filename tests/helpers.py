@@ -79,14 +79,10 @@ def loader(samples=22, seed=2, batch_size=8):
     return DataLoader(data(samples, seed), batch_size)
 
 
-def quiet_trainer(*callbacks, max_epochs=4, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(
-        accelerator="cpu",
-        max_epochs=max_epochs,
-        callbacks=list(callbacks),
-        **{**quiet, "enable_model_summary": False, **options},
-    )
+def quiet_trainer(*callbacks, **options):
+    usual = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(callbacks=list(callbacks), **{**usual, **quiet, **options})
 
 
 def fit(module, *callbacks, train=None, val=None, ckpt_path=None, **options):

@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 90  # seconds; importing Lightning takes most of what is needed
 
 
-def run_ranks(function, folder, world=2, limit=LIMIT):
+def run_ranks(function, folder, world=2, limit=LIMIT, gpu=False):
     """What `function(rank, folder)` returns in each of so many processes, by rank; it is named `module:function`.
 
-    A rank that fails fails the call, with its output; the others are killed.
+    A rank that fails fails the call, with its output; the others are killed. They see no GPU unless told.
     """
     port, deadline = _free_port(), time.monotonic() + limit
-    ranks = [_start(function, folder, rank, world, port) for rank in range(world)]
+    ranks = [_start(function, folder, rank, world, port, gpu) for rank in range(world)]
     try:
         codes = [None] * world
         while None in codes and not any(codes) and time.monotonic() < deadline:
@@ -44,14 +44,14 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _start(function, folder, rank, world, port):
+def _start(function, folder, rank, world, port, gpu):
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "NODE_RANK": 0, "MASTER_PORT": port}
     environment = {
         **os.environ,
         **{name: str(value) for name, value in places.items()},
         "MASTER_ADDR": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     output = folder / f"rank{rank}.log"

@@ -86,6 +86,13 @@ class TestApply:
         assert torch.equal(weight, (~A).float())
 
 
+class TestMoved:
+    def test_only_those_whose_tensors_are_named(self):
+        moved = masks().moved({"b": torch.zeros(2, dtype=torch.float64), "else": torch.ones(4)})
+        assert moved.pruned.keys() == masks().pruned.keys()
+        assert all(torch.equal(mask, masks().pruned[name]) for name, mask in moved.pruned.items())
+
+
 class TestHoldsFor:
     def test_zeros_where_it_prunes(self):
         assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2)})

@@ -1,5 +1,7 @@
 """What each rank does in `test_sharding.py`, and the same without sharding."""
 
+import os
+
 import torch
 from distributed.replicas import trainer
 from lightning.pytorch import Callback, LightningModule
@@ -90,9 +92,10 @@ def data():
 def strategy(sharded, **options):
     if not sharded:
         return {"devices": 1, **options}
-    full = options.pop("full", False)
-    parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not full)
-    return {"devices": 2, "strategy": parallel, **options}
+    full, world = options.pop("full", False), options.pop("devices", 2)
+    sizes = {"data_parallel_size": world, "tensor_parallel_size": 1}
+    parallel = ModelParallelStrategy(**sizes, save_distributed_checkpoint=not full)
+    return {"devices": world, "strategy": parallel, **options}
 
 
 def whole_state(module):
@@ -131,6 +134,14 @@ def everything(rank, folder):
         "again": again(folder),
         "refusals": refusals(folder),
     }
+
+
+def on_gpus(rank, folder):
+    """A fit and a resumed one, over as many ranks as there are."""
+    keep, world = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=3), int(os.environ["WORLD_SIZE"])
+    options = {"devices": world, "accelerator": "gpu"}
+    through = fit(folder, True, RESUMED, [keep], **options)
+    return {"through": through, "end": fit(folder, True, RESUMED, ckpt_path=folder / "step=3.ckpt", **options)}
 
 
 def resumed(folder, full):

@@ -39,6 +39,18 @@ def test_processes_that_lightning_spawns_prune_as_one_process_does(tmp_path):
     assert found["left behind"] == ({}, [])  # as docs/compatibility.md says
 
 
+@pytest.mark.gpu
+def test_ranks_with_a_gpu_each_agree_over_nccl(tmp_path):
+    """With one GPU, of one rank, which at least sets NCCL up."""
+    ranks = run_ranks("distributed.replicas:on_gpus", tmp_path, world=min(2, torch.cuda.device_count()), gpu=True)
+    for found in ranks:
+        assert found["backend"] == "nccl"
+        assert 0 < found["remaining"] < 0.6
+        torch.testing.assert_close(found["masks"], ranks[0]["masks"], rtol=0, atol=0)
+        torch.testing.assert_close(found["weights"], ranks[0]["weights"], rtol=0, atol=0)
+        assert all(not found["weights"][name][~mask].any() for name, mask in found["masks"].items())
+
+
 def test_a_rank_that_strays_is_named_by_all_and_nothing_is_pruned(ranks):
     for found in ranks:
         assert "weights of 'net.2.weight' differ on ranks [1] from rank 0" in found["error"]

@@ -93,6 +93,18 @@ def test_an_unsharded_run_goes_on_from_a_sharded_file(ranks, tmp_path):
     same(end["weights"], ranks[0]["resumed"][True]["through"]["weights"])
 
 
+@pytest.mark.gpu
+def test_shards_on_gpus_are_pruned_and_resumed(tmp_path):
+    world = min(2, torch.cuda.device_count())
+    for found in run_ranks("distributed.shards:on_gpus", tmp_path, world=world, gpu=True):
+        through, end = found["through"], found["end"]
+        assert 0 < through["remaining"] < 0.5
+        assert through["enforced"] > 0
+        assert through["revived"] == 0
+        assert all(not through["weights"][name][~mask].any() for name, mask in through["masks"].items())
+        same(end["masks"], through["masks"])
+
+
 def test_a_second_fit_keeps_the_masks(ranks):
     for first, second in (rank["again"] for rank in ranks):
         assert second < first < 1

@@ -238,6 +238,8 @@ class PruningCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""
         reshard(pl_module)
+        # by now Lightning has moved the module back to the CPU
+        self._state.masks = self._state.masks.moved(self._live_weights())
         self._state.masks.apply_(self._live_weights())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

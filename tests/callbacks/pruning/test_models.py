@@ -1,6 +1,7 @@
 """Models of every kind, in every precision and engine: pruned, masked, and loadable without this package."""
 
 import re
+from functools import partial
 
 import helpers
 import pytest
@@ -238,20 +239,35 @@ def test_precisions(precision, scope):
 
 
 @pytest.mark.gpu
-def test_16_mixed_on_a_gpu():
-    pruner = half()
+@pytest.mark.filterwarnings("ignore:sap. no weights are left in .'net.2.weight'")
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+def test_on_a_gpu(precision, scope):
+    pruner, zeros = half(scope=scope, rewind_weights="init"), []
+    look = helpers.Watch(on_before_zero_grad=lambda t, m: zeros.append((t.global_step, all_masked_are_zero(t, m))))
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    module, trainer = train(network, torch.randn(4, 6), pruner, precision="16-mixed", accelerator="gpu")
+    options = {"precision": precision, "accelerator": "gpu", "gradient_clip_val": 0.5}
+    module, trainer = train(network, torch.randn(4, 6), pruner, look, **options)
+    assert trainer.strategy.root_device.type == "cuda"
+    assert all(clean for _, clean in zeros)
+    assert zeros[-1][0] > 0
+    assert {mask.device for mask in pruner.masks.values()} == {
+        module.net[0].weight.device
+    }  # back where Lightning puts it
     assert all_masked_are_zero(trainer, module)
-    assert sum(survivors(pruner).values()) == 16
+    assert sum(survivors(pruner).values()) == {"neuron": 20, "layer": 16, "global": 16}[scope]
+    train(network, torch.randn(4, 6), pruner, accelerator="gpu")  # a second fit keeps the masks
+    assert sum(survivors(pruner).values()) < 16
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("kind", [SGD, AdamW])
-def test_optimizer_implementations(kind, options):
+def test_optimizer_implementations(kind, options, accelerator):
     pruner = half()
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    module, trainer = train(network, torch.randn(4, 6), pruner, optimizer=lambda p: kind(p, lr=0.01, **options))
+    optimizer = partial(kind, lr=0.01, **options)
+    module, trainer = train(network, torch.randn(4, 6), pruner, optimizer=optimizer, accelerator=accelerator)
     assert all_masked_are_zero(trainer, module)
     assert sum(survivors(pruner).values()) == 16
 
