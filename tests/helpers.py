@@ -48,14 +48,14 @@ class Net(LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
-        self.log("train_loss", loss)
+        self.log("train_loss", loss, sync_dist=True)
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", self.loss(batch), sync_dist=True)
 
     def test_step(self, batch, batch_idx):
-        self.log("test_loss", self.loss(batch))
+        self.log("test_loss", self.loss(batch), sync_dist=True)
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters())

@@ -98,7 +98,7 @@ def spawning(rank, folder):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT"):
         del os.environ[name]  # by which Lightning would take this process for one of those already started
     module, callback, keep = Small(), SAPCallback(eta_r=0.3, every_n_epochs=1), ModelCheckpoint(folder)
-    run = trainer(folder, callbacks=[callback, PQIMonitor(), keep], devices=2, strategy="ddp_spawn")
+    run = trainer(folder, callbacks=[callback, PQIMonitor(stop_on=None), keep], devices=2, strategy="ddp_spawn")
     run.fit(module, data(), data())
     left_behind = (callback.masks, list(callback.history))
     saved = torch.load(keep.best_model_path, weights_only=True)["callbacks"][callback.state_key]
