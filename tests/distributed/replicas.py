@@ -3,7 +3,8 @@
 import os
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers import Net, seeded
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -12,23 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sap import PQIMonitor, SAPCallback
 
 
-class Small(LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch), sync_dist=True)
-
-    def loss(self, batch):
-        return (self.net(batch[0]) - batch[1]).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+def small():
+    return Net(seeded(lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))))
 
 
 class Perturb(Callback):
@@ -71,7 +57,7 @@ def outcome(callback, module):
 
 
 def fit(folder, scope, extra=(), **options):
-    module = Small()
+    module = small()
     callback = SAPCallback(
         eta_r=0.3, scope=scope, every_n_epochs=1, rewind_weights="init" if scope == "global" else None
     )
@@ -82,7 +68,7 @@ def fit(folder, scope, extra=(), **options):
 def agreeing(rank, folder):
     """Fits in all scopes, and one in which rank 1 strays."""
     found = {scope: fit(folder, scope, devices=2, strategy="ddp") for scope in ("neuron", "layer", "global")}
-    callback, module = SAPCallback(every_n_epochs=1), Small()
+    callback, module = SAPCallback(every_n_epochs=1), small()
     run = trainer(folder, callbacks=[Perturb(1), callback], devices=2, strategy="ddp")
     try:
         run.fit(module, data())

@@ -2,9 +2,10 @@
 
 import os
 
+import helpers
 import torch
 from distributed.replicas import trainer
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -26,23 +27,24 @@ CLIPPED = {"gradient_clip_val": 0.05}  # by the norm of the gradients of the wei
 RESUMED = {"scope": "global", "rewind_weights": "init", "eta_r": 0.3}
 
 
-class Net(LightningModule):
-    """Layers whose rows do not divide by two, one of a single row, and buffers."""
+def layers():
+    """Their rows do not divide by two, one has a single row, and there are buffers."""
+    return nn.Sequential(
+        nn.Conv1d(3, 7, 3),
+        nn.BatchNorm1d(7),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(28, 9),
+        nn.ReLU(),
+        nn.Linear(9, 5),
+        nn.ReLU(),
+        nn.Linear(5, 1),
+    )
 
+
+class Net(helpers.Net):
     def __init__(self, sharded, network=None):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = network or nn.Sequential(
-            nn.Conv1d(3, 7, 3),
-            nn.BatchNorm1d(7),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(28, 9),
-            nn.ReLU(),
-            nn.Linear(9, 5),
-            nn.ReLU(),
-            nn.Linear(5, 1),
-        )
+        super().__init__(network or helpers.seeded(layers))
         self.sharded, self.parts = sharded, ()
 
     def configure_model(self):
@@ -50,18 +52,6 @@ class Net(LightningModule):
             mesh = self.device_mesh["data_parallel"]
             for part in self.parts or (*self.net[4:7:2], self.net):
                 fully_shard(part, mesh=mesh)
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch), sync_dist=True)
-
-    def loss(self, batch):
-        return (self.net(batch[0]) - batch[1]).square().mean()
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -223,7 +213,7 @@ def refusals(folder):
 def refused_fit(folder, case, callbacks):
     first = nn.ConvTranspose1d(3, 7, 3) if case == "transposed" else nn.Conv1d(3, 7, 5)
     module = Net(True, nn.Sequential(first, nn.Flatten(), nn.LazyLinear(5), nn.Linear(5, 1)))
-    module(torch.zeros(1, 3, 6))
+    module.net(torch.zeros(1, 3, 6))
     if case == "partly sharded":
         module.parts = [module.net[2]]
     trainer(folder, callbacks=callbacks, **strategy(True)).fit(module, data(), data())
