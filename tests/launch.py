@@ -1,5 +1,6 @@
 """Runs one function in several processes at once, as `torchrun` would start them, and never leaves one behind."""
 
+import contextlib
 import importlib
 import os
 import signal
@@ -32,7 +33,7 @@ def run_ranks(function, folder, world=2, limit=LIMIT, gpu=False):
         assert codes == [0] * world, f"{outputs}\nexit codes by rank, within {limit} s: {codes}"
     finally:
         for process, _ in ranks:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # its group is named after it, and may outlive it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
