@@ -2,21 +2,26 @@
 
 import functools
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from distributed.resumes import Case
-from helpers import fit, loader
+from helpers import Watch, fit, loader
 from launch import run_ranks
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from resuming import (
     FILES,
     KINDS,
     STEPS_OF_A_PRUNING,
+    Crash,
     Saves,
     Scheduled,
     broken,
+    crash,
     differences,
+    equal,
     last_file,
     run,
     without_validation,
@@ -81,6 +86,74 @@ def test_a_crash_between_training_and_validation(root, tmp_path, epoch):
     resumed = run(tmp_path / "second", "AdamW-OneCycle", 1, alike=False, ckpt_path=last)
     assert min(resumed["rates"]) == 3 * epoch
     assert differences(whole, resumed) == []
+
+
+DYING = 16  # a step of the last round, in mid-epoch: steps 15 to 17 are of epoch 5
+
+SAVING_MODES = {  # of ModelCheckpoint: options, the file, the step that it holds
+    "the best two": ({"monitor": "val_loss", "save_top_k": 2}, "best", None),
+    "the best of a value that the pruner logs": ({"monitor": "sap/remaining", "save_top_k": 1}, "best", 15),
+    "the latest": ({"monitor": None, "save_top_k": 1}, "best", 15),
+    "save_last": ({"save_top_k": 1, "save_last": True, "every_n_epochs": 2}, "last", 12),
+    "save_last, linked": ({"save_last": "link", "save_top_k": -1, "every_n_epochs": 3}, "last", 9),
+    "every_n_epochs": ({"every_n_epochs": 2, "save_top_k": -1}, "best", 12),
+    "every_n_train_steps": ({"every_n_train_steps": 7, "save_top_k": -1}, "best", 14),
+    "train_time_interval": ({"train_time_interval": timedelta(0), "save_top_k": -1}, "best", 16),
+    "at validation end": ({"save_on_train_epoch_end": False}, "best", 15),
+    "at train epoch end": ({"save_on_train_epoch_end": True}, "best", 15),
+}
+
+
+@pytest.mark.parametrize("mode", SAVING_MODES)
+def test_every_mode_of_saving(root, tmp_path, mode):
+    options, which, step = SAVING_MODES[mode]
+    whole, _ = unbroken(root, "SGD-cosine", "init", alike=True)
+    saver = Saves(tmp_path, **{"filename": "{step}", **options})
+    die = Watch(on_train_batch_start=lambda t, _: crash() if t.global_step == DYING else None)
+    with pytest.raises(Crash):
+        run(tmp_path / "first", "SGD-cosine", "init", alike=True, extra=[saver, die])
+    file = saver.best_model_path if which == "best" else saver.last_model_path
+    held = torch.load(file, weights_only=True)["global_step"]
+    assert held == step if step else held < DYING
+    resumed = run(tmp_path / "second", "SGD-cosine", "init", alike=True, ckpt_path=file)
+    assert min(resumed["rates"]) == held
+    assert differences(whole, resumed) == []
+
+
+# with OnExceptionCheckpoint Lightning looks for a file to resume from, unasked
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
+@pytest.mark.parametrize(("hook", "step"), [("on_train_batch_start", 16), ("on_validation_start", 12)])
+@pytest.mark.parametrize("on_exception", [True, False], ids=["save_on_exception", "OnExceptionCheckpoint"])
+def test_a_file_that_an_exception_wrote(root, tmp_path, on_exception, hook, step):
+    whole, _ = unbroken(root, "SGD-cosine", "init", alike=True)
+    saver = OnExceptionCheckpoint(tmp_path, "end")
+    if on_exception:
+        saver = Saves(tmp_path, "end", save_on_exception=True, every_n_epochs=100)
+    die = Watch(**{hook: lambda t, _: crash() if t.global_step == step else None})
+    with pytest.raises(Crash):
+        run(tmp_path / "first", "SGD-cosine", "init", alike=True, extra=[saver, die])
+    resumed = run(tmp_path / "second", "SGD-cosine", "init", alike=True, ckpt_path=tmp_path / "end.ckpt")
+    assert min(resumed["rates"]) == step
+    # Lightning numbers what is logged as after a file of a batch's end, and never runs a validation that was cut short
+    left_out = ("logged",) if hook == "on_train_batch_start" else ("rounds", "monitor")
+    assert differences(whole, resumed, left_out) == []
+    assert [values for _, values in resumed["logged"]] == [
+        values for _, values in whole["logged"][-len(resumed["logged"]) :]
+    ]
+
+
+def test_a_file_of_weights_only_goes_on_sparse_with_keep_zeros(tmp_path):
+    saver = Saves(tmp_path, filename="weights", save_weights_only=True)
+    whole = run(tmp_path / "first", "SGD-cosine", None, alike=False, extra=[saver])
+    file = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert "callbacks" not in file
+    module, sap = Scheduled("SGD-cosine"), SAPCallback(rounds=0, keep_zeros=True)
+    module.load_state_dict(file["state_dict"])
+    fit(module, sap, max_epochs=2)
+    assert 0 < sap.remaining < 0.9
+    assert equal(sap.masks, whole["masks"])
+    assert all(not module.state_dict()[name][~mask].any() for name, mask in sap.masks.items())
+    assert not equal(module.state_dict(), whole["weights"])
 
 
 @pytest.mark.parametrize(("at", "when"), [("batch", 4), ("validation", 3)])
