@@ -1,5 +1,7 @@
 """What tests of whole fits share: small networks, fixed data, a quiet Trainer, and a callback made of functions."""
 
+from functools import partial
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -17,10 +19,10 @@ BAREBONES = {"barebones": True} | dict.fromkeys(
 )
 
 OPTIMIZERS = {
-    "SGD with momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
-    "Adam": lambda p: Adam(p, lr=0.01),
-    "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
-    "RMSprop": lambda p: RMSprop(p, lr=0.01, momentum=0.5),
+    "SGD with momentum": partial(SGD, lr=0.1, momentum=0.9),
+    "Adam": partial(Adam, lr=0.01),
+    "AdamW": partial(AdamW, lr=0.01, weight_decay=0.1),
+    "RMSprop": partial(RMSprop, lr=0.01, momentum=0.5),
 }
 
 

@@ -83,7 +83,7 @@ def spawning(rank, folder):
     """A fit whose processes Lightning starts itself, and what then is in this one."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_PORT"):
         del os.environ[name]  # by which Lightning would take this process for one of those already started
-    module, callback, keep = Small(), SAPCallback(eta_r=0.3, every_n_epochs=1), ModelCheckpoint(folder)
+    module, callback, keep = small(), SAPCallback(eta_r=0.3, every_n_epochs=1), ModelCheckpoint(folder)
     run = trainer(folder, callbacks=[callback, PQIMonitor(stop_on=None), keep], devices=2, strategy="ddp_spawn")
     run.fit(module, data(), data())
     left_behind = (callback.masks, list(callback.history))
