@@ -31,6 +31,7 @@ GRID = {
     "patience": [1, 2, 3],
     "spare": [0.01, 0.02, 0.03, 0.05, 0.1],
 }
+RESERVES = {"reserve": [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3]}
 ALONE = {**GRID, "floor": [0.003, 0.01, 0.02, 0.03], "metric_change": [0.05, 0.1, 0.3, 0.4]}
 
 
@@ -54,9 +55,13 @@ def main():
         "# Parameters of `PhaseDetector`, chosen and scored on different runs",
         f"{len(runs)} runs, {collapsed} of which collapse. A score of collapse reads: collapsed runs caught / all, "
         "false stops, median delay in rounds; one of turns: turns found / all, flags without one, median accuracy lost "
-        "at the round from which they date. A parameter that is not named has its default.",
+        "at the round from which they date; one of sound rounds: stopped runs whose last sound round is within 0.02 of "
+        "the best accuracy / all, median accuracy lost there, median fraction of the weights there. A parameter that "
+        "is not named has its default.",
         halves(runs, 1 if args.quick else args.splits, "Collapse", GRID, stops),
         halves(runs, 1 if args.quick else args.splits, "Turns", {"rise": GRID["rise"], "patience": [1, 2, 3]}, flags),
+        halves(runs, 1 if args.quick else args.splits, "Sound rounds", RESERVES, restored),
+        restored_by(runs),
         alone(runs),
         disturbed(runs),
     ]
@@ -87,7 +92,7 @@ def layer_mean(r):
 
 
 def verdicts(run, metric=None, **options):
-    """The round of the collapse, and those of the compression and from which it dates; None where there is none."""
+    """Rounds of the collapse, of the compression, from which that dates, and the last sound one; None: none."""
     detector = PhaseDetector("min" if metric == "val_loss" else "max", **options)
     collapse = compression = since = None
     for i, r in enumerate(run["rounds"]):
@@ -98,14 +103,14 @@ def verdicts(run, metric=None, **options):
         if phase == "collapse":
             collapse = i
             break
-    return collapse, compression, since
+    return collapse, compression, since, detector.last_sound
 
 
 def stops(runs, found):
     """Cost of what is said of collapse (errors, then delay), and the score in words."""
     caught = false = 0
     delays = []
-    for run, (stop, _, _) in zip(runs, found, strict=True):
+    for run, (stop, *_) in zip(runs, found, strict=True):
         if stop is not None and (run["degraded"] is None or stop < run["degraded"]):
             false += 1
         elif stop is not None and run["collapsed"] is not None:
@@ -119,7 +124,7 @@ def stops(runs, found):
 def flags(runs, found):
     """Cost of what is said of compression (errors, then accuracy lost), and the score in words."""
     lost, without = [], 0
-    for run, (_, flag, since) in zip(runs, found, strict=True):
+    for run, (_, flag, since, _) in zip(runs, found, strict=True):
         if flag is not None and run["turn"]:
             accuracy = [r["val_acc"] for r in run["rounds"]]
             lost.append(max(accuracy[: flag + 1]) - accuracy[since])
@@ -127,6 +132,20 @@ def flags(runs, found):
     with_turn = sum(run["turn"] for run in runs)
     median = statistics.median(lost) if lost else math.nan
     return (with_turn - len(lost) + without, median), f"{len(lost)}/{with_turn}, {without}, {median:.4f}"
+
+
+def restored(runs, found):
+    """Cost of where a stopped run goes back to (too much accuracy lost, then weights), and the score in words."""
+    lost, left = [], []
+    for run, (stop, _, _, sound) in zip(runs, found, strict=True):
+        if stop is not None:
+            rounds = run["rounds"]
+            lost.append(max(r["val_acc"] for r in rounds[: stop + 1]) - rounds[sound or 0]["val_acc"])
+            left.append(rounds[sound or 0]["remaining"])
+    if not lost:
+        return (0, 0.0), "0/0, –, –"
+    near, weights = sum(loss <= 0.02 for loss in lost), statistics.median(left)
+    return (len(lost) - near, weights), f"{near}/{len(lost)}, {statistics.median(lost):.4f}, {weights:.2%}"
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -161,6 +180,20 @@ def halves(runs, splits, what, grid, judge):
                 rows.append(row(f"all but {key} {value}", sorted(everything - part), sorted(part)))
     head = ["chosen on", "parameters chosen", "score there", "score on the others", "defaults on the others"]
     return f"## {what}: chosen on one part of the runs, scored on the others\n\n" + table(head, rows)
+
+
+def restored_by(runs):
+    rows = []
+    for metric, key, values in (
+        (None, "reserve", RESERVES["reserve"]),
+        ("val_acc", "tolerance", [0.01, 0.02, 0.03, 0.05]),
+        ("val_loss", "tolerance", [0.02, 0.05, 0.1, 0.2, 0.5]),
+    ):
+        for value in values:
+            score = restored(runs, [verdicts(run, metric, **{key: value}) for run in runs])[1]
+            default = value == {None: 0.05, "val_acc": 0.02, "val_loss": 0.05}[metric]
+            rows.append([metric or "the index", f"{key} {value:g}" + " (default)" * default, score])
+    return "## Sound rounds, by what a run is judged\n\n" + table(["judged by", "parameter", "sound rounds"], rows)
 
 
 def alone(runs):

@@ -27,6 +27,7 @@ class RoundRecord:
         lr: Learning rate of the first parameter group in its last step.
         seconds: Time that pruning took at its end.
         metrics: Every logged metric as it stood at its end.
+        weights: Number of prunable weights that it trained.
         phase: Where a monitor saw the network at its end, see :class:`lightning_sap.Phase`; None without a monitor.
         reason: Why, in one sentence.
         path: The checkpoint of its trained model; None if there is none.
@@ -46,6 +47,7 @@ class RoundRecord:
     lr: float | None = None
     seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    weights: int | None = None
     phase: str | None = None
     reason: str | None = None
     path: str | None = None

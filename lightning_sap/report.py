@@ -19,12 +19,12 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
         ValueError: If there are no records.
 
     Example:
-        >>> dense = RoundRecord(0, 0, 3, 1.0, {}, 0.31, {}, pruned=20, phase="regularization")
-        >>> print(markdown([dense, RoundRecord(1, 4, 7, 0.5, {}, 0.25, {}, phase="regularization")]))
-        | round | epochs | remaining | PQ Index | pruned | phase |
-        | --- | --- | --- | --- | --- | --- |
-        | 0 | 0–3 | 100.00 % | 0.3100 | 20 | regularization |
-        | 1 | 4–7 | 50.00 % | 0.2500 | – | regularization |
+        >>> dense = RoundRecord(0, 0, 3, 1.0, {}, 0.31, {}, pruned=20, weights=40, phase="regularization")
+        >>> print(markdown([dense, RoundRecord(1, 4, 7, 0.5, {}, 0.25, {}, weights=20, phase="regularization")]))
+        | round | epochs | weights | remaining | PQ Index | pruned | phase |
+        | --- | --- | --- | --- | --- | --- | --- |
+        | 0 | 0–3 | 40 | 100.00 % | 0.3100 | 20 | regularization |
+        | 1 | 4–7 | 20 | 50.00 % | 0.2500 | – | regularization |
         <BLANKLINE>
         The module holds round 1: 50.00 % of the prunable weights.
     """
@@ -53,6 +53,7 @@ def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]
     columns = {
         "round": [str(r.round) for r in records],
         "epochs": [f"{r.first_epoch}–{r.last_epoch}" for r in records],
+        "weights": ["–" if r.weights is None else f"{r.weights:,}" for r in records],
         "remaining": [f"{r.remaining:.2%}".replace("%", " %") for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
@@ -70,5 +71,5 @@ def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
     lines.append(f"The module holds round {held.round}{again}: {held.remaining:.2%} of the prunable weights.")
     lines[-1] = lines[-1].replace("%", " %")
     if saved := [r for r in records if r.path]:
-        lines.append(f"Saved rounds: {', '.join(str(r.round) for r in saved)}; that of the module as {held.path}.")
+        lines.append(f"{len(saved)} rounds are saved, that of the module as {held.path}.")
     return lines

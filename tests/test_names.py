@@ -103,7 +103,8 @@ class TestPublicNames:
     def test_the_history(self):
         assert [field.name for field in dataclasses.fields(RoundRecord)] == [
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
-            "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "phase", "reason", "path", "restored",
+            "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
+            "restored",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}

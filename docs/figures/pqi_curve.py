@@ -14,7 +14,7 @@ from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
 def main():
     sap = PruningCallback(FixedFraction(0.2), rounds=30, every_n_epochs=10, scope="layer", rewind_weights="init")
-    monitor = PQIMonitor(monitor="val_acc")
+    monitor = PQIMonitor(monitor="val_acc", stop_on=None)
     fit([sap, monitor], rounds=30, epochs=10)
     monitor.plot().savefig(Path(__file__).with_name("pqi_curve.png"), dpi=120)
     for row in monitor.rows():

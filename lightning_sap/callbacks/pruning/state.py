@@ -100,5 +100,6 @@ class RunState:
             layers_pqi=before.layers,
             lr=lr,
             metrics=metrics,
+            weights=sum(self.masks.survivors.values()),
             **self.note,
         )
