@@ -5,6 +5,8 @@ a group is a list of (name, flat index) positions, and what goes is read off a s
 """
 
 import math
+from fractions import Fraction
+from itertools import groupby
 
 import numpy as np
 
@@ -69,13 +71,53 @@ def fraction_count(w, fraction):
     return floor(fraction * np.size(w)) if np.any(w) else 0
 
 
-def drop_smallest(weights, masks, group, count):
-    """Clear the `count` smallest magnitudes of a group in `masks`; of equals, the one named first goes first."""
+def drop_smallest(weights, masks, group, count, spare=None):
+    """Clear the `count` smallest magnitudes of a group in `masks`; of equals, the one named first goes first.
+
+    Where a name has nothing more to spare, the next smallest go instead.
+    """
     positions = [(name, i) for name, i in group if masks[name].flat[i]]
     order = np.argsort([abs(float(weights[name].flat[i])) for name, i in positions], kind="stable")
-    for k in order[:count]:
-        name, i = positions[k]
-        masks[name].flat[i] = False
+    left = dict(spare or {})
+    for name, i in (positions[k] for k in order):
+        if count > 0 and left.get(name, 1) > 0:
+            masks[name].flat[i] = False
+            count -= 1
+            if name in left:
+                left[name] -= 1
+
+
+def spread(total, shares, room):
+    """Split a whole number in proportion to the shares, largest remainders first, ties to the one named first."""
+    given, total = [0] * len(room), min(total, sum(room))
+    while (left := total - sum(given)) > 0:
+        space = [most - has for most, has in zip(room, given, strict=True)]
+        weights = [share if most > 0 else 0 for share, most in zip(shares, space, strict=True)]
+        weights = weights if any(weights) else space
+        exact = [Fraction(left * weight, sum(weights)) for weight in weights]
+        portion = [math.floor(x) for x in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: portion[i] - exact[i])
+        for i in by_remainder[: left - sum(portion)]:
+            portion[i] += 1
+        given = [has + min(more, most) for has, more, most in zip(given, portion, space, strict=True)]
+    return given
+
+
+def limited_counts(counts, alive, sets, least, most):
+    """Counts of the groups, kept to what each set of groups can spare, and all together to `least` and `most`."""
+    wanted, room, a = [], [], 0
+    for length, spare in sets:
+        have = alive[a : a + length]
+        want = [min(c, d) for c, d in zip(counts[a : a + length], have, strict=True)]
+        if sum(want) > spare:
+            want = spread(spare, want, want)
+        free = [d - c for c, d in zip(want, have, strict=True)]
+        wanted, room, a = wanted + want, room + spread(spare - sum(want), free, free), a + length
+    if most is not None and sum(wanted) > most:
+        return spread(most, wanted, wanted)
+    if sum(wanted) < least:
+        return [c + more for c, more in zip(wanted, spread(least - sum(wanted), wanted, room), strict=True)]
+    return wanted
 
 
 def groups_of(weights, scope, units=None):
@@ -93,10 +135,20 @@ def groups_of(weights, scope, units=None):
     return groups
 
 
-def prune_masks(weights, masks=None, *, amount, scope, units=None):
-    """New masks. `amount` turns the surviving weights of a group into a count; `units` gives (unit, weight) arrays."""
+def prune_masks(weights, masks=None, *, amount, scope, units=None, floors=None, least=0, most=None):
+    """New masks. `amount` turns the surviving weights of a group into a count; `units` gives (unit, weight) arrays.
+
+    `floors` is how many of each name stay, and `least` and `most` are how many go in all.
+    """
     masks = {name: np.ones(w.shape, bool) if masks is None else np.array(masks[name]) for name, w in weights.items()}
-    for group in groups_of(weights, scope, units):
-        surviving = [weights[name].flat[i] for name, i in group if masks[name].flat[i]]
-        drop_smallest(weights, masks, group, amount(np.array(surviving, dtype=np.float64)))
+    groups = [group for group in groups_of(weights, scope, units) if group]
+    surviving = [[weights[name].flat[i] for name, i in group if masks[name].flat[i]] for group in groups]
+    counts = [amount(np.array(of_group, dtype=np.float64)) for of_group in surviving]
+    spare = {name: max(0, int(mask.sum()) - (floors or {}).get(name, 0)) for name, mask in masks.items()}
+    sets = [(len(list(of_name)), spare[name]) for name, of_name in groupby(groups, lambda group: group[0][0])]
+    if scope == "global":
+        sets = [(1, sum(spare.values()))]
+    counts = limited_counts(counts, [len(of_group) for of_group in surviving], sets, least, most)
+    for group, count in zip(groups, counts, strict=True):
+        drop_smallest(weights, masks, group, count, spare if scope == "global" else None)
     return masks
