@@ -69,7 +69,7 @@ class Watch(Callback):
     def __init__(self, **hooks):
         for hook, function in hooks.items():
             assert hasattr(Callback, hook)
-            setattr(self, hook, lambda trainer, module, *_, function=function: function(trainer, module))
+            setattr(self, hook, lambda trainer, module, *_, function=function, **__: function(trainer, module))
 
 
 def data(samples=22, seed=2):

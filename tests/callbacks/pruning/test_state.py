@@ -4,6 +4,7 @@ import copy
 import io
 import logging
 import pickle
+import pkgutil
 import re
 import zipfile
 
@@ -12,6 +13,7 @@ import torch
 from helpers import (
     BATCHES,
     OPTIMIZERS,
+    PRUNABLE,
     Net,
     Watch,
     all_masked_are_zero,
@@ -26,7 +28,9 @@ from helpers import (
     survivors,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
+from resuming import STEPS_OF_A_PRUNING
 from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
@@ -354,6 +358,42 @@ class TestCopies:
         twin = copy_of(pruner)
         assert "log" not in vars(twin)
         assert "log_dict" not in vars(twin)
+
+
+HOOKS = [
+    "setup", "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end",
+    "on_train_end", "on_fit_end", "teardown",
+]  # fmt: skip
+
+
+# but "mask", which is also the moment between an optimizer's step and the masking
+@pytest.mark.parametrize("moment", [*HOOKS, *sorted(STEPS_OF_A_PRUNING.keys() - {"mask"})])
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle])
+def test_copies_at_any_moment_are_of_that_moment_and_go_on_by_themselves(monkeypatch, copy_of, moment):
+    takes, pruner, module = [], half(rewind_weights="init"), Scheduled(optimizer=SGD)
+
+    def take(*_):
+        takes.append((copied(module.state_dict()), pruner.masks, copy_of(pruner), copy_of(module)))
+
+    if moment in STEPS_OF_A_PRUNING:
+        owner, _, name = STEPS_OF_A_PRUNING[moment].rpartition(".")
+        step = getattr(pkgutil.resolve_name(owner), name)
+        monkeypatch.setattr(STEPS_OF_A_PRUNING[moment], lambda *args, **options: (take(), step(*args, **options))[1])
+    fit(module, Watch(**({moment: take} if moment in HOOKS else {})), pruner, val=loader())
+    monkeypatch.undo()
+    assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
+    assert takes
+    for state, masks, twin, other in takes:
+        assert same(other.state_dict(), state)
+        assert same(twin.masks, masks)
+    (_, masks, twin, other), before = takes[len(takes) // 2], (copied(module.state_dict()), pruner.masks)
+    fit(other.train(), twin, max_epochs=2)
+    alive = {name: int(masks[name].sum()) if masks else size for name, size in PRUNABLE.items()}
+    assert survivors(twin) == {name: n - n // 2 for name, n in alive.items()}
+    assert all_masked_are_zero(quiet_trainer(twin), other)
+    assert same(module.state_dict(), before[0])
+    assert same(pruner.masks, before[1])
 
 
 class TestOneCallbackAfterAnother:
