@@ -215,7 +215,7 @@ def spread(total: int, shares: Tensor, room: Tensor) -> Tensor:
 
     Args:
         total: The number to split; where all rooms together are smaller, that much is split.
-        shares: Non-negative weight of each group, shape ``(groups,)``.
+        shares: Non-negative weight of each group, int64, shape ``(groups,)``.
         room: Most that each group can take, int64, shape ``(groups,)``.
 
     Returns:
@@ -230,15 +230,14 @@ def spread(total: int, shares: Tensor, room: Tensor) -> Tensor:
     total = min(total, int(room.sum()))
     while (left := total - int(given.sum())) > 0:
         space = room - given
-        weight = torch.where(space > 0, shares, 0).to(torch.float64)
-        if float(weight.sum()) == 0.0:
-            weight = space.to(torch.float64)
-        exact = left * weight / weight.sum()
-        portion = torch.floor(exact).to(torch.int64)
+        weight = torch.where(space > 0, shares, 0)
+        weight = weight if weight.any() else space
+        everything = int(weight.sum())
+        portion = (left * weight.to(torch.float64) / everything).to(torch.int64)
+        remainder = left * weight - portion * everything  # exact, so that ties are ties: what overflows in both cancels
+        portion, remainder = portion + remainder // everything, remainder % everything
         short = left - int(portion.sum())
-        if short > 0:
-            order = torch.argsort(exact - portion.to(torch.float64), descending=True, stable=True)
-            portion[order[:short]] += 1
+        portion[torch.argsort(remainder, descending=True, stable=True)[:short]] += 1
         given += torch.minimum(portion, space)
     return given
 

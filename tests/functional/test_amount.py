@@ -6,8 +6,11 @@ import re
 import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_sap import FixedFraction, SparsityInformed, pq_index, prune_count, retained_lower_bound
+from lightning_sap.functional.amount import spread
 from lightning_sap.functional.pqi import power_sums
 
 NO_CAP = 1 - 2**-40  # a beta that never binds
@@ -196,3 +199,20 @@ class TestRanges:
     def test_fixed_fraction(self, fraction):
         with pytest.raises(ValueError, match=f"fraction.*{re.escape(str(fraction))}"):
             FixedFraction(fraction)
+
+
+def split(total, shares, room):
+    return spread(total, torch.tensor(shares), torch.tensor(room)).tolist()
+
+
+class TestSpread:
+    def test_equal_remainders_go_to_the_lower_position_whatever_stands_before_the_point(self):
+        assert split(24, [17, 13, 26, 24, 0, 20, 12], [30, 27, 4, 13, 4, 1, 9]) == [5, 4, 4, 7, 0, 1, 3]
+        assert split(8, [4, 0, 1, 3, 3, 1], [3, 0, 1, 3, 3, 2]) == [3, 0, 1, 2, 2, 0]
+
+    @given(st.data(), st.sampled_from([3, 40, 2**30, 2**40]))
+    def test_as_the_oracle_does(self, data, most):
+        numbers = st.lists(st.tuples(st.integers(0, most), st.integers(0, most)), min_size=1, max_size=8)
+        shares, room = zip(*data.draw(numbers), strict=True)
+        total = data.draw(st.integers(0, 2 * most))
+        assert split(total, shares, room) == oracle.spread(total, shares, room)
