@@ -19,14 +19,15 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_sap import SparsityInformed, prune_masks
+from lightning_sap import FixedFraction, SparsityInformed, prune_masks
 from lightning_sap.weights import prunable_weights
 
-POLICY = SparsityInformed(p=0.5, q=1.0)
-NOTES = """One pruning of freshly initialised float32 weights with p = 0.5, q = 1. Ours measures, decides, picks exactly
-and returns new masks; the others are told how many weights we pruned, and only pick. `global_unstructured` and
-`l1_unstructured` are those of `torch.nn.utils.prune`, the latter once for each layer (per neuron PyTorch has nothing);
-`sort` sorts the magnitudes of all weights in one vector and compares each tensor with the threshold it finds there.
+POLICIES = {"by the index": SparsityInformed(p=0.5, q=1.0), "half": FixedFraction(0.5)}
+NOTES = """One pruning of freshly initialised float32 weights: as many as their index says (p = 0.5, q = 1), or half.
+Ours measures, decides, picks exactly and returns new masks; the others are told how many weights we pruned, and only
+pick. `global_unstructured` and `l1_unstructured` are those of `torch.nn.utils.prune`, the latter once for each layer
+(per neuron PyTorch has nothing); `sort` sorts the magnitudes of all weights in one vector and compares each tensor with
+the threshold it finds there.
 
 - time: {clock}, one thread, the contenders in turn; median of {repeats} repeats, with the least and the most.
 - reading: the median over that of reading the weights once (`sum` of each tensor).
@@ -73,20 +74,20 @@ def places_of(module):
     return [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights_of(module)]
 
 
-def ours(module, counts, *, scope):
-    prune_masks(weights_of(module), policy=POLICY, scope=scope)
+def ours(module, policy, counts, *, scope):
+    prune_masks(weights_of(module), policy=policy, scope=scope)
 
 
-def global_unstructured(module, counts):
+def global_unstructured(module, policy, counts):
     prune.global_unstructured(places_of(module), pruning_method=prune.L1Unstructured, amount=sum(counts))
 
 
-def l1_unstructured(module, counts):
+def l1_unstructured(module, policy, counts):
     for place, count in zip(places_of(module), counts, strict=True):
         prune.l1_unstructured(*place, amount=count)
 
 
-def sort(module, counts):
+def sort(module, policy, counts):
     weights = weights_of(module)
     threshold = torch.cat([w.abs().flatten() for w in weights.values()]).sort().values[sum(counts) - 1]
     for w in weights.values():
@@ -104,9 +105,9 @@ CONTENDERS = {  # (scope, name): call; the first of a scope is ours
 }
 
 
-def counts_of(module, scope):
+def counts_of(module, policy, scope):
     """How many weights of each parameter ours prunes."""
-    masks = prune_masks(weights_of(module), policy=POLICY, scope=scope)
+    masks = prune_masks(weights_of(module), policy=policy, scope=scope)
     return [mask.numel() - int(mask.count_nonzero()) for mask in masks.values()]
 
 
@@ -127,36 +128,36 @@ def timed(call, device):
     return clock() - start
 
 
-def times(model, device, repeats):
+def times(model, policy, device, repeats):
     """Seconds of each contender, and of reading the weights, in every repeat; each has a copy of the model."""
     module = build(model, device)
-    counts = {scope: counts_of(module, scope) for scope in ("global", "layer", "neuron")}
+    counts = {scope: counts_of(module, policy, scope) for scope in ("global", "layer", "neuron")}
     weights = weights_of(module).values()
     taken = {key: [] for key in ("reading", *CONTENDERS)}
     for _ in range(repeats):
         taken["reading"].append(statistics.median(timed(partial(read, weights), device) for _ in range(5)))
         for key, contender in CONTENDERS.items():
             fresh = copy.deepcopy(module)
-            taken[key].append(timed(partial(contender, fresh, counts[key[0]]), device))
-    return taken
+            taken[key].append(timed(partial(contender, fresh, policy, counts[key[0]]), device))
+    return taken, counts
 
 
-def peak(model, device, key, results):
+def peak(model, policy, device, key, results):
     """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
     module = build(model, device)
-    counts = counts_of(module, key[0])
-    CONTENDERS[key](nn.Linear(256, 256, device=device), [1])  # what the first call of all loads is no cost of a pruning
+    counts = counts_of(module, policy, key[0])
+    CONTENDERS[key](nn.Linear(256, 256, device=device), policy, [1])  # what this loads is no cost of a pruning
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        CONTENDERS[key](module, counts)
+        CONTENDERS[key](module, policy, counts)
         results.put(torch.cuda.max_memory_allocated() - before)
     else:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken without being seen
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident("VmRSS")
-        CONTENDERS[key](module, counts)
+        CONTENDERS[key](module, policy, counts)
         results.put(resident("VmHWM") - before)
 
 
@@ -175,17 +176,17 @@ def in_a_fresh_process(function, *arguments):
     return results.get() if process.exitcode == 0 else None
 
 
-def rows_of(model, device, repeats):
-    module = build(model, device)
-    size = sum(w.nbytes for w in weights_of(module).values())
-    del module
-    taken = times(model, device, repeats)
+def rows_of(model, amount, device, repeats):
+    policy = POLICIES[amount]
+    weights = weights_of(build(model, device)).values()
+    size, total = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
+    taken, counts = times(model, policy, device, repeats)
     reading = statistics.median(taken.pop("reading"))
     for (scope, name), seconds in taken.items():
         median, own = statistics.median(seconds), statistics.median(taken[scope, "ours"])
-        extra = in_a_fresh_process(peak, model, device, (scope, name))
+        extra = in_a_fresh_process(peak, model, policy, device, (scope, name))
         yield (
-            f"{model} ({size / 4e6:.3g} M)", scope, name,
+            f"{model} ({total / 1e6:.3g} M)", scope, f"{amount} ({sum(counts[scope]) / total:.0%})", name,
             f"{1e3 * median:.0f} ms ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})",
             f"{median / reading:.0f}×", f"{median / own:.1f}×", "–" if extra is None else f"{extra / size:.2f}",
         )  # fmt: skip
@@ -199,8 +200,9 @@ def main() -> None:
     arguments = parser.parse_args()
     models = arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50,vit_b_16")
     device, repeats = arguments.device, 2 if arguments.quick else 7
-    rows = [row for model in models.split(",") for row in rows_of(model, device, repeats)]
-    head = ("model", "scope", "what", "time", "of reading", "of ours", "memory")
+    amounts = list(POLICIES)[:1] if arguments.quick else POLICIES
+    rows = [row for model in models.split(",") for amount in amounts for row in rows_of(model, amount, device, repeats)]
+    head = ("model", "scope", "pruned", "what", "time", "of reading", "of ours", "memory")
     notes = NOTES.format(clock=CLOCK[device], memory=MEMORY[device], repeats=repeats)
     common.publish(f"one_pruning_{device}", f"{notes}\n{common.table(head, rows)}", keep=not arguments.quick)
 

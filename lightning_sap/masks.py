@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
+CHUNK = 1 << 17  # weights masked at a time: what that takes stays in the cache
+
 
 class MaskSet:
     """Masks of several tensors by name; immutable, so that a wrong one never takes the place of a right one.
@@ -42,7 +45,7 @@ class MaskSet:
             if mask.dtype != torch.bool:
                 raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         self._pruned = dict(pruned)
-        counts = torch.tensor([int(local(mask).sum()) for mask in pruned.values()], dtype=torch.int64)
+        counts = torch.tensor([_count(local(mask)) for mask in pruned.values()], dtype=torch.int64)
         self._counts = dict(zip(pruned, shards_of(pruned.values()).sum(counts).tolist(), strict=True))
 
     @classmethod
@@ -95,7 +98,7 @@ class MaskSet:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if self._counts.get(name):
-                    local(tensor).masked_fill_(local(self._pruned[name]), 0.0)
+                    _zero_(local(tensor), local(self._pruned[name]))
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether each mask belongs to one of these weights and shape, and every pruned weight is zero."""
@@ -148,6 +151,21 @@ class MaskSet:
                 "Give the same model, `include` and `exclude` as when the masks were made."
             )
         return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
+
+
+def _count(flags: Tensor) -> int:
+    return int(np.count_nonzero(flags.numpy()) if flags.device.type == "cpu" else flags.count_nonzero())
+
+
+def _zero_(tensor: Tensor, where: Tensor) -> None:
+    """Set the flagged entries to zero, in place."""
+    if tensor.device.type != "cpu" or not (tensor.is_contiguous() and where.is_contiguous()):
+        tensor.masked_fill_(where, 0.0)
+        return
+    # On the CPU masked_fill_ takes many times as long. Bits times 0 are those of 0.0, also where they are of a NaN.
+    bits = tensor.view(-1).view(INTEGERS[tensor.element_size()])
+    for part, flags in zip(torch.split(bits, CHUNK), torch.split(where.view(-1), CHUNK), strict=True):
+        part.mul_(~flags)
 
 
 def _unpack(bits: Tensor, shape: list[int]) -> Tensor:

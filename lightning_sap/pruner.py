@@ -174,7 +174,10 @@ def prune_masks(
         kept = (masks or {}).get(name)
         check_tensors(weight, kept, name)
         pieces[name] = Piece(weight.detach(), None if kept is None else ~kept, (units or {}).get(name))
-    return prune_step(pieces, policy=policy, scope=scope, round=1).masks.kept if pieces else {}
+    pruned = prune_step(pieces, policy=policy, scope=scope, round=1).masks.pruned if pieces else {}
+    for mask in pruned.values():
+        local(mask).logical_not_()  # in place: these masks are nobody else's
+    return dict(pruned)
 
 
 def prune_step(
@@ -192,8 +195,10 @@ def prune_step(
     counts = _limited(policy(groups, round).cpu(), groups.count.cpu(), _spare_of_groups(sums, spare, scope), limits)
     here = {name: piece.local() for name, piece in pieces.items()}
     picked = _pick(here, counts, scope, spare, sums, _shards(pieces))
-    gone = {n: picked[n] if piece.pruned is None else piece.pruned | picked[n] for n, piece in here.items()}
-    masks = MaskSet({name: shard_like(mask, pieces[name].weight) for name, mask in gone.items()})
+    for name, piece in here.items():
+        if piece.pruned is not None:
+            picked[name] |= piece.pruned
+    masks = MaskSet({name: shard_like(mask, pieces[name].weight) for name, mask in picked.items()})
     return Step(before, masks, int(counts.sum()))
 
 

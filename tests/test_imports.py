@@ -17,7 +17,7 @@ INNER = {"sharding", "functional", "weights", "masks", "pruner", "rewind", "phas
 MAY_IMPORT = {
     "sharding": set(),
     "functional": {"functional"},  # its __init__.py gathers the folder
-    "functional/pqi": set(),
+    "functional/pqi": {"numpy"},
     "functional/amount": {"functional/pqi"},
     "functional/select": {"functional/pqi", "sharding", "numpy"},
     "weights": {"sharding"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on th
 
 # 2^-e must be a normal float64 for every exponent e we scale by; all-zero pieces take the lowest one.
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -1000, 1022
+LARGEST_PLAIN_ORDER = 6.0  # to which magnitudes of float32, 2^-149 to 2^128, can be raised in float64 without scaling
 
 
 class PowerSums(NamedTuple):
@@ -122,6 +124,7 @@ sum_q=tensor(0.5000, dtype=torch.float64))
         ]
         blocks.append(merge(columns, p, q))
     sums = concatenate(blocks) if blocks else _sums_of_block(rows, alive, p, q)
+    sums = sums._replace(exponent=sums.exponent.masked_fill(sums.sum_q == 0, LOWEST_EXPONENT))
     batch = () if dim is None else _batch_shape(x, dim)
     return PowerSums(*(part.reshape(batch) for part in sums))
 
@@ -132,7 +135,7 @@ def merge(parts: Sequence[PowerSums], p: float, q: float) -> PowerSums:
     Example:
         >>> import torch
         >>> halves = [power_sums(torch.tensor([w]), 1.0, 2.0) for w in (0.5, 8.0)]
-        >>> merge(halves, 1.0, 2.0).sum_p * 2**4
+        >>> merge(halves, 1.0, 2.0).sum_p
         tensor(8.5000, dtype=torch.float64)
     """
     return parts[0] if len(parts) == 1 else total(PowerSums(*map(torch.stack, zip(*parts, strict=True))), p, q)
@@ -249,7 +252,10 @@ def _sums_of_block(block: Tensor, alive: Tensor | None, p: float, q: float) -> P
     else:
         alive = alive.to(device)
         count = alive.sum(1)
-        magnitudes.masked_fill_(~alive, 0.0)
+        # all bits of the dead go to 0, also of those that are not finite; masked_fill_ stumbles over random masks
+        magnitudes.view(torch.int64).mul_(alive)
+    if block.dtype != torch.float64 and q <= LARGEST_PLAIN_ORDER:
+        return PowerSums(count, torch.zeros_like(count), *(_raised(magnitudes, order).sum(1) for order in (p, q)))
     if block.shape[1] == 0:
         zero = torch.zeros(vectors, dtype=torch.float64, device=device)
         return PowerSums(count, torch.full_like(count, LOWEST_EXPONENT), zero, zero)
@@ -263,9 +269,14 @@ def _sums_of_block(block: Tensor, alive: Tensor | None, p: float, q: float) -> P
 def _power_sum(magnitudes: Tensor, exponent: Tensor, order: float) -> Tensor:
     """Σ (m / 2^e)^order over each row."""
     if order <= 0.5:  # nothing overflows, but what is divided first may underflow and still count
-        powers = magnitudes.sqrt() if order == 0.5 else magnitudes.pow(order)
-        return powers.sum(1) * torch.exp2(-exponent * order)
-    scaled = magnitudes * torch.exp2(-exponent).unsqueeze(1)
+        return _raised(magnitudes, order).sum(1) * torch.exp2(-exponent * order)
+    return _raised(magnitudes * torch.exp2(-exponent).unsqueeze(1), order).sum(1)
+
+
+def _raised(magnitudes: Tensor, order: float) -> Tensor:
+    """Powers of magnitudes, the common ones without the slow way that suits all."""
     if order == 1:
-        return scaled.sum(1)
-    return (scaled.square_() if order == 2 else scaled.pow_(order)).sum(1)
+        return magnitudes
+    if order == 0.5:  # on the CPU NumPy's square root takes half as long
+        return torch.from_numpy(np.sqrt(magnitudes.numpy())) if magnitudes.device.type == "cpu" else magnitudes.sqrt()
+    return magnitudes.square() if order == 2 else magnitudes.pow(order)

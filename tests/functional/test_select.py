@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sap import FixedFraction, SparsityInformed, prune_masks
+from lightning_sap.functional import select
+from lightning_sap.functional.select import smallest
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCOPES = ["global", "layer", "neuron"]
@@ -222,6 +224,30 @@ class TestAgainstTheOracle:
             expected = twin_masks(weights, masks, policy=POLICIES[0], scope=scope)
             masks = prune_masks(weights, masks, policy=POLICIES[0], scope=scope)
             assert_same(masks, expected)
+
+
+class TestManyWeights:
+    """So many that the k-th smallest is looked for by a sample, and where ties or chance mislead it, by a histogram."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("density", [None, 0.5])
+    def test_the_first_of_a_stable_sort(self, kind, dtype, density):
+        rng = np.random.default_rng(0)
+        weights = [adversarial(kind, 9000 * n, dtype, rng).reshape(-1, 90) for n in (1, 3)] + [torch.zeros(0, 2)]
+        dead = [None if density is None else torch.from_numpy(rng.random(w.shape) > density) for w in weights]
+        magnitudes = np.concatenate([w.double().abs().flatten().numpy() for w in weights])
+        if density is not None:
+            magnitudes[np.concatenate([d.flatten().numpy() for d in dead])] = np.inf
+        order, alive = np.argsort(magnitudes, kind="stable"), int(np.isfinite(magnitudes).sum())
+        for k in (0, 1, alive // 100, alive // 3, alive - 1, alive):
+            picked = np.concatenate([p.flatten().numpy() for p in smallest(weights, dead, k)])
+            np.testing.assert_array_equal(np.flatnonzero(picked), np.sort(order[:k]))
+
+    def test_a_sample_that_leads_nowhere(self, monkeypatch):
+        monkeypatch.setattr(select, "_bracket", lambda *_: (1, 2))
+        weights = [torch.arange(20_000.0).flip(0)]
+        assert smallest(weights, [None], 7)[0].nonzero().flatten().tolist() == list(range(19_993, 20_000))
 
 
 class TestMistakes:
