@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class MaskSet:
             if mask.dtype != torch.bool:
                 raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         self._pruned = dict(pruned)
-        counts = torch.tensor([_count(local(mask)) for mask in pruned.values()], dtype=torch.int64)
+        counts = _counts([local(mask) for mask in pruned.values()])
         self._counts = dict(zip(pruned, shards_of(pruned.values()).sum(counts).tolist(), strict=True))
 
     @classmethod
@@ -153,8 +153,11 @@ class MaskSet:
         return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
 
 
-def _count(flags: Tensor) -> int:
-    return int(np.count_nonzero(flags.numpy()) if flags.device.type == "cpu" else flags.count_nonzero())
+def _counts(masks: Sequence[Tensor]) -> Tensor:
+    """How many are True in each; of those on one device that is not the CPU, at one transfer."""
+    if all(mask.device.type == "cpu" for mask in masks):  # NumPy counts several times faster
+        return torch.tensor([np.count_nonzero(mask.numpy()) for mask in masks], dtype=torch.int64)
+    return torch.stack([mask.count_nonzero().to(masks[0].device) for mask in masks]).cpu()
 
 
 def _zero_(tensor: Tensor, where: Tensor) -> None:

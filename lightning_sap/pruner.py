@@ -192,7 +192,7 @@ def prune_step(
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
-    counts = _limited(policy(groups, round).cpu(), groups.count.cpu(), _spare_of_groups(sums, spare, scope), limits)
+    counts = _limited(policy(groups, round), groups.count, _spare_of_groups(sums, spare, scope), limits)
     here = {name: piece.local() for name, piece in pieces.items()}
     picked = _pick(here, counts, scope, spare, sums, _shards(pieces))
     for name, piece in here.items():
@@ -221,21 +221,21 @@ def dead_units(pieces: Mapping[str, Piece]) -> dict[str, tuple[int, int]]:
 
 
 def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
-    """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``."""
+    """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``; on the CPU."""
     sums = {}
     for name, piece in pieces.items():
         here = piece.local()
         view = here.rows if by_unit else _one_row
         mask = None if here.pruned is None else ~view(here.pruned)
         sums[name] = power_sums(view(here.weight), p, q, mask=mask, dim=1)
-    return _over_shards(sums, _shards(pieces), p, q, by_unit)
+    return _over_shards(_on_cpu(sums), _shards(pieces), p, q, by_unit)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
-    """Indices of all weights as one vector and of each tensor, from power sums of any grouping; one device transfer."""
+    """Indices of all weights as one vector and of each tensor, from power sums of any grouping."""
     if not sums:
         return Measure(0.0, {}, {})
-    layers = concatenate([PowerSums(*(field.cpu() for field in total(part, p, q))) for part in sums.values()])
+    layers = concatenate([total(part, p, q) for part in sums.values()])
     index = index_of(layers, p, q).tolist()
     overall = float(index_of(total(layers, p, q), p, q))
     return Measure(overall, dict(zip(sums, index, strict=True)), dict(zip(sums, layers.count.tolist(), strict=True)))
@@ -243,6 +243,20 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:
     return shards_of(piece.weight for piece in pieces.values())
+
+
+def _on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:
+    """The same on the CPU, in one transfer, which waits for all that is under way on the device."""
+    devices = [part.count.device for part in sums.values()]
+    if all(device.type == "cpu" for device in devices):
+        return sums
+    # all integers here are below 2^53
+    tables = [torch.stack([field.to(devices[0], torch.float64) for field in part]) for part in sums.values()]
+    parts = torch.split(torch.cat(tables, dim=1).cpu(), [len(part.count) for part in sums.values()], dim=1)
+    return {
+        name: PowerSums(count.to(torch.int64), exponent.to(torch.int64), sum_p, sum_q)
+        for name, (count, exponent, sum_p, sum_q) in zip(sums, parts, strict=True)
+    }
 
 
 def _over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, by_unit: bool) -> dict[str, PowerSums]:
@@ -264,8 +278,7 @@ def _one_row(tensor: Tensor) -> Tensor:
 
 
 def _check_finite(sums: Mapping[str, PowerSums]) -> None:
-    finite = [torch.isfinite(part.sum_p + part.sum_q).all().cpu() for part in sums.values()]
-    bad = [name for name, good in zip(sums, finite, strict=True) if not good]
+    bad = [name for name, part in sums.items() if not torch.isfinite(part.sum_p + part.sum_q).all()]
     if bad:
         raise ValueError(
             f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
@@ -313,8 +326,9 @@ def _pick(
         return dict(zip(pieces, smallest(weights, dead, int(counts), list(spare.values()), shards), strict=True))
     if scope == "layer":
         of_layer = zip(pieces.items(), counts.tolist(), strict=True)
-        return {name: smallest([piece.weight], [piece.pruned], c, shards=shards)[0] for (name, piece), c in of_layer}
+        return {n: smallest([piece.weight], [piece.pruned], c, [c], shards)[0] for (n, piece), c in of_layer}
     picked = {}
+    counts = counts.to(next(iter(pieces.values())).weight.device)  # at once, for each transfer waits for the device
     of_units = torch.split(counts, [len(part.count) for part in sums.values()])
     for (name, piece), c in zip(pieces.items(), of_units, strict=True):
         dead_rows = None if piece.pruned is None else piece.rows(piece.pruned)

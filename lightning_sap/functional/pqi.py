@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 17}  # entries read at a time: a float64 scratch of this size stays in the cache of one core
-DEVICE_CHUNK = 1 << 24
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CHUNK = {"cpu": 1 << 17}  # entries read at a time: what that takes stays in the caches of one core
+DEVICE_CHUNK = 1 << 22
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+DTYPES = tuple(BITS)
 ROUNDING = 1e-14  # an index of this size is the rounding of the sums of a constant group
 NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on the CPU
 
@@ -116,15 +117,18 @@ sum_q=tensor(0.5000, dtype=torch.float64))
     check_tensors(x, mask)
     rows = as_rows(x, dim)
     alive = None if mask is None else as_rows(mask, dim)
-    blocks = []
-    for top, bottom in _spans(len(rows), max(1, chunk_size(x) // max(1, rows.shape[1]))):
-        columns = [
-            _sums_of_block(rows[top:bottom, a:b], None if alive is None else alive[top:bottom, a:b], p, q)
-            for a, b in _spans(rows.shape[1], chunk_size(x))
-        ]
-        blocks.append(merge(columns, p, q))
-    sums = concatenate(blocks) if blocks else _sums_of_block(rows, alive, p, q)
-    sums = sums._replace(exponent=sums.exponent.masked_fill(sums.sum_q == 0, LOWEST_EXPONENT))
+    plain = x.dtype != torch.float64 and q <= LARGEST_PLAIN_ORDER
+    sums = _no_sums(rows, alive)
+    for at, magnitudes, out in _blocks(rows, alive):
+        if plain:
+            sums.sum_p[at] += _raised(magnitudes, p, out).sum(1)
+            sums.sum_q[at] += _raised(magnitudes, q, out).sum(1)
+        else:
+            so_far = PowerSums(*(field[at] for field in sums))
+            for field, merged in zip(sums, merge([so_far, _scaled_sums(magnitudes, p, q, out)], p, q), strict=True):
+                field[at] = merged
+    if plain:
+        sums.exponent.masked_fill_(sums.sum_q != 0, 0)
     batch = () if dim is None else _batch_shape(x, dim)
     return PowerSums(*(part.reshape(batch) for part in sums))
 
@@ -230,53 +234,69 @@ def _batch_shape(x: Tensor, dim: int | tuple[int, ...]) -> torch.Size:
     return torch.Size(size for axis, size in enumerate(x.shape) if axis not in inner)
 
 
-def _spans(length: int, step: int) -> Iterator[tuple[int, int]]:
-    """Half-open spans that cover ``range(length)``; one empty span for an empty range."""
-    for start in range(0, max(length, 1), step):
-        yield start, min(start + step, length)
+def _device_of_sums(x: Tensor) -> torch.device:
+    return torch.device("cpu") if x.device.type in NO_FLOAT64 else x.device
 
 
 def _magnitudes(block: Tensor) -> Tensor:
     """A float64 copy of the absolute values."""
-    if block.device.type in NO_FLOAT64:
-        block = block.cpu()
-    return block.to(torch.float64, copy=True).abs_()
+    return torch.empty(block.shape, dtype=torch.float64, device=_device_of_sums(block)).copy_(block).abs_()
 
 
-def _sums_of_block(block: Tensor, alive: Tensor | None, p: float, q: float) -> PowerSums:
-    """Power sums of each row of a block small enough to be copied."""
-    magnitudes = _magnitudes(block)
-    device, vectors = magnitudes.device, len(block)
-    if alive is None:
-        count = torch.full((vectors,), block.shape[1], device=device)
-    else:
-        alive = alive.to(device)
-        count = alive.sum(1)
-        # all bits of the dead go to 0, also of those that are not finite; masked_fill_ stumbles over random masks
-        magnitudes.view(torch.int64).mul_(alive)
-    if block.dtype != torch.float64 and q <= LARGEST_PLAIN_ORDER:
-        return PowerSums(count, torch.zeros_like(count), *(_raised(magnitudes, order).sum(1) for order in (p, q)))
-    if block.shape[1] == 0:
-        zero = torch.zeros(vectors, dtype=torch.float64, device=device)
-        return PowerSums(count, torch.full_like(count, LOWEST_EXPONENT), zero, zero)
+def _no_sums(rows: Tensor, alive: Tensor | None) -> PowerSums:
+    """Power sums of the rows before anything is added to them, but with the counts."""
+    device, vectors = _device_of_sums(rows), len(rows)
+    count = torch.full((vectors,), rows.shape[1], device=device)
+    if alive is not None:
+        count = alive.count_nonzero(dim=1).to(device)
+    sums = torch.zeros(2, vectors, dtype=torch.float64, device=device)
+    return PowerSums(count, torch.full_like(count, LOWEST_EXPONENT), *sums)
+
+
+def _blocks(rows: Tensor, alive: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Chunk by chunk which rows it is of, its magnitudes in float64, those of the dead 0, and space for their powers.
+
+    What is yielded is written over by the next: memory that is taken anew for every chunk takes longer than its powers.
+    """
+    step, device = chunk_size(rows), _device_of_sums(rows)
+    space = torch.empty(2, min(step, rows.numel()), dtype=torch.float64, device=device)
+    height = max(1, step // max(1, rows.shape[1]))
+    for top in range(0, len(rows), height):
+        for left in range(0, rows.shape[1], step):
+            at = slice(top, top + height), slice(left, left + step)
+            block = rows[at].to(device)
+            magnitudes, out = space[:, : block.numel()].view(2, *block.shape)
+            if alive is not None:
+                # all bits of the dead go to 0, also of those that are not finite; masked_fill_ takes four times as long
+                bits = out.view(-1).view(BITS[block.dtype])[: block.numel()].view(block.shape)
+                block = torch.mul(block.view(bits.dtype), alive[at].to(device), out=bits).view(block.dtype)
+            yield at[0], magnitudes.copy_(block).abs_(), out
+
+
+def _scaled_sums(magnitudes: Tensor, p: float, q: float, out: Tensor) -> PowerSums:
+    """Power sums of each row, scaled so that nothing overflows or underflows; without the counts."""
     largest = magnitudes.amax(1)
     exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
     exponent = exponent.masked_fill(largest == 0, LOWEST_EXPONENT)
-    sums = [_power_sum(magnitudes, exponent.to(torch.float64), order) for order in (p, q)]
-    return PowerSums(count, exponent, *sums)
+    sums = (_power_sum(magnitudes, exponent.to(torch.float64), order, out) for order in (p, q))
+    return PowerSums(torch.zeros_like(exponent), exponent, *sums)
 
 
-def _power_sum(magnitudes: Tensor, exponent: Tensor, order: float) -> Tensor:
+def _power_sum(magnitudes: Tensor, exponent: Tensor, order: float, out: Tensor) -> Tensor:
     """Σ (m / 2^e)^order over each row."""
     if order <= 0.5:  # nothing overflows, but what is divided first may underflow and still count
-        return _raised(magnitudes, order).sum(1) * torch.exp2(-exponent * order)
-    return _raised(magnitudes * torch.exp2(-exponent).unsqueeze(1), order).sum(1)
+        return _raised(magnitudes, order, out).sum(1) * torch.exp2(-exponent * order)
+    scaled = torch.mul(magnitudes, torch.exp2(-exponent).unsqueeze(1), out=out)
+    return _raised(scaled, order, out).sum(1)
 
 
-def _raised(magnitudes: Tensor, order: float) -> Tensor:
-    """Powers of magnitudes, the common ones without the slow way that suits all."""
+def _raised(magnitudes: Tensor, order: float, out: Tensor) -> Tensor:
+    """Powers of magnitudes, the common ones without the slow way that suits all; ``out`` may be written to."""
     if order == 1:
         return magnitudes
-    if order == 0.5:  # on the CPU NumPy's square root takes half as long
-        return torch.from_numpy(np.sqrt(magnitudes.numpy())) if magnitudes.device.type == "cpu" else magnitudes.sqrt()
-    return magnitudes.square() if order == 2 else magnitudes.pow(order)
+    if order == 0.5:
+        if out.device.type != "cpu":
+            return torch.sqrt(magnitudes, out=out)
+        np.sqrt(magnitudes.numpy(), out=out.numpy())  # NumPy takes half as long as PyTorch
+        return out
+    return torch.square(magnitudes, out=out) if order == 2 else torch.pow(magnitudes, order, out=out)

@@ -1,24 +1,34 @@
-"""PICK: exactly which weights go, the k smallest magnitudes over many tensors, ties by position."""
+"""PICK: exactly which weights go, the k smallest magnitudes over many tensors, ties by position.
+
+Magnitudes are compared by their bit patterns, integers of the same order. All works chunk by chunk, without a copy of
+all weights. On the CPU, NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits
+for the device, but for ``smallest`` over several tensors of which some have too little room.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.pqi import chunk_size
+from lightning_sap.functional.pqi import BITS, chunk_size
 from lightning_sap.sharding import ALONE, Shards
 
-KEYS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 FEW = 1 << 12  # weights among which the k-th is found without a sample
 DIGIT = 16  # bits resolved by one pass of the histogram
 
-Array: TypeAlias = Any  # on the CPU a NumPy array, whose comparisons and sorts are many times faster, else a tensor
-Part: TypeAlias = tuple[Tensor, Tensor | None, Tensor]  # weights, where they are dead, where they are picked
+
+class Part(NamedTuple):
+    """A tensor to pick from: its weights, where they are dead (None: nowhere), and where to flag those picked."""
+
+    weight: Tensor
+    dead: Tensor | None
+    flags: Tensor
 
 
 def smallest(
@@ -30,14 +40,15 @@ def smallest(
 ) -> list[Tensor]:
     """Pick exactly k of the smallest surviving magnitudes of several tensors taken as one vector.
 
-    The k-th smallest is looked for where a sample says it is, and by a radix select if it is not there; both work chunk
-    by chunk on the bit patterns of the magnitudes, and no copy of all weights is made.
+    On the CPU the k-th smallest is looked for where a sample says it is, and by a radix select if counting shows that
+    it is not there; elsewhere by a radix select.
 
     Args:
         weights: Tensors of any shape and floating dtype.
         dead: For each tensor a bool tensor of its shape, True where a weight is pruned already; None: nowhere.
         k: How many to pick, at most the number of survivors.
-        room: Most that may be taken from each tensor; the next smallest elsewhere go instead. None: no limit.
+        room: Most that may be taken from each tensor, at most its survivors; the next smallest elsewhere go instead.
+            None: its survivors, which are counted then.
         shards: The processes that hold the rows of the tensors; ``k`` and ``room`` are of all rows. They exchange
             histograms and counts, never weights.
 
@@ -53,17 +64,18 @@ def smallest(
         >>> smallest([torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])], [None, None], 1)
         [tensor([False,  True]), tensor([False, False])]
     """
-    left = _sums(
-        [w.numel() - (0 if d is None else _count(_array(d))) for w, d in zip(weights, dead, strict=True)], shards
-    )
-    room = left if room is None else [min(a, b) for a, b in zip(left, room, strict=True)]
+    if room is None:
+        gone = shards.sum(_counts([torch.zeros(0) if d is None else d for d in dead])).tolist()
+        sizes = shards.sum(torch.tensor([w.numel() for w in weights])).tolist()
+        room = [size - n for size, n in zip(sizes, gone, strict=True)]
     if k > sum(room):
         raise ValueError(f"Cannot pick {k} weights where only {sum(room)} may go.")
     picked: dict[int, Tensor] = {}
     free = list(range(len(weights)))
     while True:
         chosen = _smallest([weights[i] for i in free], [dead[i] for i in free], k, shards)
-        taken = _sums([_count(_array(c)) for c in chosen], shards)
+        # of one tensor no more than k are taken, which fit
+        taken = shards.sum(_counts(chosen)).tolist() if len(free) > 1 else [k] * len(free)
         full = {i for i, n in zip(free, taken, strict=True) if n > room[i]}
         if not full:
             picked.update(zip(free, chosen, strict=True))
@@ -92,59 +104,71 @@ def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tenso
                 [ True, False,  True]])
     """
     picked = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    flags, wanted = _array(picked), _array(counts.to(rows.device))
-    step = max(1, chunk_size(rows) // max(1, rows.shape[1]))
-    for a in range(0, len(rows) if rows.shape[1] else 0, step):
+    rows, counts = rows.detach(), counts.to(rows.device)
+    if not rows.numel():
+        return picked
+    step = max(1, chunk_size(rows) // rows.shape[1])
+    space: Any = np.empty((2, step, rows.shape[1]), _numpy(rows[:0]).dtype) if rows.device.type == "cpu" else None
+    for a in range(0, len(rows), step):
         at = slice(a, a + step)
-        flags[at] = _of_block(_keys(rows[at], None if dead is None else dead[at], rows.dtype), wanted[at])
+        gone = None if dead is None else dead[at]
+        if space is None:
+            picked[at] = _of_rows(_keys(rows[at], gone, rows.dtype), counts[at, None])
+        else:
+            _flag_rows(rows[at], gone, counts[at].numpy(), picked[at].numpy(), space[:, : len(rows[at])])
     return picked
 
 
-def _of_block(keys: Array, counts: Array) -> Array:
-    """Where the ``counts[i]`` smallest keys of each row are."""
-    most = max(1, int(counts.max()))
-    ordered = _first_of_rows(keys, most) if isinstance(keys, np.ndarray) else keys.sort(dim=1).values
-    last = ordered[range(len(keys)), counts - 1][:, None]
+def _flag_rows(rows: Tensor, dead: Tensor | None, counts: Any, flags: Any, space: Any) -> None:
+    """Flag the ``counts[i]`` smallest of each row, in memory given."""
+    keys, ordered = space
+    largest = np.iinfo(keys.dtype).max
+    np.bitwise_and(_numpy(rows), largest, out=keys)
+    if dead is not None:
+        keys |= np.multiply(dead.numpy(), keys.dtype.type(largest), out=ordered)
+    ordered[:] = keys
+    counts = counts[:, None]
+    least, most = max(1, int(counts.min())), max(1, int(counts.max()))
+    ordered.partition(most - 1, axis=1)
+    ordered[:, :most].partition(least - 1, axis=1)
+    ordered = ordered[:, least - 1 : most]
+    ordered.sort(axis=1)  # from the last of the row that loses fewest to that of the one that loses most
+    last = np.take_along_axis(ordered, np.maximum(counts - least, 0), axis=1)
     last[counts == 0] = -1
-    flags = keys <= last
-    if _count(flags) > int(counts.sum()):  # in some rows more keys are equal to the last one than may go
-        surplus = flags.sum(1) - counts
-        tied = _where(surplus)
+    np.less_equal(keys, last, out=flags)
+    if np.count_nonzero(flags) > counts.sum():  # in some rows more are equal to the last than may go
+        surplus = np.count_nonzero(flags, axis=1, keepdims=True) - counts
+        tied = np.flatnonzero(surplus)
         equal = keys[tied] == last[tied]
-        room = equal.sum(1) - surplus[tied]
-        flags[tied] = flags[tied] & (~equal | (equal.cumsum(1) <= room[:, None]))
-    return flags
+        room = np.count_nonzero(equal, axis=1, keepdims=True) - surplus[tied]
+        flags[tied] &= ~equal | (equal.cumsum(axis=1) <= room)
 
 
-def _first_of_rows(keys: Array, count: int) -> Array:
-    """The ``count`` smallest keys of each row, in order."""
-    first = np.partition(keys, count - 1, axis=1)[:, :count]
-    first.sort(axis=1)
-    return first
-
-
-def _sums(numbers: list[int], shards: Shards) -> list[int]:
-    """Each number summed over the processes."""
-    return [int(n) for n in shards.sum(torch.tensor(numbers, dtype=torch.int64))]
+def _of_rows(keys: Tensor, counts: Tensor) -> Tensor:
+    """The same for a device that is not to be waited for."""
+    last = keys.sort(dim=1).values.gather(1, (counts - 1).clamp(min=0))
+    below, equal = keys < last, keys == last
+    return below | (equal & (equal.cumsum(1) <= counts - below.sum(1, keepdim=True)))
 
 
 def _smallest(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, shards: Shards) -> list[Tensor]:
     picked = [torch.zeros(w.shape, dtype=torch.bool, device=w.device) for w in weights]
     if k > 0:
         dtype = reduce(torch.promote_types, {w.dtype for w in weights})
-        parts = list(zip(weights, dead, picked, strict=True))
-        if shards.mesh is not None or not _pick_by_sample(parts, k, dtype):
+        parts = [Part(w.detach(), d, flags) for w, d, flags in zip(weights, dead, picked, strict=True)]
+        on_cpu = shards.mesh is None and all(w.device.type == "cpu" for w in weights)
+        if not (on_cpu and _pick_by_sample(parts, k, dtype)):
             _pick_by_histogram(parts, k, dtype, shards)
     return picked
 
 
-def _chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[Array, Array]]:
-    """The keys of all weights, chunk by chunk, each with the place of its flags."""
-    for w, d, flags in parts:
-        flat, gone, place = w.reshape(-1), None if d is None else d.reshape(-1), _array(flags.view(-1))
-        for start in range(0, len(flat), chunk_size(w)):
-            at = slice(start, start + chunk_size(w))
-            yield _keys(flat[at], None if gone is None else gone[at], dtype), place[at]
+def _chunks(part: Part) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Weights, where they are dead, and flags, chunk by chunk in the order of flat indices."""
+    weight, dead, flags = part.weight.reshape(-1), part.dead, part.flags.view(-1)
+    gone = None if dead is None else dead.reshape(-1)
+    for a in range(0, len(weight), chunk_size(weight)):
+        at = slice(a, a + chunk_size(weight))
+        yield weight[at], None if gone is None else gone[at], flags[at]
 
 
 def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
@@ -153,114 +177,150 @@ def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
     The sample gives two keys. What is below them is flagged and counted, what is between them is kept, and where the
     counts prove that the k-th smallest is among the kept, that is where it is found.
     """
+    sizes = [part.weight.numel() for part in parts]
     low, high = _bracket(parts, k, dtype)
-    kept, space = [], max(FEW, sum(w.numel() for w, _, _ in parts) // 8)
-    for keys, flags in _chunks(parts, dtype):
-        flags[:] = keys < low
-        between = _where((keys <= high) != flags)
-        kept.append((flags, between, keys[between]))
-        k -= _count(flags)
-        space -= len(between)
-        if k <= 0 or space < 0:
+    kept, start, below, held = [], 0, 0, 0
+    for keys, gone, flags, between in _keys_of_chunks(parts, dtype):
+        np.less(keys, low, out=flags)
+        np.less_equal(keys, high, out=between)
+        if gone is not None:
+            np.greater(flags, gone, out=flags)  # and not gone
+            np.greater(between, gone, out=between)
+        np.not_equal(between, flags, out=between)
+        at = np.flatnonzero(between)
+        kept.append((at + start, keys[at]))
+        start, below, held = start + len(keys), below + np.count_nonzero(flags), held + len(at)
+        if below >= k or held > max(FEW, sum(sizes) // 8):
             return False
-    candidates = np.concatenate([_to_numpy(keys) for _, _, keys in kept])
-    if k > len(candidates):
+    if below + held < k:
         return False
-    candidates.partition(k - 1)
-    last = int(candidates[k - 1])
-    ties = k - _count(candidates[:k] < last)
-    for flags, between, keys in kept:
-        flags[between[keys < last]] = True
-        first = between[keys == last][:ties]
-        flags[first] = True
-        ties -= len(first)
+    positions, keys = (np.concatenate(part) for part in zip(*kept, strict=True))
+    last = np.partition(keys, k - below - 1)[k - below - 1]
+    chosen = keys < last
+    chosen[np.flatnonzero(keys == last)[: k - below - np.count_nonzero(chosen)]] = True
+    positions, ends = positions[chosen], np.cumsum(sizes)
+    bounds = np.searchsorted(positions, [0, *ends])
+    for part, a, b, end, size in zip(parts, bounds, bounds[1:], ends, sizes, strict=False):
+        part.flags.view(-1).numpy()[positions[a:b] - (end - size)] = True
     return True
+
+
+def _keys_of_chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Keys, where dead, flags, and space for as many flags, as NumPy arrays; keys and space are used over again.
+
+    Memory that is taken anew for every chunk takes longer than what is done in it.
+    """
+    longest = min(chunk_size(torch.empty(0)), max(part.weight.numel() for part in parts))
+    keys = torch.empty(longest, dtype=BITS[dtype]).numpy()
+    space = np.empty(longest, dtype=bool)
+    for part in parts:
+        for weight, gone, flags in _chunks(part):
+            n = len(weight)
+            np.bitwise_and(_numpy(weight.to(dtype)), np.iinfo(keys.dtype).max, out=keys[:n])
+            yield keys[:n], None if gone is None else gone.numpy(), flags.numpy(), space[:n]
 
 
 def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int]:
     """Two keys between which the k-th smallest almost surely is."""
-    smallest, largest = 0, torch.iinfo(KEYS[dtype]).max - 1  # of what is alive
-    total = sum(w.numel() for w, _, _ in parts)
+    smallest, largest = 0, torch.iinfo(BITS[dtype]).max
+    total = sum(part.weight.numel() for part in parts)
     if total <= FEW:
         return smallest, largest
-    size = min(total, round(2 * total ** (2 / 3)))  # so many cost about as much as what is between the two keys
-    sample = _sample(parts, total, size, dtype)
+    sample = _sample(parts, total, dtype)
+    size = len(sample)
     rank = size * k / total
-    margin = 1 + 3 * (rank * (1 - k / total)) ** 0.5  # three standard deviations: outside is one case in 400
+    margin = 1 + 4 * (rank * (1 - k / total)) ** 0.5  # four standard deviations: outside is one case in 15,000
     low, high = int(rank - margin), int(rank + margin)
-    below = int(np.partition(sample, low)[low]) if low >= 0 else smallest
-    above = int(np.partition(sample, high)[high]) if high < size else largest
-    return below, min(above, largest)
+    below, above = smallest, largest
+    if high < size:
+        sample.partition(high)
+        above = int(sample[high])
+    if low >= 0:
+        sample[:high].partition(low)
+        below = int(sample[low])
+    return below, above
 
 
-def _sample(parts: Sequence[Part], total: int, size: int, dtype: torch.dtype) -> Any:
-    """The keys of one weight out of each of ``size`` stretches of the same length, drawn at random."""
-    random = np.random.default_rng(0).random(size)  # the user's generators are left alone
-    drawn = ((np.arange(size) + random) * (total / size)).astype(np.int64).clip(max=total - 1)
-    keys, start = [], 0
-    for w, d, _ in parts:
-        of_weight = drawn[slice(*np.searchsorted(drawn, (start, start + w.numel())))] - start
-        at = torch.from_numpy(of_weight).to(w.device)
-        gone = None if d is None else d.reshape(-1).index_select(0, at)
-        keys.append(_to_numpy(_keys(w.detach().reshape(-1).index_select(0, at), gone, dtype)))
-        start += w.numel()
+def _sample(parts: Sequence[Part], total: int, dtype: torch.dtype) -> Any:
+    """The keys of one weight in every so many: about as many keys as will be between two of them."""
+    stride = max(1, round(total ** (1 / 3) / 3))
+    while math.gcd(stride, 210) > 1:  # in step neither with rows nor with kernels
+        stride += 1
+    keys, first = [], 0
+    for part in parts:
+        weight = part.weight.reshape(-1)[first::stride]
+        gone = None if part.dead is None else part.dead.reshape(-1)[first::stride]
+        keys.append(_keys(weight, gone, dtype).numpy())
+        first = (first - part.weight.numel()) % stride
     return np.concatenate(keys)
 
 
 def _pick_by_histogram(parts: Sequence[Part], k: int, dtype: torch.dtype, shards: Shards) -> None:
     """Flag the k smallest of all processes, however many are equal, as far as they are here."""
     last, ties = _kth_key(parts, k, dtype, shards)
-    equal = torch.tensor([sum(_count(keys == last) for keys, _ in _chunks([part], dtype)) for part in parts])
+    equal = torch.stack([_equal(part, last, dtype) for part in parts])
     of_ranks = torch.stack(shards.gather(equal), dim=1)  # in the order in which ties go: tensor, process
     before = of_ranks.view(-1).cumsum(0).view(of_ranks.shape) - of_ranks
-    for part, earlier in zip(parts, before[:, shards.rank].tolist(), strict=True):
-        left = max(0, ties - earlier)
-        for keys, flags in _chunks([part], dtype):
-            flags[:] = keys < last
-            first = _where(keys == last)[:left]
-            flags[first] = True
-            left -= len(first)
+    for part, earlier in zip(parts, before[:, shards.rank], strict=True):
+        key, left = last.to(part.weight.device), (ties - earlier).to(part.weight.device)
+        for weight, gone, flags in _chunks(part):
+            keys = _keys(weight, gone, dtype)
+            same = keys == key
+            flags.copy_((keys < key) | (same & (same.cumsum(0) <= left)))
+            left = left - same.count_nonzero()
 
 
-def _kth_key(parts: Sequence[Part], k: int, dtype: torch.dtype, shards: Shards) -> tuple[int, int]:
+def _kth_key(parts: Sequence[Part], k: int, dtype: torch.dtype, shards: Shards) -> tuple[Tensor, Tensor]:
     """Key of the k-th smallest survivor, and how many weights of that key are among the k smallest.
 
     A radix select: a histogram of 16 bits at a time finds the key in two passes over float32 weights.
     """
-    prefix, bits = 0, torch.iinfo(KEYS[dtype]).bits
-    for shift in range(bits - DIGIT, -1, -DIGIT):
-        counts = np.zeros(1 << DIGIT, dtype=np.int64)
-        for keys, _ in _chunks(parts, dtype):
-            matching = torch.as_tensor(keys if shift + DIGIT == bits else keys[(keys >> (shift + DIGIT)) == prefix])
-            digits = (matching >> shift) & ((1 << DIGIT) - 1)
-            counts += torch.bincount(digits.to(torch.int64), minlength=1 << DIGIT).cpu().numpy()
-        counts = shards.sum(torch.from_numpy(counts)).numpy()
-        upto = counts.cumsum()
-        digit = int(np.searchsorted(upto, k))
-        k -= int(upto[digit] - counts[digit])
+    device = parts[0].weight.device
+    prefix = torch.zeros(1, dtype=torch.int64, device=device)
+    rank = torch.full_like(prefix, k)
+    for shift in range(torch.iinfo(BITS[dtype]).bits - DIGIT, -1, -DIGIT):
+        counts = torch.zeros(1 << DIGIT, dtype=torch.int64, device=device)
+        for part in parts:
+            counts += _histogram(part, prefix, shift, dtype).to(device)
+        counts = shards.sum(counts)
+        upto = counts.cumsum(0)
+        digit = torch.searchsorted(upto, rank)
+        rank = rank - (upto - counts).gather(0, digit)
         prefix = prefix << DIGIT | digit
-    return prefix, k
+    return prefix.squeeze(0), rank.squeeze(0)
 
 
-def _keys(weight: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Array:
+def _histogram(part: Part, prefix: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
+    """How many keys that begin with the prefix go on with each digit."""
+    counts = torch.zeros((1 << DIGIT) + 1, dtype=torch.int64, device=part.weight.device)
+    prefix = prefix.to(counts.device)
+    for weight, gone, _ in _chunks(part):
+        digits = _keys(weight, gone, dtype).to(torch.int64) >> shift
+        others = digits >> DIGIT != prefix
+        digits = (digits & ((1 << DIGIT) - 1)).masked_fill_(others, 1 << DIGIT)
+        counts.scatter_add_(0, digits, torch.ones_like(counts[:1]).expand_as(digits))
+    return counts[:-1]
+
+
+def _equal(part: Part, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many survivors have the key, on the device of the key."""
+    found = torch.zeros_like(key)
+    for weight, gone, _ in _chunks(part):
+        found += (_keys(weight, gone, dtype) == key.to(weight.device)).count_nonzero().to(found.device)
+    return found
+
+
+def _keys(weight: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Integers ordered as the magnitudes are: their bit patterns; what is dead comes after all that is alive."""
-    keys = weight.detach().to(dtype).abs().view(KEYS[dtype])
-    if dead is not None:
-        keys |= dead.to(keys.dtype).mul_(torch.iinfo(keys.dtype).max)
-    return _array(keys)
+    keys = weight.to(dtype).abs().view(BITS[dtype])
+    return keys if dead is None else keys | dead.to(keys.dtype).mul_(torch.iinfo(keys.dtype).max)
 
 
-def _array(tensor: Tensor) -> Array:
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+def _numpy(weight: Tensor) -> Any:
+    """The bit patterns of weights on the CPU."""
+    return weight.view(BITS[weight.dtype]).numpy()
 
 
-def _to_numpy(array: Array) -> Any:
-    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
-
-
-def _count(flags: Array) -> int:
-    return int(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.count_nonzero())
-
-
-def _where(flags: Array) -> Array:
-    return np.flatnonzero(flags) if isinstance(flags, np.ndarray) else flags.nonzero().view(-1)
+def _counts(flags: Sequence[Tensor]) -> Tensor:
+    """How many are True in each tensor, on the CPU, at one transfer for all."""
+    return torch.stack([f.count_nonzero().to(flags[0].device) for f in flags]).cpu()

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_sap import FixedFraction, SparsityInformed, prune_masks
 from lightning_sap.functional import select
-from lightning_sap.functional.select import smallest
+from lightning_sap.functional.pqi import power_sums
+from lightning_sap.functional.select import smallest, smallest_of_rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SCOPES = ["global", "layer", "neuron"]
@@ -244,10 +246,55 @@ class TestManyWeights:
             picked = np.concatenate([p.flatten().numpy() for p in smallest(weights, dead, k)])
             np.testing.assert_array_equal(np.flatnonzero(picked), np.sort(order[:k]))
 
-    def test_a_sample_that_leads_nowhere(self, monkeypatch):
-        monkeypatch.setattr(select, "_bracket", lambda *_: (1, 2))
+    @pytest.mark.parametrize("bracket", [(1, 2), (0, 2**31 - 1), (2**30, 2**31 - 1)], ids=["below", "wide", "above"])
+    def test_a_sample_that_leads_nowhere(self, bracket, monkeypatch):
+        monkeypatch.setattr(select, "_bracket", lambda *_: bracket)
         weights = [torch.arange(20_000.0).flip(0)]
         assert smallest(weights, [None], 7)[0].nonzero().flatten().tolist() == list(range(19_993, 20_000))
+
+    def test_so_many_that_several_chunks_are_read(self):
+        weights = torch.randn(300_000, generator=torch.Generator().manual_seed(0)).round(decimals=3)
+        order = weights.abs().argsort(stable=True)
+        for k in (1, 100_000, 299_999):
+            flags = smallest([weights[:1], weights[1:]], [None, None], k)
+            assert torch.equal(torch.cat(flags).nonzero().flatten(), order[:k].sort().values)
+
+    def test_more_than_survive_cannot_go(self):
+        with pytest.raises(ValueError, match="Cannot pick 3 weights where only 2 may go"):
+            smallest([torch.ones(3)], [torch.tensor([True, False, False])], 3)
+
+
+class TestOtherDevices:
+    """What a GPU does, seen on the CPU: it picks the same, and nothing waits for it."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("density", [None, 0.5])
+    def test_picks_as_the_cpu_does(self, kind, dtype, density):
+        rng = np.random.default_rng(0)
+        rows = adversarial(kind, 600, dtype, rng).reshape(20, 30)
+        dead = None if density is None else torch.from_numpy(rng.random(rows.shape) > density)
+        alive = rows.numel() if dead is None else rows.numel() - int(dead.sum())
+        counts = torch.full((20,), 30) if dead is None else 30 - dead.sum(1)
+        for some in (counts, counts // 2, counts * torch.from_numpy(rng.integers(0, 2, 20)), counts * 0):
+            found = select._of_rows(select._keys(rows, dead, dtype), some[:, None])
+            assert torch.equal(found, smallest_of_rows(rows, dead, some))
+            assert torch.equal(found.sum(1), some)
+        for k in (1, alive // 3, alive):
+            part = select.Part(rows, dead, torch.zeros_like(rows, dtype=torch.bool))
+            select._pick_by_histogram([part], k, dtype, select.ALONE)
+            assert torch.equal(part.flags, smallest([rows], [dead], k)[0])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_measuring_and_picking_never_wait(self, dtype, masked):
+        with FakeTensorMode():  # whatever would look at a value raises
+            rows = torch.randn(20, 30, device="cuda").to(dtype)
+            dead = rows < 0 if masked else None
+            sums = power_sums(rows, 0.5, 1.0, mask=dead, dim=1)
+            assert sums.sum_p.device.type == "cuda"
+            assert smallest([rows], [dead], 7, [7])[0].shape == rows.shape
+            assert smallest_of_rows(rows, dead, sums.count // 2).shape == rows.shape
 
 
 class TestMistakes:
