@@ -30,7 +30,8 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
     """
     header, *lines = _table(records, metric)
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *_closing(records, verdict)])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n\n".join([table, *_closing(records, verdict)])
 
 
 def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> None:
