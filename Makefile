@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+OLDEST_PYTHON ?= $(PYTHON)
 installed = $(VENV)/.installed-$(1)
 
 .DEFAULT_GOAL := help
@@ -17,8 +18,9 @@ demo: $(call installed,examples)  ## prune a small network on handwritten digits
 test: $(call installed,test)  ## run every test and every doctest
 	$(BIN)/python -m pytest
 
-test-all: $(call installed,test)  ## run the full matrices too; takes long
+test-all: $(call installed,test)  ## run the full matrices too, and test-oldest; takes long
 	$(BIN)/python -m pytest --full
+	$(MAKE) test-oldest
 
 test-oldest: $(OLDEST)/.installed  ## run every test on the lowest versions that pyproject.toml promises
 	$(OLDEST)/bin/python -m pytest
@@ -48,9 +50,11 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install -e '.[$*]'
 	@touch $@
 
-# uv resolves to the lowest versions, which pip cannot.
+# uv resolves to the lowest versions, which pip cannot. They have wheels for Python 3.10 to 3.12 only.
 $(OLDEST)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo 'The lowest versions need Python 3.10 to 3.12; $(OLDEST_PYTHON) is not. Try: make OLDEST_PYTHON=python3.10 ...' >&2; exit 1; }
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install uv
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[test]'
 	@touch $@

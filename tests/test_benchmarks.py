@@ -1,4 +1,4 @@
-"""The benchmark behind the numbers of the README runs, in its quick form."""
+"""The benchmarks behind the numbers of README and docs run, in their quick form."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["digits_accuracy.py"])
+@pytest.mark.parametrize("script", ["digits_accuracy.py", "memory.py"])
 def test_a_quick_run_prints_a_table(script, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     before = sorted((BENCHMARKS / "results").iterdir())
