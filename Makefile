@@ -7,7 +7,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 installed = $(VENV)/.installed-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest check docs clean
+.PHONY: help demo test test-all test-oldest check docs benchmarks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ check: $(call installed,dev)  ## format, lint, types, import rules and the fast 
 
 docs: $(call installed,docs)  ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
+	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/adaptive_amounts.py $(if $(IMAGES),--images $(IMAGES))
 
 clean:  ## remove what was built, run and cached; .venv stays
 	rm -rf build dist docs/_build lightning_logs checkpoints outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,7 @@
 """One pruning, from weights to masks: its time and its memory, beside PyTorch's ways to as many weights.
 
-``python benchmarks/one_pruning.py`` takes some minutes; ``--quick`` takes ResNet-18 and two repeats, and keeps nothing.
+``python benchmarks/one_pruning.py`` takes half an hour and 16 GiB; ``--quick`` takes an MLP and two repeats, and keeps
+nothing.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import ctypes
 import gc
 import multiprocessing
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
@@ -29,16 +29,20 @@ pick. `global_unstructured` and `l1_unstructured` are those of `torch.nn.utils.p
 (per neuron PyTorch has nothing); `sort` sorts the magnitudes of all weights in one vector and compares each tensor with
 the threshold it finds there.
 
-- time: {clock}, one thread, the contenders in turn; median of {repeats} repeats, with the least and the most.
+- time: {clock}; the contenders in turn, {repeats} repeats ({large} of the transformer), median with the least and
+  the most.
 - reading: the median over that of reading the weights once (`sum` of each tensor).
 - ours: how many times as fast as ours of the same scope.
 - memory: peak of what one pruning takes beyond the weights, as a multiple of their bytes: {memory}.
+- –: not run; it might have taken more memory than the machine had left.
 """
-CLOCK = {"cpu": "CPU time of the process", "cuda": "wall time up to the end of the device's work"}
 MEMORY = {
-    "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned",
+    "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned;\n"
+    "  the less of two prunings, for what a process touches for the first time counts as well",
     "cuda": "in a fresh process, `torch.cuda.max_memory_allocated` after it less `memory_allocated` before it",
 }
+LARGE, REPEATS_OF_LARGE = 200_000_000, 3
+GREEDIEST = 14  # times the bytes of the weights: what a contender might take, with its copy of the model
 
 
 class Transformer(nn.Module):
@@ -116,18 +120,6 @@ def read(weights):
         w.sum()
 
 
-def timed(call, device):
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def times(model, policy, device, repeats):
     """Seconds of each contender, and of reading the weights, in every repeat; each has a copy of the model."""
     module = build(model, device)
@@ -135,40 +127,48 @@ def times(model, policy, device, repeats):
     weights = weights_of(module).values()
     taken = {key: [] for key in ("reading", *CONTENDERS)}
     for _ in range(repeats):
-        taken["reading"].append(statistics.median(timed(partial(read, weights), device) for _ in range(5)))
+        reading = [common.seconds(partial(read, weights), device) for _ in range(5)]
+        taken["reading"].append(statistics.median(reading))
         for key, contender in CONTENDERS.items():
-            fresh = copy.deepcopy(module)
-            taken[key].append(timed(partial(contender, fresh, policy, counts[key[0]]), device))
+            if fits(weights, key):
+                fresh = copy.deepcopy(module)
+                gc.collect()
+                taken[key].append(common.seconds(partial(contender, fresh, policy, counts[key[0]]), device))
+                del fresh
     return taken, counts
+
+
+def fits(weights, key):
+    """Whether the contender surely has enough memory."""
+    return key[1] == "ours" or GREEDIEST * sum(w.nbytes for w in weights) < common.available()
 
 
 def peak(model, policy, device, key, results):
     """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
-    module = build(model, device)
-    counts = counts_of(module, policy, key[0])
+    counts = counts_of(build(model, device), policy, key[0])
     CONTENDERS[key](nn.Linear(256, 256, device=device), policy, [1])  # what this loads is no cost of a pruning
+    modules = build(model, device), build(model, device)
+    results.put(min(peak_of(partial(CONTENDERS[key], module, policy, counts), device) for module in modules))
+
+
+def peak_of(call, device):
+    """Bytes that a call takes at its peak beyond what is there before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        CONTENDERS[key](module, policy, counts)
-        results.put(torch.cuda.max_memory_allocated() - before)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken without being seen
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = resident("VmRSS")
-        CONTENDERS[key](module, policy, counts)
-        results.put(resident("VmHWM") - before)
-
-
-def resident(field):
-    """Bytes of a field of this process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken without being seen
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = common.resident("VmRSS")
+    call()
+    return common.resident("VmHWM") - before
 
 
 def in_a_fresh_process(function, *arguments):
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "lightning_sap"])  # imported once for all of them
     results = context.SimpleQueue()
     process = context.Process(target=function, args=(*arguments, results))
     process.start()
@@ -180,31 +180,34 @@ def rows_of(model, amount, device, repeats):
     policy = POLICIES[amount]
     weights = weights_of(build(model, device)).values()
     size, total = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
-    taken, counts = times(model, policy, device, repeats)
+    taken, counts = times(model, policy, device, min(repeats, REPEATS_OF_LARGE) if total > LARGE else repeats)
     reading = statistics.median(taken.pop("reading"))
     for (scope, name), seconds in taken.items():
+        known = f"{model} ({total / 1e6:.3g} M)", scope, f"{amount} ({sum(counts[scope]) / total:.0%})", name
+        if not seconds:
+            yield *known, "–", "–", "–", "–"
+            continue
         median, own = statistics.median(seconds), statistics.median(taken[scope, "ours"])
         extra = in_a_fresh_process(peak, model, policy, device, (scope, name))
         yield (
-            f"{model} ({total / 1e6:.3g} M)", scope, f"{amount} ({sum(counts[scope]) / total:.0%})", name,
-            f"{1e3 * median:.0f} ms ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})",
-            f"{median / reading:.0f}×", f"{median / own:.1f}×", "–" if extra is None else f"{extra / size:.2f}",
+            *known, f"{common.spread([1e3 * s for s in seconds], '{:.0f}')} ms", f"{median / reading:.0f}×",
+            f"{median / own:.1f}×", "–" if extra is None else f"{extra / size:.2f}",
         )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", help=f"some of {','.join(MODELS)}; default: resnet18,resnet50,vit_b_16")
-    parser.add_argument("--quick", action="store_true")
+    common.add_options(parser)
+    parser.add_argument("--models", help=f"some of {','.join(MODELS)}; default: all but the mlp")
     arguments = parser.parse_args()
-    models = arguments.models or ("resnet18" if arguments.quick else "resnet18,resnet50,vit_b_16")
+    models = arguments.models or ("mlp" if arguments.quick else ",".join(list(MODELS)[1:]))
     device, repeats = arguments.device, 2 if arguments.quick else 7
     amounts = list(POLICIES)[:1] if arguments.quick else POLICIES
     rows = [row for model in models.split(",") for amount in amounts for row in rows_of(model, amount, device, repeats)]
     head = ("model", "scope", "pruned", "what", "time", "of reading", "of ours", "memory")
-    notes = NOTES.format(clock=CLOCK[device], memory=MEMORY[device], repeats=repeats)
-    common.publish(f"one_pruning_{device}", f"{notes}\n{common.table(head, rows)}", keep=not arguments.quick)
+    notes = NOTES.format(clock=common.CLOCK[device], memory=MEMORY[device], repeats=repeats, large=REPEATS_OF_LARGE)
+    text = f"{notes}\n{common.table(head, rows)}"
+    common.publish(f"one_pruning_{device}", text, keep=not arguments.quick, device=device)
 
 
 if __name__ == "__main__":

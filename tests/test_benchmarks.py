@@ -1,4 +1,4 @@
-"""The benchmarks behind the numbers of README and docs run, in their quick form."""
+"""The benchmarks behind the numbers of README and docs run, in their quick forms."""
 
 import subprocess
 import sys
@@ -9,13 +9,31 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+SCRIPTS = [
+    "adaptive_amounts.py",
+    "checkpoints.py",
+    "digits_accuracy.py",
+    "growth.py",
+    "memory.py",
+    "monitoring.py",
+    "one_pruning.py",
+    "training_step.py",
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["digits_accuracy.py", "memory.py"])
-def test_a_quick_run_prints_a_table(script, monkeypatch):
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_quick_run_prints_a_table(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     before = sorted((BENCHMARKS / "results").iterdir())
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--quick"], capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, str(BENCHMARKS / script), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "| --- |" in done.stdout

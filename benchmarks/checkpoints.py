@@ -1,0 +1,81 @@
+"""What pruning adds to a checkpoint: bytes, and seconds to write and to read it, with and without rewound weights.
+
+``python benchmarks/checkpoints.py`` takes a minute; ``--quick`` takes a small MLP, and keeps nothing.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+
+import common
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet50
+from training_step import Net, mlp
+
+from lightning_sap import SAPCallback
+
+NOTES = """A checkpoint of `trainer.save_checkpoint` after one pruning: weights, momenta of SGD, and what the callback
+keeps. Bytes are those of the file; {clock}; it is read with `weights_only=True`; the contenders in turn, median of
+{repeats} with the least and the most.
+"""
+MODELS = {"resnet50": (resnet50, (2, 3, 32, 32)), "mlp": (mlp, (2, 784))}
+CONTENDERS = {
+    "dense": list,
+    "pruned": lambda: [SAPCallback(rounds=1, every_n_epochs=1)],
+    'pruned, `rewind_weights="init"`': lambda: [SAPCallback(rounds=1, every_n_epochs=1, rewind_weights="init")],
+}
+
+
+def fitted(model, contender, device):
+    make, shape = MODELS[model]
+    data = TensorDataset(torch.randn(shape), torch.randint(10, shape[:1]))
+    trainer = Trainer(
+        max_epochs=2, callbacks=CONTENDERS[contender](), accelerator=device, devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net(make()), DataLoader(data, shape[0]))
+    return trainer
+
+
+def rows_of(model, device, repeats):
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {contender: fitted(model, contender, device) for contender in CONTENDERS}
+        files = {contender: Path(folder) / f"{i}.ckpt" for i, contender in enumerate(CONTENDERS)}
+        writing, reading = ({contender: [] for contender in CONTENDERS} for _ in range(2))
+        for _ in range(repeats):
+            for contender, trainer in trainers.items():
+                file = files[contender]
+                writing[contender].append(common.seconds(lambda t=trainer, f=file: t.save_checkpoint(f), device))
+                reading[contender].append(common.seconds(lambda f=file: torch.load(f, weights_only=True), device))
+        dense = files["dense"].stat().st_size
+        for contender, file in files.items():
+            size = file.stat().st_size
+            added = f"{(size - dense) / 1e6:.2f} MB ({size / dense - 1:.1%})" if contender != "dense" else "–"
+            more = [statistics.median(t[contender]) - statistics.median(t["dense"]) for t in (writing, reading)]
+            yield (
+                model, contender, f"{size / 1e6:.2f} MB", added,
+                *(f"{common.spread([1e3 * s for s in t[contender]], '{:.0f}')} ms" for t in (writing, reading)),
+                *(f"{1e3 * s:.0f} ms" if contender != "dense" else "–" for s in more),
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    common.add_options(parser)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    device, repeats = arguments.device, 2 if arguments.quick else 7
+    rows = list(rows_of("mlp" if arguments.quick else "resnet50", device, repeats))
+    head = ("model", "what", "file", "added", "writing", "reading", "writing, added", "reading, added")
+    text = f"{NOTES.format(clock=common.CLOCK[device], repeats=repeats)}\n{common.table(head, rows)}"
+    common.publish(f"checkpoints_{device}", text, keep=not arguments.quick, device=device)
+
+
+if __name__ == "__main__":
+    main()

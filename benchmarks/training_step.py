@@ -1,0 +1,203 @@
+"""A training step under masks: dense, ours, and Lightning's ModelPruning, all in a Trainer; time and memory.
+
+``python benchmarks/training_step.py`` takes a quarter of an hour; ``--quick`` takes the MLP and few steps, and
+keeps nothing.
+"""
+
+import argparse
+import logging
+import statistics
+import warnings
+from functools import partial
+
+import common
+import torch
+import torchvision
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sap import FixedFraction, PruningCallback
+from lightning_sap.weights import prunable_weights
+
+NOTES = """Training steps of `Trainer.fit` with SGD and momentum, 90 % of the weights of every layer pruned.
+
+- time: {clock}, from the start of one batch to the start of the next; the contenders in turn, {runs} runs each: the
+  median step of a run over that of the dense run beside it; median of the runs, with the least and the most.
+- memory: bytes of parameters, buffers and masks (all storages that the module and the callbacks hold, each once;
+  neither gradients nor optimizer state) over those of the dense module, after the first and after the tenth pruning.
+- `ModelPruning` is Lightning's, `l1_unstructured` on the same weights, one pruning for the time and ten for the memory.
+"""
+HOLDERS = ("torch.nn", "torchvision", "lightning.pytorch.callbacks", "lightning_sap", "__main__")  # of tensors
+
+
+class Encoder(nn.Module):
+    """A small transformer: 4 layers of width 256, the mean of their outputs, ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.head(self.layers(x).mean(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def resnet18():
+    network = torchvision.models.resnet18(num_classes=10)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+MODELS = {  # network, shape of a batch, steps of a run
+    "mlp": (mlp, (128, 784), 100),
+    "resnet18": (resnet18, (32, 3, 32, 32), 5),
+    "transformer": (Encoder, (32, 32, 256), 10),
+}
+
+
+class Net(LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class Clock(Callback):
+    """Seconds from batch to batch of the last epoch."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts.clear()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.starts.append(common.now(pl_module.device.type))
+
+    def median(self):
+        return statistics.median(b - a for a, b in zip(self.starts, self.starts[1:], strict=False))
+
+
+class Held(Callback):
+    """Bytes that module and callbacks hold, at the start of every epoch."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        storages: dict[int, int] = {}
+        seen: set[int] = set()
+        todo = [pl_module.network, *(c for c in trainer.callbacks if isinstance(c, PruningCallback | ModelPruning))]
+        while todo:
+            thing = todo.pop()
+            if id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            if isinstance(thing, torch.Tensor):
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+            elif isinstance(thing, dict):
+                todo += thing.values()
+            elif isinstance(thing, list | tuple | set):
+                todo += thing
+            elif type(thing).__module__.startswith(HOLDERS) and hasattr(thing, "__dict__"):
+                todo += vars(thing).values()
+        self.bytes.append(sum(storages.values()))
+
+
+def ours(network, amount, rounds, **options):
+    return [PruningCallback(FixedFraction(amount), rounds=rounds, every_n_epochs=1, **options)]
+
+
+def model_pruning(network, amount, rounds, *, lottery=False):
+    places = [(network.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in prunable_weights(network)]
+    return [
+        ModelPruning(
+            "l1_unstructured", places, amount=amount, use_global_unstructured=False,
+            apply_pruning=lambda epoch: epoch < rounds, make_pruning_permanent=False,
+            use_lottery_ticket_hypothesis=lottery,
+        )
+    ]  # fmt: skip
+
+
+CONTENDERS = {
+    "dense": lambda network, amount, rounds: [],
+    "ours": ours,
+    "ours, weights rewound": partial(ours, rewind_weights="init"),
+    "ModelPruning": model_pruning,
+    "ModelPruning, weights rewound": partial(model_pruning, lottery=True),
+}
+REWOUND = "weights rewound"  # the same step, so only the memory is of interest
+
+
+def fit(model, contender, device, *, amount, rounds, steps, watch):
+    """Train for one epoch more than there are prunings, under the eye of a callback."""
+    seed_everything(0, verbose=False)
+    make, shape, _ = MODELS[model]
+    network = make()
+    batch = torch.randn(shape), torch.randint(10, shape[:1])
+    data = TensorDataset(*(part.repeat(steps, *[1] * (part.dim() - 1)) for part in batch))
+    trainer = Trainer(
+        max_epochs=rounds + 1, callbacks=[*CONTENDERS[contender](network, amount, rounds), watch], accelerator=device,
+        devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net(network), DataLoader(data, shape[0]))
+    return watch
+
+
+def times(model, device, runs, steps):
+    """Median step of each contender over that of the dense run beside it, for every run."""
+    ratios = {contender: [] for contender in CONTENDERS if REWOUND not in contender}
+    dense = []
+    for _ in range(runs):
+        step = {c: fit(model, c, device, amount=0.9, rounds=1, steps=steps, watch=Clock()).median() for c in ratios}
+        dense.append(step["dense"])
+        for contender, seconds in step.items():
+            ratios[contender].append(seconds / step["dense"])
+    return statistics.median(dense), ratios
+
+
+def rows_of(model, device, runs, steps):
+    dense, ratios = times(model, device, runs, steps or MODELS[model][2])
+    held = {c: fit(model, c, device, amount=0.2, rounds=10, steps=1, watch=Held()).bytes for c in CONTENDERS}
+    for contender, sizes in held.items():
+        time = "–"
+        if contender in ratios:
+            of_runs = ratios[contender]
+            time = common.spread(of_runs, "{:.3f}")
+        if contender == "dense":
+            time = f"1 ({1e3 * dense:.1f} ms)"
+        first, last = (sizes[i] / held["dense"][0] for i in (1, 10))
+        yield f"{model}, batches of {MODELS[model][1]}", contender, time, f"{first:.2f}", f"{last:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    common.add_options(parser)
+    parser.add_argument("--models", help=f"some of {','.join(MODELS)}; default: all")
+    arguments = parser.parse_args()
+    models = arguments.models or ("mlp" if arguments.quick else ",".join(MODELS))
+    device, runs, steps = arguments.device, 2 if arguments.quick else 7, 5 if arguments.quick else None
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    rows = [row for model in models.split(",") for row in rows_of(model, device, runs, steps)]
+    head = ("model", "what", "time of a step", "memory after 1 pruning", "after 10")
+    text = f"{NOTES.format(clock=common.CLOCK[device], runs=runs)}\n{common.table(head, rows)}"
+    common.publish(f"training_step_{device}", text, keep=not arguments.quick, device=device)
+
+
+if __name__ == "__main__":
+    main()
