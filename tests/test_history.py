@@ -59,7 +59,38 @@ class TestSequence:
         assert repr(History()) == "History(0 rounds, last None)"
 
 
+class TestNotes:
+    def test_what_became_known_later_is_added_to_the_record_of_that_round(self, history):
+        before = list(history)
+        noted = history.note(2, phase="collapse", reason="It is empty.")
+        assert (noted.phase, noted.reason, noted.remaining) == ("collapse", "It is empty.", 0.3)
+        assert history[2] is noted
+        assert [history[i] for i in (0, 1, 3)] == [before[i] for i in (0, 1, 3)]
+        assert before[2].phase is None
+
+    def test_the_record_of_a_round_is_found_by_its_number(self, history):
+        assert History(history[2:]).of_round(3) is history[3]
+
+    @pytest.mark.parametrize("call", [lambda h: h.of_round(4), lambda h: h.note(4, phase="collapse")])
+    def test_an_unknown_round_lists_those_that_ended(self, history, call):
+        message = "There is no record of round 4; those that ended are [0, 1, 2, 3]."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call(history)
+
+    def test_one_round_at_most_is_the_restored_one(self, history):
+        assert history.restored is None
+        history.mark_restored(1)
+        assert history.restored is history[1]
+        history.mark_restored(2)
+        assert history.restored is history[2]
+        assert [r.restored for r in history] == [False, False, True, False]
+
+
 class TestRows:
+    def test_the_index_right_after_a_pruning_by_parameter(self):
+        row = RoundRecord(0, 0, 1, 1.0, {}, 0.2, {}, layers_pqi_pruned={"w": 0.1}).row()
+        assert (row["pqi_pruned/w"], "layers_pqi_pruned" in row) == (0.1, False)
+
     def test_one_flat_mapping_per_round(self, history):
         assert history.rows()[1] == {
             "acc": 0.97, "loss": 1 - 0.97, "round": 1, "first_epoch": 2, "last_epoch": 3, "remaining": 0.5, "pqi": 0.2,

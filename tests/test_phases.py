@@ -234,6 +234,79 @@ class TestMetric:
         assert feed(PhaseDetector(metric_change=0.05), [0.1] * 3, metric=score)[-1] == "collapse"
 
 
+class TestLastSound:
+    """The round worth going back to, after each round."""
+
+    def sound(self, detector, curve, **given):
+        rounds = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+        found = []
+        for index, now in zip(curve, rounds or [{}] * len(curve), strict=True):
+            detector.update(index, **now)
+            found.append(detector.last_sound)
+        return found
+
+    def test_before_any_round_there_is_none(self):
+        assert PhaseDetector().last_sound is None
+
+    def test_by_a_score_it_is_the_latest_within_two_hundredths_of_the_best_so_far(self):
+        score = [0.50, 0.90, 0.883, 0.881, 1.00, 0.99, 0.97, 0.985]
+        assert self.sound(PhaseDetector(), [0.1] * 8, metric=score) == [0, 1, 2, 2, 4, 5, 5, 7]
+
+    def test_by_a_loss_it_is_the_latest_within_a_twentieth_of_the_best_so_far(self):
+        loss = [2.0, 1.0, 1.04, 1.06, 0.5, 0.52, 0.53]
+        assert self.sound(PhaseDetector("min"), [0.1] * 7, metric=loss) == [0, 1, 2, 2, 4, 5, 5]
+
+    def test_a_score_below_zero_is_taken_as_a_loss(self):
+        score = [-2.0, -1.0, -1.04, -1.06]
+        assert self.sound(PhaseDetector("max"), [0.1] * 4, metric=score) == [0, 1, 2, 2]
+
+    @pytest.mark.parametrize(("tolerance", "last"), [(0.005, 1), (0.03, 2), (0.2, 3)])
+    def test_the_tolerance_is_an_option(self, tolerance, last):
+        score = [0.50, 1.00, 0.98, 0.85]
+        assert self.sound(PhaseDetector(tolerance=tolerance), [0.1] * 4, metric=score)[-1] == last
+
+    def test_once_the_network_collapsed_only_rounds_before_that_count(self):
+        detector, score = PhaseDetector(), [0.90, 0.89, 0.60, 0.50, 0.90]
+        assert self.sound(detector, [0.1] * 5, metric=score) == [0, 1, 1, 1, 1]
+        assert (detector.phase, detector.since) == ("collapse", 2)
+
+    def test_a_round_without_the_metric_is_not_sound_once_there_was_one(self):
+        assert self.sound(PhaseDetector(), [0.1] * 4, metric=[0.9, None, None, 0.9]) == [0, 0, 0, 3]
+
+    def test_rounds_before_the_first_metric_go_by_the_layers(self):
+        layers = [{"a": (0.1, left)} for left in (1000, 500, 20, 10)]
+        assert self.sound(PhaseDetector(), [0.1] * 4, layers=layers, metric=[None] * 4) == [0, 1, 1, 1]
+        assert self.sound(PhaseDetector(), [0.1] * 4, layers=layers, metric=[None, None, 0.9, 0.9]) == [0, 1, 2, 3]
+
+    def test_by_the_layers_each_must_spare_a_twentieth_of_the_most_that_it_ever_could(self):
+        """Index times surviving weights: of a 100, 120, 40, 6, 5; of b always 10."""
+        a = [(0.1, 1000), (0.2, 600), (0.1, 400), (0.1, 61), (0.1, 59)]
+        layers = [{"a": values, "b": (0.1, 100)} for values in a]
+        assert self.sound(PhaseDetector(), [0.1] * 5, layers=layers) == [0, 1, 2, 3, 3]
+        assert self.sound(PhaseDetector(reserve=0.2), [0.1] * 5, layers=layers) == [0, 1, 2, 2, 2]
+
+    def test_one_exhausted_layer_is_enough(self):
+        layers = [{"a": (0.1, 1000), "b": (0.1, left)} for left in (1000, 500, 10)]
+        assert self.sound(PhaseDetector(), [0.1] * 3, layers=layers) == [0, 1, 1]
+
+    def test_a_layer_that_joins_is_measured_by_itself(self):
+        layers = [{"a": (0.1, 1000)}, {"a": (0.1, 800), "b": (0.1, 10)}, {"a": (0.1, 600), "b": (0.1, 8)}]
+        assert self.sound(PhaseDetector(), [0.1] * 3, layers=layers) == [0, 1, 2]
+
+    def test_by_the_overall_index_alone_every_round_before_the_collapse_is_sound(self):
+        assert self.sound(PhaseDetector(), [0.2, 0.1, 0.05, 0.0]) == [0, 1, 2, 2]
+
+    def test_what_is_not_finite_is_not_sound(self):
+        assert self.sound(PhaseDetector(), [math.nan]) == [None]
+        assert self.sound(PhaseDetector(), [0.1, math.inf]) == [0, 0]
+        assert self.sound(PhaseDetector(), [0.1, 0.1], metric=[0.9, math.nan]) == [0, 0]
+
+    def test_where_the_first_round_is_lost_there_is_none(self):
+        detector = PhaseDetector(patience=1)
+        assert self.sound(detector, [0.1], layers=[{"a": (math.nan, 100)}]) == [None]
+        assert detector.phase == "collapse"
+
+
 class TestState:
     def middle(self):
         detector = PhaseDetector()
@@ -300,6 +373,8 @@ class TestOptions:
             ({"spare": math.nan}, "spare must be above 0"),
             ({"floor": -0.1}, "floor must be above 0 and below 1"),
             ({"metric_change": math.inf}, "metric_change must be above 0"),
+            ({"tolerance": 0}, "tolerance must be above 0"),
+            ({"reserve": 1.0}, "reserve must be above 0 and below 1"),
         ],
     )
     def test_out_of_range(self, options, message):

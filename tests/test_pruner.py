@@ -23,6 +23,7 @@ from lightning_sap.pruner import (
     Measure,
     MonitoredPruner,
     Piece,
+    dead_units,
     dense_pieces,
     prune_step,
     summary,
@@ -206,6 +207,38 @@ class TestPiece:
         vector = torch.tensor([3.0, 1.0, 2.0])
         assert Piece(vector).rows(vector).shape == (3, 1)
         assert prune_masks({"v": vector}, policy=FixedFraction(0.4))["v"].tolist() == [True, False, True]
+
+
+class TestDeadUnits:
+    def test_rows_without_a_weight_are_counted(self):
+        pruned = torch.tensor([[True, True], [True, False], [True, True], [False, False]])
+        found = dead_units({"a": Piece(torch.ones(4, 2), pruned), "b": Piece(torch.ones(3, 2))})
+        assert found == {"a": (2, 4), "b": (0, 0)}
+
+    def test_nothing_is_pruned(self):
+        assert dead_units({"a": Piece(torch.ones(4, 2)), "b": Piece(torch.ones(4))}) == {"a": (0, 0), "b": (0, 0)}
+        assert dead_units({}) == {}
+
+    def test_the_filters_of_a_convolution(self):
+        pruned = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
+        pruned[1] = True
+        pruned[2, 0] = True
+        assert dead_units({"conv": Piece(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
+
+    @pytest.mark.parametrize(("groups", "dead"), [(1, 1), (2, 2)])
+    def test_the_units_of_a_transposed_convolution(self, groups, dead):
+        """Of `(in, out / groups, …)`: pruned is output 1 of every group, and of group 0 alone output 0."""
+        weight = prunable_weights(nn.ConvTranspose2d(4, 6, 2, groups=groups))["weight"]
+        pruned = torch.zeros(weight.parameter.shape, dtype=torch.bool)
+        pruned[:, 1] = True
+        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead, 6)}
+        pruned[: 4 // groups, 0] = True
+        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead + 1, 6)}
+        pruned[0, 2] = True  # one input of several
+        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead + 1, 6)}
+
+    def test_each_entry_of_a_vector_is_a_unit(self):
+        assert dead_units({"v": Piece(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
 
 
 class TestProtocol:

@@ -209,7 +209,7 @@ class PQIMonitor(Callback):
         if judge.detector.round >= round:
             return
         sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
-        judge.catch_up(pruner.history[:round], sizes, self.monitor)
+        judge.catch_up(pruner.history, round, sizes, self.monitor)
         phase = judge.update(*self._evidence(trainer, module))
         pruner.note_phase(round, str(phase), self.reason)
         if judge.verdict is not None:

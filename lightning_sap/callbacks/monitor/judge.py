@@ -49,9 +49,9 @@ class Judge:
         """That of the latest round."""
         return Phase(self.detector.phase)
 
-    def catch_up(self, records: Sequence[RoundRecord], sizes: Mapping[str, int], monitor: str | None) -> None:
-        """Take in rounds that ended before it was there to see them."""
-        for record in records[self.detector.round + 1 :]:
+    def catch_up(self, records: Sequence[RoundRecord], end: int, sizes: Mapping[str, int], monitor: str | None) -> None:
+        """Take in the rounds before `end` that it was not there to see."""
+        for record in records[self.detector.round + 1 : end]:
             left = {name: round(share * sizes.get(name, 0)) for name, share in record.layers_remaining.items()}
             layers = {name: (index, left[name]) for name, index in record.layers_pqi.items()}
             self.detector.update(record.pqi, layers=layers, metric=record.metrics.get(monitor or ""))
