@@ -47,6 +47,17 @@ def save_round(trainer: Trainer, folder: str, name: str, round: int) -> str:
     return path
 
 
+def end_epoch_(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint say that its epoch has just ended, as those do that are written in the hook of that name.
+
+    A round is saved right before its pruning, at the start of the next epoch, or after training; resumed from a
+    checkpoint that says so, Lightning would leave out a whole epoch.
+    """
+    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        progress["ready"], progress["completed"] = progress["started"], progress["processed"] - 1
+    checkpoint["epoch"] -= 1
+
+
 def remove_old(trainer: Trainer, options: Options, state: RunState) -> None:
     """Delete the checkpoints of rounds that are too old to be kept once the round that ends now is."""
     keep = options.save_rounds

@@ -103,7 +103,7 @@ class PruningCallback(Callback):
         )  # fmt: skip
         self._state = RunState()
         self._stage: str | None = None
-        self._archives = False
+        self._archives = self._saves_round = False
         # what belongs to a running fit, and is neither copied nor pickled
         self._weights: dict[str, PrunableWeight] = {}
         self._schedules: Schedules | None = None
@@ -182,6 +182,7 @@ class PruningCallback(Callback):
         state.masks.apply_(self._live_weights())
         self._remove_hooks()
         self._hooks = [optimizer.register_step_post_hook(self._enforce) for optimizer in trainer.optimizers]
+        self._hooks += [optimizer.register_step_post_hook(self._note_rate) for optimizer in trainer.optimizers[:1]]
         if state.index_after is None:
             state.index_after = self._measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, state, schedules))
@@ -213,8 +214,11 @@ class PruningCallback(Callback):
         self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
 
     def _open_archive(self, trainer: Trainer) -> None:
+        """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
         state = self._state
-        if self._archives and state.folder is None and state.plan.rounds != 0:
+        if not self._archives or state.plan.rounds == 0:
+            state.folder = None
+        elif state.folder is None:
             state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
     def _resume(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
@@ -225,12 +229,15 @@ class PruningCallback(Callback):
         state.place(module, self._live_weights())
         self._state = state
         self._schedules.load(packed["schedules"])
+        if self.options.plain()["dirpath"] != packed["options"].get("dirpath"):
+            state.folder = None
         if changed := self.options.changed_since(packed["options"]):
             rank_zero_info(f"{self.options.name}: changed since the checkpoint, from the next round on: {changed}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
         if trainer.global_step > self._state.round_step:
+            self._close_round(trainer, pl_module)
             self._state.history.append(self._record(trainer, self._measure(pl_module)))
         rank_zero_info(messages.farewell(self.options, self._state))
         self._remove_hooks()
@@ -269,7 +276,25 @@ class PruningCallback(Callback):
         if wanted is not None and completed >= wanted and state.first_weights is None and state.plan.rounds != 0:
             state.first_weights = take_weights(module)
         if state.is_due(epoch, trainer.global_step):
+            for pruner in _pruners(trainer):  # all, before one of them changes what the round left
+                if pruner._state.is_due(epoch, trainer.global_step):
+                    pruner._close_round(trainer, module)
             self._prune(trainer, module)
+
+    def _close_round(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take in newly unfrozen parameters, dense, and save the round that ended, once, if that is asked for."""
+        state = self._state
+        self._weights = self._select(module)
+        state.masks = state.masks.extended(self._live_weights())
+        if state.folder is None or "path" in state.note:
+            return
+        archive.remove_old(trainer, self.options, state)
+        self._saves_round = True
+        try:
+            path = archive.save_round(trainer, state.folder, self.options.name, state.round)
+        finally:
+            self._saves_round = False
+        state.note = {**state.note, "path": path}
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
@@ -302,10 +327,8 @@ class PruningCallback(Callback):
         state.round, state.round_step, state.note = state.round + 1, trainer.global_step, {}
 
     def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
-        """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
+        """What the next pruning does; nothing is changed."""
         options, state = self.options, self._state
-        self._weights = self._select(module)
-        state.masks = state.masks.extended(self._live_weights())
         sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
         limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
         pieces = self.pieces(module)
@@ -339,14 +362,8 @@ class PruningCallback(Callback):
         return summary(sums_of(pieces, *self.orders()), *self.orders())
 
     def _record(self, trainer: Trainer, before: Measure) -> RoundRecord:
-        """The round that ends now, as it was trained; it is saved if that is asked for."""
-        rate = float(trainer.optimizers[0].param_groups[0]["lr"]) if trainer.optimizers else None
-        record = self._state.record(before, trainer.current_epoch - 1, rate, self._metrics(trainer))
-        state = self._state
-        if state.folder is None:
-            return record
-        archive.remove_old(trainer, self.options, state)
-        return replace(record, path=archive.save_round(trainer, state.folder, self.options.name, state.round))
+        """The round that ends now, as it was trained."""
+        return self._state.record(before, trainer.current_epoch - 1, self._metrics(trainer))
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training; to be called before it starts.
@@ -364,7 +381,7 @@ class PruningCallback(Callback):
     def note_phase(self, round: int, phase: str, reason: str) -> None:
         """Take into the history how the round that just ended was judged."""
         if round == self._state.round and round not in [record.round for record in self.history]:
-            self._state.note = {"phase": phase, "reason": reason}
+            self._state.note = {**self._state.note, "phase": phase, "reason": reason}
         else:
             self._state.history.note(round, phase=phase, reason=reason)
 
@@ -422,6 +439,11 @@ class PruningCallback(Callback):
         """After each real optimizer step: the pruned weights are zero again."""
         if not self._state.masks.is_dense:
             self._state.masks.apply_(self._live_weights())
+
+    def _note_rate(self, optimizer: Optimizer, *_: Any) -> None:
+        """Keep the learning rate of this step: schedules move on before the round's record is made."""
+        rate = optimizer.param_groups[0]["lr"]
+        self._state.lr = rate.clone() if isinstance(rate, Tensor) else rate
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
@@ -483,6 +505,8 @@ class PruningCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
         checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._metrics(trainer)
+        if self._saves_round:
+            archive.end_epoch_(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""

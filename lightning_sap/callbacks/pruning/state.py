@@ -29,9 +29,10 @@ class RunState:
         index_after: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         history: The rounds that ended.
+        lr: Learning rate of the first parameter group in the latest step.
         metrics: The metrics logged when the run was saved; Lightning forgets them.
         folder: Where the rounds are saved; None: they are not.
-        note: What a monitor said of the round that goes on, for its record.
+        note: What its record says of the round that goes on beside what is measured: phase and reason, and its path.
     """
 
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
@@ -42,6 +43,7 @@ class RunState:
     index_after: float | None = None
     first_weights: dict[str, Tensor] | None = None
     history: History = field(default_factory=History)
+    lr: float | Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     folder: str | None = None
     note: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class RunState:
         first = self.first_weights
         return {
             **{key: value for key, value in vars(self).items() if key not in ("masks", "plan", "history")},
+            "lr": None if self.lr is None else float(self.lr),
             "first_weights": None if first is None else {name: whole(tensor) for name, tensor in first.items()},
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
@@ -88,7 +91,7 @@ class RunState:
         """Whether a round ended before this epoch and was trained at all."""
         return self.plan.due(epoch) > self.round and global_step > self.round_step
 
-    def record(self, before: Measure, last_epoch: int, lr: float | None, metrics: dict[str, float]) -> RoundRecord:
+    def record(self, before: Measure, last_epoch: int, metrics: dict[str, float]) -> RoundRecord:
         """The record of the round that ends now, as it was trained."""
         return RoundRecord(
             round=self.round,
@@ -98,7 +101,7 @@ class RunState:
             layers_remaining={name: n / self.masks.pruned[name].numel() for name, n in self.masks.survivors.items()},
             pqi=before.overall,
             layers_pqi=before.layers,
-            lr=lr,
+            lr=None if self.lr is None else float(self.lr),
             metrics=metrics,
             weights=sum(self.masks.survivors.values()),
             **self.note,

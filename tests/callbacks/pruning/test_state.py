@@ -43,7 +43,7 @@ from lightning_sap.masks import MaskSet
 STATE = "lightning_sap/sap"
 KEYS = {
     "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics", "folder",
-    "note", "schedules", "options",
+    "lr", "note", "schedules", "options",
 }  # fmt: skip
 
 
@@ -451,7 +451,8 @@ class TestRunState:
             0.5,
             {"w": torch.ones(2, 3)},
             History([record]),
-            {"a": 1.0},
+            lr=0.25,
+            metrics={"a": 1.0},
         )
 
     def test_packing_and_unpacking_gives_it_back(self):
@@ -460,7 +461,7 @@ class TestRunState:
         assert same(dict(twin.masks.pruned), dict(state.masks.pruned))
         assert same(twin.first_weights, state.first_weights)
         assert list(twin.history) == list(state.history)
-        for key in ("plan", "round", "round_step", "count", "index_after", "metrics"):
+        for key in ("plan", "round", "round_step", "count", "index_after", "lr", "metrics"):
             assert getattr(twin, key) == getattr(state, key)
 
     def test_what_an_older_version_did_not_store_keeps_its_default(self):
