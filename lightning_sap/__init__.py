@@ -6,6 +6,7 @@ The flow, from the inside out::
     functional/pqi.py      MEASURE  how sparse is this vector
     functional/amount.py   DECIDE   how many weights go; the policies
     functional/select.py   PICK     exactly which: the k smallest magnitudes over many tensors
+    sums.py                the numbers behind it, over devices and shards, and remembered
     weights.py             which parameters are prunable, and their units
     masks.py               MASK     masks: validated, applied, packed, counted
     pruner.py              one step in one sentence: measure, decide, pick, mask

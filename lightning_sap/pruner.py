@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sap.functional.amount import Policy, spread
-from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, merge, power_sums, total
+from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, power_sums, total
 from lightning_sap.functional.select import smallest, smallest_of_rows
 from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.sharding import Shards, local, shard_like, shards_of
+from lightning_sap.sums import Memory, bits_of, on_cpu, over_shards
 from lightning_sap.weights import prunable_weights
 
 Scope = Literal["neuron", "layer", "global"]
@@ -27,11 +28,13 @@ class Piece(NamedTuple):
         weight: The weights, any shape and floating dtype, sharded or not.
         pruned: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
         units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
+        memory: Where its power sums are kept, so that they are not taken twice; None: nowhere.
     """
 
     weight: Tensor
     pruned: Tensor | None = None
     units: Callable[[Tensor], Tensor] | None = None
+    memory: Memory | None = None
 
     def local(self) -> Piece:
         """What this process holds of it."""
@@ -222,13 +225,25 @@ def dead_units(pieces: Mapping[str, Piece]) -> dict[str, tuple[int, int]]:
 
 def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
     """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``; on the CPU."""
-    sums = {}
-    for name, piece in pieces.items():
-        here = piece.local()
-        view = here.rows if by_unit else _one_row
-        mask = None if here.pruned is None else ~view(here.pruned)
-        sums[name] = power_sums(view(here.weight), p, q, mask=mask, dim=1)
-    return _over_shards(_on_cpu(sums), _shards(pieces), p, q, by_unit)
+    shards, orders = _shards(pieces), (p, q)
+    remembering = {} if by_unit else {name: piece for name, piece in pieces.items() if piece.memory is not None}
+    bits = bits_of([piece.local().weight for piece in remembering.values()], shards)
+    known = {}
+    for (name, piece), now in zip(remembering.items(), bits, strict=True):
+        if piece.memory and (sums := piece.memory.recall(orders, piece.pruned, now)):
+            known[name] = sums
+    fresh = {name: _sums_here(piece.local(), p, q, by_unit) for name, piece in pieces.items() if name not in known}
+    fresh = over_shards(on_cpu(fresh), shards, p, q, by_unit)
+    for (name, piece), now in zip(remembering.items(), bits, strict=True):
+        if piece.memory and name in fresh:
+            piece.memory.keep(orders, piece.pruned, now, fresh[name])
+    return {name: known.get(name) or fresh[name] for name in pieces}
+
+
+def _sums_here(piece: Piece, p: float, q: float, by_unit: bool) -> PowerSums:
+    view = piece.rows if by_unit else _one_row
+    mask = None if piece.pruned is None else ~view(piece.pruned)
+    return power_sums(view(piece.weight), p, q, mask=mask, dim=1)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
@@ -243,34 +258,6 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:
     return shards_of(piece.weight for piece in pieces.values())
-
-
-def _on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:
-    """The same on the CPU, in one transfer, which waits for all that is under way on the device."""
-    devices = [part.count.device for part in sums.values()]
-    if all(device.type == "cpu" for device in devices):
-        return sums
-    # all integers here are below 2^53
-    tables = [torch.stack([field.to(devices[0], torch.float64) for field in part]) for part in sums.values()]
-    parts = torch.split(torch.cat(tables, dim=1).cpu(), [len(part.count) for part in sums.values()], dim=1)
-    return {
-        name: PowerSums(count.to(torch.int64), exponent.to(torch.int64), sum_p, sum_q)
-        for name, (count, exponent, sum_p, sum_q) in zip(sums, parts, strict=True)
-    }
-
-
-def _over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, by_unit: bool) -> dict[str, PowerSums]:
-    """Power sums with those of other processes: units one process after the other, whole tensors added."""
-    if shards.mesh is None or not sums:
-        return sums
-    lengths = shards.gather(torch.tensor([len(part.count) for part in sums.values()]))
-    fields = [shards.gather(field) for field in concatenate(list(sums.values()))]
-    of_ranks = [
-        [PowerSums(*parts) for parts in zip(*(field.split(length.tolist()) for field in of_rank), strict=True)]
-        for length, of_rank in zip(lengths, zip(*fields, strict=True), strict=True)
-    ]
-    of_names = zip(sums, zip(*of_ranks, strict=True), strict=True)
-    return {name: concatenate(parts) if by_unit else merge(parts, p, q) for name, parts in of_names}
 
 
 def _one_row(tensor: Tensor) -> Tensor:

@@ -13,16 +13,17 @@ NAME = PACKAGE.name
 
 # What each room may import besides the standard library and torch. A room is a file or a folder of that name;
 # "functional" alone stands for all rooms in that folder.
-INNER = {"sharding", "functional", "weights", "masks", "pruner", "rewind", "phases", "history", "metric"}
+INNER = {"sharding", "functional", "sums", "weights", "masks", "pruner", "rewind", "phases", "history", "metric"}
 MAY_IMPORT = {
     "sharding": set(),
     "functional": {"functional"},  # its __init__.py gathers the folder
     "functional/pqi": {"numpy"},
     "functional/amount": {"functional/pqi"},
     "functional/select": {"functional/pqi", "sharding", "numpy"},
+    "sums": {"functional/pqi", "sharding"},
     "weights": {"sharding"},
     "masks": {"sharding", "numpy"},
-    "pruner": {"functional", "weights", "masks", "sharding", "history"},
+    "pruner": {"functional", "sums", "weights", "masks", "sharding", "history"},
     "rewind": {"sharding"},
     "phases": {"numpy"},
     "history": {"numpy"},

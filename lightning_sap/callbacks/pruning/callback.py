@@ -26,6 +26,7 @@ from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Measure, Piece, Scope, Step, prune_step, summary, sums_of
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.sharding import reshard
+from lightning_sap.sums import Memory
 from lightning_sap.weights import PrunableWeight, Selection, low_rank_adapters, parameter_names, prunable_weights
 
 
@@ -106,6 +107,7 @@ class PruningCallback(Callback):
         self._archives = self._saves_round = False
         # what belongs to a running fit, and is neither copied nor pickled
         self._weights: dict[str, PrunableWeight] = {}
+        self._memories: dict[str, Memory] = {}
         self._schedules: Schedules | None = None
         self._hooks: list[RemovableHandle] = []
         self._pending: dict[str, Any] | None = None
@@ -134,7 +136,10 @@ class PruningCallback(Callback):
         """The prunable weights, live, with their masks."""
         pruned = self._state.masks.pruned
         weights = self._weights or self._select(module)
-        return {name: Piece(w.parameter.detach(), pruned.get(name), w.units) for name, w in weights.items()}
+        return {
+            name: Piece(w.parameter.detach(), pruned.get(name), w.units, self._memories.setdefault(name, Memory()))
+            for name, w in weights.items()
+        }
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
@@ -513,6 +518,7 @@ class PruningCallback(Callback):
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         fitting: dict[str, Any] = {
             "_weights": {},
+            "_memories": {},
             "_schedules": None,
             "_hooks": [],
             "_pending": None,

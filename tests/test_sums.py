@@ -1,0 +1,86 @@
+"""Power sums that are not taken twice: remembered while weight, mask and orders are the same, and only then."""
+
+import pytest
+import torch
+from helpers import Net, fit
+
+from lightning_sap import PQIMonitor, SAPCallback, pruner
+from lightning_sap.pruner import Piece, sums_of
+from lightning_sap.sharding import ALONE
+from lightning_sap.sums import Memory, bits_of
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many weights were measured."""
+    sizes, power_sums = [], pruner.power_sums
+
+    def counted(weight, *arguments, **options):
+        sizes.append(weight.numel())
+        return power_sums(weight, *arguments, **options)
+
+    monkeypatch.setattr(pruner, "power_sums", counted)
+    return sizes
+
+
+class TestMemory:
+    def piece(self, pruned=None):
+        return {"w": Piece(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), pruned, None, Memory())}
+
+    def test_the_same_is_measured_once(self, taken):
+        pieces = self.piece()
+        first, second = sums_of(pieces, 0.5, 1.0), sums_of(pieces, 0.5, 1.0)
+        assert first["w"].sum_q.tolist() == second["w"].sum_q.tolist() == [10.0]
+        assert len(taken) == 1
+
+    def test_a_weight_that_was_written_to_is_measured_anew(self, taken):
+        pieces = self.piece()
+        sums_of(pieces, 0.5, 1.0)
+        pieces["w"].weight.data[1, 0] = 5.0  # which the tensor's version does not tell
+        assert sums_of(pieces, 0.5, 1.0)["w"].sum_q.tolist() == [12.0]
+        assert len(taken) == 2
+
+    def test_other_orders_other_masks_and_units_are_measured_anew(self, taken):
+        pieces = self.piece()
+        sums_of(pieces, 0.5, 1.0)
+        assert sums_of(pieces, 1.0, 2.0)["w"].sum_q.tolist() == [30.0]
+        masked = {"w": pieces["w"]._replace(pruned=torch.tensor([[True, False], [False, True]]))}
+        assert sums_of(masked, 1.0, 2.0)["w"].sum_p.tolist() == [5.0]
+        assert sums_of(masked, 1.0, 2.0, by_unit=True)["w"].sum_p.tolist() == [2.0, 3.0]
+        assert len(taken) == 4
+
+    def test_without_a_memory_all_is_measured(self, taken):
+        pieces = {"w": self.piece()["w"]._replace(memory=None)}
+        sums_of(pieces, 0.5, 1.0)
+        sums_of(pieces, 0.5, 1.0)
+        assert len(taken) == 2
+
+
+class TestBits:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("length", [1, 3, 8, 17])
+    def test_every_entry_counts_wherever_it_lies(self, dtype, length):
+        weight = torch.randn(length + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:]
+        (bits,) = bits_of([weight], ALONE)
+        for i in range(length):
+            other = weight.clone()
+            other[i] = -other[i]
+            assert bits_of([other], ALONE) != [bits]
+        assert bits_of([weight.clone()], ALONE) == [bits]
+
+    def test_strided_tensors(self):
+        weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+        assert bits_of([weight.T], ALONE) == bits_of([weight.T.contiguous()], ALONE)
+
+
+def test_what_the_monitor_measured_the_pruner_does_not_measure_again(taken):
+    def measured(*callbacks):
+        taken.clear()
+        fit(Net(), *callbacks, max_epochs=2)
+        return len(taken)
+
+    alone = measured(SAPCallback(rounds=1, every_n_epochs=1))
+    assert alone == 2 * 4  # of both layers: dense, at the end of the first round, after the pruning, at the end
+    assert measured(SAPCallback(rounds=1, every_n_epochs=1), PQIMonitor(stop_on=None)) == alone
