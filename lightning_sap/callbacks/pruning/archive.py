@@ -40,22 +40,9 @@ def choose_folder(trainer: Trainer, dirpath: str | None) -> str:
     return str(trainer.strategy.broadcast(os.path.abspath(free)))
 
 
-def save_round(trainer: Trainer, folder: str, name: str, round: int) -> str:
-    """Write the Trainer's checkpoint of this moment, as it always does; a collective. Returns its path."""
-    path = os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
-    trainer.save_checkpoint(path, weights_only=False)
-    return path
-
-
-def end_epoch_(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint say that its epoch has just ended, as those do that are written in the hook of that name.
-
-    A round is saved right before its pruning, at the start of the next epoch, or after training; resumed from a
-    checkpoint that says so, Lightning would leave out a whole epoch.
-    """
-    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-        progress["ready"], progress["completed"] = progress["started"], progress["processed"] - 1
-    checkpoint["epoch"] -= 1
+def path_of(folder: str, name: str, round: int) -> str:
+    """Where the checkpoint of a round lies."""
+    return os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
 
 
 def remove_old(trainer: Trainer, options: Options, state: RunState) -> None:

@@ -104,7 +104,7 @@ class PruningCallback(Callback):
         )  # fmt: skip
         self._state = RunState()
         self._stage: str | None = None
-        self._archives = self._saves_round = False
+        self._archives = False
         # what belongs to a running fit, and is neither copied nor pickled
         self._weights: dict[str, PrunableWeight] = {}
         self._memories: dict[str, Memory] = {}
@@ -242,7 +242,7 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
         if trainer.global_step > self._state.round_step:
-            self._close_round(trainer, pl_module)
+            self._save_round(trainer)  # where it was shorter than planned
             self._state.history.append(self._record(trainer, self._measure(pl_module)))
         rank_zero_info(messages.farewell(self.options, self._state))
         self._remove_hooks()
@@ -281,25 +281,16 @@ class PruningCallback(Callback):
         if wanted is not None and completed >= wanted and state.first_weights is None and state.plan.rounds != 0:
             state.first_weights = take_weights(module)
         if state.is_due(epoch, trainer.global_step):
-            for pruner in _pruners(trainer):  # all, before one of them changes what the round left
-                if pruner._state.is_due(epoch, trainer.global_step):
-                    pruner._close_round(trainer, module)
+            self._save_round(trainer)  # where a resumed run did not see its last epoch end
             self._prune(trainer, module)
 
-    def _close_round(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take in newly unfrozen parameters, dense, and save the round that ended, once, if that is asked for."""
+    def _save_round(self, trainer: Trainer) -> None:
+        """Save the round that ends now, once, if that is asked for."""
         state = self._state
-        self._weights = self._select(module)
-        state.masks = state.masks.extended(self._live_weights())
-        if state.folder is None or "path" in state.note:
-            return
-        archive.remove_old(trainer, self.options, state)
-        self._saves_round = True
-        try:
-            path = archive.save_round(trainer, state.folder, self.options.name, state.round)
-        finally:
-            self._saves_round = False
-        state.note = {**state.note, "path": path}
+        if state.folder is not None and "path" not in state.note:
+            archive.remove_old(trainer, self.options, state)
+            state.note = {**state.note, "path": archive.path_of(state.folder, self.options.name, state.round)}
+            trainer.save_checkpoint(state.note["path"], weights_only=False)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
@@ -332,8 +323,10 @@ class PruningCallback(Callback):
         state.round, state.round_step, state.note = state.round + 1, trainer.global_step, {}
 
     def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
-        """What the next pruning does; nothing is changed."""
+        """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
         options, state = self.options, self._state
+        self._weights = self._select(module)
+        state.masks = state.masks.extended(self._live_weights())
         sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
         limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
         pieces = self.pieces(module)
@@ -477,7 +470,10 @@ class PruningCallback(Callback):
             self._log(trainer, pl_module, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the round that ends: from a checkpoint of this hook Lightning resumes."""
         self._log(trainer, pl_module, logger=True)
+        if self._state.plan.ends_round(trainer.current_epoch):
+            self._save_round(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if not trainer.barebones:
@@ -510,8 +506,6 @@ class PruningCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
         checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._metrics(trainer)
-        if self._saves_round:
-            archive.end_epoch_(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
