@@ -72,6 +72,19 @@ class Watch(Callback):
             setattr(self, hook, lambda trainer, module, *_, function=function, **__: function(trainer, module))
 
 
+class Rounds(Watch):
+    """Copies of model and masks at the end of each epoch, by the first pruner's round: of each its last epoch stays."""
+
+    def __init__(self, *pruners):
+        self.pruners, self.states, self.masks = pruners, {}, {}
+        super().__init__(on_train_epoch_end=self.take)
+
+    def take(self, trainer, module):
+        round = self.pruners[0].current_round()
+        self.states[round] = copied(module.state_dict())
+        self.masks[round] = [dict(pruner.masks) for pruner in self.pruners]
+
+
 def data(samples=22, seed=2):
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(samples, 6, generator=generator), torch.randn(samples, 3, generator=generator))

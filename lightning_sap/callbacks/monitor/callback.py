@@ -106,7 +106,7 @@ class PQIMonitor(Callback):
         """What a run must not lose, at its start."""
         self._rows: list[dict[str, Any]] = []
         self._judge = Judge(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
-        self._validated: int | None = None  # the round in which validation ran last
+        self._validated: int | None = None  # the round (without a pruner the epoch) in which validation ran last
         self._saved_metrics: dict[str, float] = {}  # of the epoch that was interrupted; Lightning forgets them
 
     @property
@@ -161,14 +161,19 @@ class PQIMonitor(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._measure(trainer, pl_module)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             pruner, judge = _pruner(trainer), self._judge
-            self._validated = 0 if pruner is None else pruner.current_round()
+            self._validated = trainer.current_epoch if pruner is None else pruner.current_round()
             if pruner is not None and pruner.ends_round(trainer.current_epoch):
                 judge = copy.deepcopy(judge)  # what the end of the round is going to tell
-                judge.update(*self._evidence(trainer, pl_module))
+                self._take_in(judge, pruner, trainer, pl_module)
             self._log(trainer, pl_module, judge, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,20 +208,25 @@ class PQIMonitor(Callback):
         layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
         return trainer.strategy.broadcast((measure.overall, layers, metric))
 
+    def _take_in(self, judge: Judge, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
+        """Take in the round that ends now, and those before it that were not seen."""
+        sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
+        judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
+        judge.update(*self._evidence(trainer, module))
+
     def _close_round(self, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Tell the phase at the end of a round, once, and stop if there is a verdict."""
-        judge, round, before = self._judge, pruner.current_round(), self.phase
+        judge, round, before = self._judge, pruner.current_round(), (self.phase, self.verdict)
         if judge.detector.round >= round:
             return
-        sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
-        judge.catch_up(pruner.history, round, sizes, self.monitor)
-        phase = judge.update(*self._evidence(trainer, module))
-        pruner.note_phase(round, str(phase), self.reason)
-        if judge.verdict is not None:
+        self._take_in(judge, pruner, trainer, module)
+        pruner.note_phase(round, str(self.phase), self.reason)
+        if self.verdict is not None:
             trainer.should_stop = True
-            rank_zero_info(f"{self.name}: {judge.verdict}")
-        elif self.verbose and phase != before:
-            rank_zero_info(f"{self.name}: {phase} after round {round}. {self.reason}")
+        if self.verdict != before[1]:
+            rank_zero_info(f"{self.name}: {self.verdict}")
+        elif self.verbose and self.phase != before[0]:
+            rank_zero_info(f"{self.name}: {self.phase} after round {round}. {self.reason}")
 
     def _go_back(self, pruner: MonitoredPruner) -> None:
         if self.verdict is None or not self.restore:
@@ -298,10 +308,11 @@ class PQIMonitor(Callback):
         """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
         if self.monitor is None or trainer.barebones or not self._rows or self._rows[-1]["metric"] is not None:
             return
-        metrics = self._metrics(trainer)
+        metrics, row = self._metrics(trainer), self._rows[-1]
         self._saved_metrics = {}
         if self.monitor in metrics:
-            self._rows[-1]["metric"] = metrics[self.monitor]
+            if not trainer.enable_validation or self._validated == row["epoch" if row["round"] is None else "round"]:
+                row["metric"] = metrics[self.monitor]
         elif self._validated is not None or not trainer.enable_validation:
             raise ValueError(
                 f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."

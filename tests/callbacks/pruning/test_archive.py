@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Net, Watch, copied, fit, loader, mlp, quiet_trainer, same, seeded
+from helpers import Net, Rounds, Watch, copied, fit, loader, mlp, quiet_trainer, same, seeded
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.optim import SGD
@@ -32,19 +32,6 @@ def half(**options):
         FixedFraction(0.5),
         **{"rounds": 2, "every_n_epochs": 2, "lr_schedule": "restart", "save_rounds": True, **options},
     )
-
-
-class Rounds(Watch):
-    """Copies of the model and its masks at the end of each epoch; the last of a round is as it was trained."""
-
-    def __init__(self, *pruners):
-        self.pruners, self.states, self.masks = pruners, {}, {}
-        super().__init__(on_train_epoch_end=self.take)
-
-    def take(self, trainer, module):
-        round = self.pruners[0].current_round()
-        self.states[round] = copied(module.state_dict())
-        self.masks[round] = [dict(pruner.masks) for pruner in self.pruners]
 
 
 def archived(folder, module=None, pruner=None, *callbacks, **options):
