@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -146,7 +147,7 @@ class History(Sequence[RoundRecord]):
         """
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {mode!r}.")
-        known = [r for r in self._records if monitor in r.metrics]
+        known = [r for r in self._records if not math.isnan(r.metrics.get(monitor, math.nan))]
         if not known:
             logged = sorted({key for r in self._records for key in r.metrics})
             raise ValueError(f"No round knows the metric {monitor!r}; those logged are {logged}.")

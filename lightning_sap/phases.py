@@ -55,7 +55,8 @@ class PhaseDetector:
         spare: A layer is exhausted below this. Larger is earlier, smaller lets thin layers work on.
         floor: An index at this fraction of its highest is nothing. Larger is earlier, smaller suits linear models.
         metric_change: How far from its best, relative to it, the metric is bad. None: 0.2 for a score (``"max"``: a
-            fifth is lost), 9 for a loss (ten times the best). Smaller is earlier, larger gives time to recover.
+            fifth is lost), 9 for a loss (ten times the best). Smaller is earlier, larger gives time to recover; for an
+            error rate near 0 give a larger one, or the accuracy in its place.
         tolerance: How far from its best, relative to it, the metric of a sound round may be. None: 0.02 for a score,
             0.05 for a loss. Smaller holds on to more accuracy, larger to fewer weights.
         reserve: Without a metric, a layer must be able to spare this share of its most. Larger holds on to more
@@ -108,6 +109,8 @@ class PhaseDetector:
             raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}.")
         limits = dict.fromkeys(("rise", "patience", "spare", "metric_change", "tolerance"), math.inf)
         limits |= dict.fromkeys(("fall", "floor", "reserve"), 1.0)
+        if self.patience != int(self.patience):
+            raise ValueError(f"patience must be a whole number of rounds, got {self.patience}; give 1 or more.")
         for name, limit in limits.items():
             if (value := getattr(self, name)) is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}.")
@@ -180,7 +183,8 @@ class PhaseDetector:
         return (Phase.COLLAPSE.value, self.round, f"In round {self.round} {facts[0]}.") if facts else None
 
     def _bad_metric(self, metric: float | None) -> Verdict | None:
-        if metric is None or self._best is None:
+        if metric is None or not self._best:  # of nothing no change is far
+            self._near = False
             return None
         best, default = self._best, LOWER_SCORE if self._is_score() else LARGER_LOSS
         change, bad = abs(metric - best), (self.metric_change or default) * abs(best)

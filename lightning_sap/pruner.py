@@ -15,7 +15,7 @@ from lightning_sap.functional.select import smallest, smallest_of_rows
 from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.sharding import Shards, local, shard_like, shards_of
-from lightning_sap.sums import Memory, bits_of, on_cpu, over_shards
+from lightning_sap.sums import Memory, fingerprints, on_cpu, over_shards
 from lightning_sap.weights import prunable_weights
 
 Scope = Literal["neuron", "layer", "global"]
@@ -115,6 +115,9 @@ class MonitoredPruner(Protocol):
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training, so that it can be restored."""
+
+    def close_run(self, module: nn.Module) -> None:
+        """Be up to date at the end of a fit that trained nothing, since its checkpoint was of a run that was over."""
 
     def note_phase(self, round: int, phase: str, reason: str) -> None:
         """Take into the history how the round that just ended was judged."""
@@ -227,7 +230,8 @@ def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = 
     """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``; on the CPU."""
     shards, orders = _shards(pieces), (p, q)
     remembering = {} if by_unit else {name: piece for name, piece in pieces.items() if piece.memory is not None}
-    bits = bits_of([piece.local().weight for piece in remembering.values()], shards)
+    here = fingerprints([piece.local().weight for piece in remembering.values()])
+    bits = shards.sum(torch.tensor(here, dtype=torch.int64)).tolist()
     known = {}
     for (name, piece), now in zip(remembering.items(), bits, strict=True):
         if piece.memory and (sums := piece.memory.recall(orders, piece.pruned, now)):

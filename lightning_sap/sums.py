@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.pqi import BITS, PowerSums, concatenate, merge
+from lightning_sap.functional.pqi import PowerSums, chunk_size, concatenate, merge
 from lightning_sap.sharding import Shards
+
+WORD = 8  # bytes
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 
 
 @dataclass
@@ -17,7 +20,7 @@ class Memory:
     """The latest power sums of one weight and of what they were taken, for whoever asks next.
 
     Monitor and pruner ask for the same ones at the end of a round. Other callbacks may have written to the weight in
-    between, in ways that leave no trace, so that its bits are looked at: a tenth of the time that the sums take.
+    between, in ways that leave no trace, so that its bits are looked at: a third of the time that the sums take.
     """
 
     orders: tuple[float, float] | None = None
@@ -35,28 +38,36 @@ class Memory:
         self.orders, self.pruned, self.bits, self.sums = orders, pruned, bits, sums
 
 
-def bits_of(weights: Sequence[Tensor], shards: Shards) -> list[int]:
-    """The bits of each tensor, of all its shards, as one number: words added up modulo 2^64, whatever their order.
+def fingerprint(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as one number, int64: words times odd numbers by position, summed modulo 2^64, by chunks.
 
     Example:
         >>> import torch
-        >>> from lightning_sap.sharding import ALONE
-        >>> bits_of([torch.tensor([0.0, 0.0, -0.0]), torch.tensor([0.0])], ALONE)
-        [-2147483648, 0]
+        >>> fingerprint(torch.tensor([False, True, True]))
+        tensor(8)
+        >>> fingerprint(torch.tensor([0.0, 1.0])) == fingerprint(torch.tensor([1.0, 0.0]))
+        tensor(False)
     """
-    if not weights:
-        return []
-    found = [_bits(weight).to(weights[0].device) for weight in weights]
-    return [int(n) for n in shards.sum(torch.stack(found).cpu())]
-
-
-def _bits(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    in_a_word = 8 // flat.element_size()
+    flat = tensor.detach().reshape(-1)
+    in_a_word = WORD // flat.element_size()
     if flat.storage_offset() % in_a_word:
         flat = flat.clone()
     end = len(flat) - len(flat) % in_a_word
-    return flat[:end].view(torch.int64).sum() + flat[end:].view(BITS[flat.dtype]).sum(dtype=torch.int64)
+    words, rest = flat[:end].view(torch.int64), flat[end:].view(INTEGERS[flat.element_size()]).to(torch.int64)
+    step = chunk_size(words)
+    odd = torch.arange(1, 2 * max(min(step, len(words)), len(rest)), 2, device=flat.device)
+    found = (rest * odd[: len(rest)]).sum()
+    for a in range(0, len(words), step):
+        part = words[a : a + step]
+        found = found + (part * odd[: len(part)]).sum() + 2 * a * part.sum()
+    return found
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
+    """Those of several tensors, in one transfer."""
+    if not tensors:
+        return []
+    return torch.stack([fingerprint(tensor).to(tensors[0].device) for tensor in tensors]).tolist()
 
 
 def on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:

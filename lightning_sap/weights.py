@@ -79,7 +79,8 @@ def prunable_weights(
     """
     parameters = _owners_of_parameters(module)
     included, excluded = _as_list(include), _as_list(exclude)
-    _check_patterns([s for s in included + excluded if isinstance(s, str)], parameters)
+    names = [name for _, owners in parameters.values() for owner in owners for name in _names(owner)]
+    check_patterns([s for s in included + excluded if isinstance(s, str)], names)
     found = {}
     for parameter, places in parameters.values():
         if not _can_be_pruned(parameter):
@@ -182,7 +183,7 @@ def _whole(parametrizations: ParametrizationList) -> Tensor:
 def _can_be_pruned(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, nn.UninitializedParameter):
         return False
-    return parameter.requires_grad and parameter.dim() >= 2 and parameter.is_floating_point()
+    return parameter.requires_grad and parameter.dim() >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
 
 
 def _is_weight(owner: Owner, root: nn.Module) -> bool:
@@ -218,8 +219,8 @@ def _as_list(selection: Selection) -> list[Selector]:
     return list(selection)
 
 
-def _check_patterns(patterns: Sequence[str], parameters: dict[int, tuple[nn.Parameter, list[Owner]]]) -> None:
-    names = [name for _, owners in parameters.values() for o in owners for name in _names(o)]
+def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise unless each glob matches one of the names."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             closest = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)

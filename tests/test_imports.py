@@ -30,7 +30,17 @@ MAY_IMPORT = {
     "metric": {"functional", "torchmetrics"},
     "callbacks": {"callbacks"},  # its __init__.py gathers the folder
     "callbacks/pruning": {"lightning"} | INNER,
-    "callbacks/monitor": {"lightning", "functional", "pruner", "sharding", "phases", "history", "plot", "report"},
+    "callbacks/monitor": {
+        "lightning",
+        "functional",
+        "pruner",
+        "sharding",
+        "weights",
+        "phases",
+        "history",
+        "plot",
+        "report",
+    },
     "plot": {"matplotlib", "phases", "history"},
     "report": {"rich", "history"},
     "": INNER | {"callbacks", "plot", "report"},  # lightning_sap/__init__.py

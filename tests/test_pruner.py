@@ -259,7 +259,7 @@ class TestProtocol:
     def test_anything_that_answers_them_is_one(self):
         answers = (
             "orders", "pieces", "prunes", "current_round", "ends_round", "index_after_pruning", "archive_rounds",
-            "note_phase", "history", "restore_round",
+            "close_run", "note_phase", "history", "restore_round",
         )  # fmt: skip
         assert isinstance(type("Other", (), {name: len for name in answers})(), MonitoredPruner)
         assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), MonitoredPruner)

@@ -40,8 +40,8 @@ class TestMarkdown:
         found = markdown(records(restored=1, saved=(0, 1, 2)), metric="val_acc", verdict="Stopped after round 2: why.")
         assert found == TABLE + (
             "\nStopped after round 2: why."
-            "\nThe module holds round 1 again: 25.00 % of the prunable weights."
-            "\n3 rounds are saved, that of the module as rounds/sap-round-01.ckpt."
+            "\n\nThe module holds round 1 again: 25.00 % of the prunable weights."
+            "\n\n3 rounds are saved, that of the module as rounds/sap-round-01.ckpt."
         )
 
     def test_a_metric_that_no_round_knows(self):

@@ -6,8 +6,7 @@ from helpers import Net, fit
 
 from lightning_sap import PQIMonitor, SAPCallback, pruner
 from lightning_sap.pruner import Piece, sums_of
-from lightning_sap.sharding import ALONE
-from lightning_sap.sums import Memory, bits_of
+from lightning_sap.sums import Memory, fingerprints
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -63,16 +62,16 @@ class TestBits:
     @pytest.mark.parametrize("length", [1, 3, 8, 17])
     def test_every_entry_counts_wherever_it_lies(self, dtype, length):
         weight = torch.randn(length + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:]
-        (bits,) = bits_of([weight], ALONE)
+        (bits,) = fingerprints([weight])
         for i in range(length):
             other = weight.clone()
             other[i] = -other[i]
-            assert bits_of([other], ALONE) != [bits]
-        assert bits_of([weight.clone()], ALONE) == [bits]
+            assert fingerprints([other]) != [bits]
+        assert fingerprints([weight.clone()]) == [bits]
 
     def test_strided_tensors(self):
         weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-        assert bits_of([weight.T], ALONE) == bits_of([weight.T.contiguous()], ALONE)
+        assert fingerprints([weight.T]) == fingerprints([weight.T.contiguous()])
 
 
 def test_what_the_monitor_measured_the_pruner_does_not_measure_again(taken):

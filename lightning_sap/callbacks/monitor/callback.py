@@ -20,7 +20,8 @@ from lightning_sap.history import RoundRecord
 from lightning_sap.phases import Layers, Phase, PhaseDetector
 from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
 from lightning_sap.report import markdown, show
-from lightning_sap.sharding import is_sharded
+from lightning_sap.sharding import check_placements, is_sharded
+from lightning_sap.weights import check_patterns
 
 PHASES = list(Phase)  # logged as their positions
 
@@ -88,6 +89,8 @@ class PQIMonitor(Callback):
             raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
         if p is not None and q is not None:
             check_orders(p, q)
+        if not name or "/" in name:
+            raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
         self.p, self.q = p, q
         self.stop_on = stop_on
         self.monitor, self.mode = monitor, mode
@@ -95,9 +98,10 @@ class PQIMonitor(Callback):
         self.restore = restore
         self.verbose = verbose
         self.gini = gini
-        self.log_layers = log_layers
+        self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
         self.name = name
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
+        self._stage: str | None = None
         self._resumed = False
         self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
         self._begin()
@@ -127,8 +131,12 @@ class PQIMonitor(Callback):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = stage
         if stage == "fit":
-            self._resumed = False
+            self._resumed, self._records = False, []
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stage = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the pruner to keep the rounds that may have to be restored."""
@@ -146,6 +154,9 @@ class PQIMonitor(Callback):
         pieces = self._pieces(trainer, pl_module)
         if self.gini and any(is_sharded(piece.weight) for piece in pieces.values()):
             raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
+        check_placements({name: piece.weight for name, piece in pieces.items()})
+        if not isinstance(self.log_layers, bool):
+            check_patterns(self.log_layers, list(pieces))
         if not self._resumed:
             self._begin()
         elif self.verdict is not None:
@@ -193,6 +204,8 @@ class PQIMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last sound round back, now that no callback writes any more, and show what happened."""
         pruner = _pruner(trainer)
+        for other in _pruners(trainer):
+            other.close_run(pl_module)
         if pruner is not None:
             self._go_back(pruner)
             self._records = list(pruner.history)
@@ -211,7 +224,9 @@ class PQIMonitor(Callback):
     def _take_in(self, judge: Judge, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Take in the round that ends now, and those before it that were not seen."""
         sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
-        judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
+        missed = judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
+        for round, (phase, reason) in missed.items():
+            pruner.note_phase(round, phase, reason)
         judge.update(*self._evidence(trainer, module))
 
     def _close_round(self, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
@@ -231,14 +246,16 @@ class PQIMonitor(Callback):
     def _go_back(self, pruner: MonitoredPruner) -> None:
         if self.verdict is None or not self.restore:
             return
-        kept, round = {record.round: record.path for record in pruner.history}, self.verdict.restore
-        if round is None or kept.get(round) is None:
-            why = "no round was sound" if round is None else f"round {round} was not kept"
-            rank_zero_warn(f"{self.name}: {why}, so the module stays as it is after round {self.verdict.round}.")
+        try:
+            if self.verdict.restore is None:
+                raise ValueError("No round was sound.")
+            record = pruner.restore_round(self.verdict.restore)
+        except (ValueError, FileNotFoundError) as error:  # training is over, and nothing of it may be lost
+            rank_zero_warn(f"{self.name}: the module stays as it is after round {pruner.current_round()}. {error}")
             return
-        record = pruner.restore_round(round)
         rank_zero_info(
-            f"{self.name}: the module holds round {round} again, {record.remaining:.2%} of the weights: {record.path}"
+            f"{self.name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights: "
+            f"{record.path}"
         )
 
     # -- values -------------------------------------------------------------------------------------------------------
@@ -346,9 +363,9 @@ class PQIMonitor(Callback):
             raise ValueError(f"kind must be 'rounds' or 'layers', got {kind!r}.")
         if kind == "layers":
             return plot_layers(self.rows(), dark=dark)
-        verdict = self.verdict
-        marks = {} if verdict is None else {"stopped": verdict.round, "restored": verdict.restore}
-        return plot_rounds(self.rows(), metric=self.monitor, dark=dark, **marks)
+        stopped = None if self.verdict is None else self.verdict.round
+        restored = next((record.round for record in self._records if record.restored), None)
+        return plot_rounds(self.rows(), metric=self.monitor, dark=dark, stopped=stopped, restored=restored)
 
     def report(self) -> str:
         """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.
@@ -388,6 +405,9 @@ class PQIMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a fit; a file that is only validated or tested leaves what is known of this one."""
+        if self._stage not in ("fit", None):
+            return
         self._begin()
         self._resumed = True
         self._rows = copy.deepcopy(state_dict["rows"])

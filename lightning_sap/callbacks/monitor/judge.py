@@ -49,12 +49,17 @@ class Judge:
         """That of the latest round."""
         return Phase(self.detector.phase)
 
-    def catch_up(self, records: Sequence[RoundRecord], end: int, sizes: Mapping[str, int], monitor: str | None) -> None:
-        """Take in the rounds before `end` that it was not there to see."""
+    def catch_up(
+        self, records: Sequence[RoundRecord], end: int, sizes: Mapping[str, int], monitor: str | None
+    ) -> dict[int, tuple[str, str]]:
+        """Take in the rounds before `end` that it was not there to see; returns phase and reason of each."""
+        told = {}
         for record in records[self.detector.round + 1 : end]:
             left = {name: round(share * sizes.get(name, 0)) for name, share in record.layers_remaining.items()}
             layers = {name: (index, left[name]) for name, index in record.layers_pqi.items()}
             self.detector.update(record.pqi, layers=layers, metric=record.metrics.get(monitor or ""))
+            told[record.round] = (str(self.phase), self.detector.reason)
+        return told
 
     def update(self, pqi: float, layers: Layers, metric: float | None) -> Phase:
         """Take in the round that ends now."""

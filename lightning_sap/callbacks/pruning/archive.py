@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -87,7 +87,7 @@ def state_in(checkpoint: dict[str, Any], key: str, module: nn.Module) -> RunStat
     return replace(state, masks=state.masks.like(weights))
 
 
-def restore_model_(module: LightningModule | nn.Module, checkpoint: dict[str, Any]) -> None:
+def restore_model_(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint's weights and buffers into a module, in place; a collective where they are sharded.
 
     Raises:
@@ -95,10 +95,11 @@ def restore_model_(module: LightningModule | nn.Module, checkpoint: dict[str, An
     """
     saved = {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in checkpoint["state_dict"].items()}
     live = {name.replace(COMPILE_PREFIX, "") for name in module.state_dict()}
-    if live != saved.keys():
+    missing, surplus = sorted(live - saved.keys()), sorted(saved.keys() - live)
+    if surplus or (missing and getattr(module, "strict_loading", True)):
         raise ValueError(
-            f"The round was saved from another model: it lacks {sorted(live - saved.keys())} and has "
-            f"{sorted(saved.keys() - live)} besides. Give the module that was pruned."
+            f"The saved round does not fit the module: it lacks {missing} and has {surplus} besides. Give the module "
+            "that was pruned; if its on_save_checkpoint leaves weights out, set strict_loading = False on it."
         )
     tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
     restore_weights_(module, place_weights(module, tensors))

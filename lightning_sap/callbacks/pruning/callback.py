@@ -111,7 +111,8 @@ class PruningCallback(Callback):
         self._schedules: Schedules | None = None
         self._hooks: list[RemovableHandle] = []
         self._pending: dict[str, Any] | None = None
-        self._trainer: weakref.ref[Trainer] | None = None  # of the latest fit
+        self._fitted: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None  # in the latest fit
+        self._before_validation: dict[str, Tensor] = {}
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -163,7 +164,10 @@ class PruningCallback(Callback):
             self._pending, self._weights = None, {}  # of a fit that did not come to its end
             checks.check_strategy(trainer)
             neighbours.check_neighbours(trainer)
-            self._trainer, self._archives = weakref.ref(trainer), bool(self.options.save_rounds)
+            self._fitted, self._archives = (
+                (weakref.ref(trainer), weakref.ref(pl_module)),
+                bool(self.options.save_rounds),
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember the schedules, before a checkpoint restores them."""
@@ -178,7 +182,7 @@ class PruningCallback(Callback):
         if self._pending is None:
             self._begin(trainer, pl_module)
         else:
-            self._resume(pl_module, self._pending)
+            self._resume(trainer, pl_module, self._pending)
             self._pending = None
         self._open_archive(trainer)
         state = self._state
@@ -226,13 +230,20 @@ class PruningCallback(Callback):
         elif state.folder is None:
             state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
-    def _resume(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint stands."""
-        assert self._schedules is not None
+    def _take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> RunState:
+        """The state of a checkpoint, placed where the module's tensors are."""
         state = RunState.unpack(packed)
         self._take_in_frozen(module, state.masks)
         state.place(module, self._live_weights())
         self._state = state
+        return state
+
+    def _resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint stands; the last round ends where training ends now."""
+        assert self._schedules is not None
+        state = self._take_up(module, packed)
+        if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
+            state.plan = replace(state.plan, last_epoch=trainer.max_epochs)
         self._schedules.load(packed["schedules"])
         if self.options.plain()["dirpath"] != packed["options"].get("dirpath"):
             state.folder = None
@@ -244,12 +255,22 @@ class PruningCallback(Callback):
         if trainer.global_step > self._state.round_step:
             self._save_round(trainer)  # where it was shorter than planned
             self._state.history.append(self._record(trainer, self._measure(pl_module)))
-        rank_zero_info(messages.farewell(self.options, self._state))
+        rank_zero_info(messages.farewell(self.options, self._state, stopped=trainer.should_stop))
         self._remove_hooks()
+
+    def close_run(self, module: LightningModule) -> None:
+        """Take up the checkpoint of a run that was over: Lightning then trains nothing, and calls no hook of it."""
+        trainer = None if self._fitted is None else self._fitted[0]()
+        if self._pending is None or trainer is None:
+            return
+        state, self._pending = self._take_up(module, self._pending), None
+        if trainer.global_step > state.round_step and state.round not in [record.round for record in state.history]:
+            state.history.append(self._record(trainer, self._measure(module)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""
         reshard(pl_module)
+        self.close_run(pl_module)
         # by now Lightning has moved the module back to the CPU
         self._state.masks = self._state.masks.moved(self._live_weights())
         self._state.masks.apply_(self._live_weights())
@@ -259,9 +280,7 @@ class PruningCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
-        if self._pending is not None:  # a checkpoint of a run that was over: there was nothing left to train
-            self._state = RunState.unpack(self._pending)
-        self._stage, self._weights, self._schedules, self._pending = None, {}, None, None
+        self._stage, self._weights, self._memories, self._schedules, self._pending = None, {}, {}, None, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
@@ -288,9 +307,14 @@ class PruningCallback(Callback):
         """Save the round that ends now, once, if that is asked for."""
         state = self._state
         if state.folder is not None and "path" not in state.note:
+            before, path = state.note, archive.path_of(state.folder, self.options.name, state.round)
+            state.note = {**before, "path": path}  # which the file says too
+            try:
+                trainer.save_checkpoint(path, weights_only=False)
+            except BaseException:
+                state.note = before
+                raise
             archive.remove_old(trainer, self.options, state)
-            state.note = {**state.note, "path": archive.path_of(state.folder, self.options.name, state.round)}
-            trainer.save_checkpoint(state.note["path"], weights_only=False)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
@@ -320,7 +344,7 @@ class PruningCallback(Callback):
                 optimizer.state.clear()
         state.history.append(record)
         state.masks, state.count, state.index_after = step.masks, step.count, after.overall
-        state.round, state.round_step, state.note = state.round + 1, trainer.global_step, {}
+        state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
 
     def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
@@ -390,7 +414,7 @@ class PruningCallback(Callback):
 
         Args:
             round: Number of prunings before it; it must have been saved, see ``save_rounds``.
-            module: The module; None: that of the latest fit, while its Trainer is there.
+            module: The module; None: that of the latest fit, while it is there.
 
         Returns:
             The record of the round.
@@ -411,27 +435,29 @@ class PruningCallback(Callback):
             raise RuntimeError("restore_round cannot be called while training goes on; call it after fit.")
         if record.path is None:
             raise ValueError(f"Round {round} was not saved: give save_rounds=True (here {self.options.save_rounds}).")
-        trainer = None if self._trainer is None else self._trainer()
-        if trainer is not None and module is None:
-            module = trainer.lightning_module
-        if trainer is not None and module is not trainer.lightning_module:
-            trainer = None  # another module than the Trainer's: its other callbacks are not concerned
+        trainer, fitted = (None, None) if self._fitted is None else (self._fitted[0](), self._fitted[1]())
+        if module is not None and module is not fitted:
+            trainer = None  # the other callbacks of its Trainer are not concerned
+        module = fitted if module is None else module
         if module is None:
             raise ValueError("The module of the latest fit is gone; give it as `module`.")
         checkpoint, pruners = archive.read_round(record.path, module), [self] if trainer is None else _pruners(trainer)
         states = [archive.state_in(checkpoint, pruner.state_key, module) for pruner in pruners]
         archive.restore_model_(module, checkpoint)
-        if trainer is not None:
-            put_back = partial(archive.restore_model_, module, checkpoint)
-            neighbours.in_averages_(trainer, trainer.lightning_module, put_back)
-        for pruner, state in zip(pruners, states, strict=True):
-            pruner._state = replace(state, history=pruner.history, first_weights=pruner._state.first_weights)
+        if trainer is not None and fitted is not None:
+            neighbours.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
+        for pruner, state in zip(pruners, states, strict=True):  # from now on they only hold the masks
+            first, history = pruner._state.first_weights, pruner.history
+            pruner._state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=first, history=history)
         self.history.mark_restored(round)
         return self.history.of_round(round)
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """Every logged metric; after a resume Lightning does not know those of before, the state does."""
-        return self._state.metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        state = self._state
+        known = state.metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        stale = state.validation_keys if state.validated != state.round else []
+        return {key: value for key, value in known.items() if key not in stale}
 
     def _enforce(self, *_: Any) -> None:
         """After each real optimizer step: the pruned weights are zero again."""
@@ -463,6 +489,17 @@ class PruningCallback(Callback):
     ) -> None:
         assert self._schedules is not None
         self._schedules.advance_(trainer, pl_module, self._state, epoch_ended=trainer.is_last_batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning keeps old metrics: remember which ones validation logs, and in which round it did."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            state, before, after = self._state, self._before_validation, trainer.callback_metrics
+            logged = [key for key in after if key not in before or after[key] is not before[key]]
+            state.validated, state.validation_keys = state.round, sorted({*state.validation_keys, *logged})
+        self._before_validation = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
@@ -517,7 +554,8 @@ class PruningCallback(Callback):
             "_hooks": [],
             "_pending": None,
             "_stage": None,
-            "_trainer": None,
+            "_fitted": None,
+            "_before_validation": {},
         }
         return {**own, **fitting}
 

@@ -36,13 +36,12 @@ def _kept(options: Options, plan: RoundPlan) -> str:
     return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
 
 
-def farewell(options: Options, state: RunState) -> str:
-    """What a run has reached, and how to go further."""
+def farewell(options: Options, state: RunState, *, stopped: bool) -> str:
+    """What a run has reached, and, unless it was stopped, how to go further."""
     masks = state.masks
-    return (
-        f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {state.round} prunings. "
-        "For a sparser network give more rounds (rounds, max_epochs) or a target_remaining."
-    )
+    reached = f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {state.round} prunings."
+    further = "For a sparser network give more rounds (rounds, max_epochs) or a target_remaining."
+    return reached if stopped else f"{reached} {further}"
 
 
 def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) -> None:

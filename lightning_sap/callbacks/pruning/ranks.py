@@ -10,12 +10,10 @@ import torch.distributed
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sap.functional.pqi import chunk_size
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Piece, Step
 from lightning_sap.sharding import is_sharded
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
+from lightning_sap.sums import fingerprints
 
 
 class Fingerprint(NamedTuple):
@@ -39,7 +37,7 @@ def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
     """
     if not _replicated(trainer, (piece.weight for piece in pieces.values())):
         return
-    mine = {name: _fingerprint(piece) for name, piece in pieces.items()}
+    mine = _fingerprints(pieces)
     all_ranks: list[dict[str, Fingerprint]] = [{}] * trainer.world_size
     torch.distributed.all_gather_object(all_ranks, mine)
     names = dict.fromkeys(name for of_rank in all_ranks for name in of_rank)
@@ -59,34 +57,23 @@ def of_rank_zero(trainer: Trainer, step: Step, weights: Mapping[str, Tensor]) ->
     return Step(before, MaskSet.unpack(masks).like(weights), count)
 
 
-def fingerprint(tensor: Tensor) -> int:
-    """The bits of a tensor as one number: entries times odd numbers by position, summed modulo 2^64, by chunks.
-
-    Example:
-        >>> import torch
-        >>> fingerprint(torch.tensor([False, True, True]))
-        8
-        >>> fingerprint(torch.tensor([0.0, 1.0])) == fingerprint(torch.tensor([1.0, 0.0]))
-        False
-    """
-    flat = tensor.detach().reshape(-1).view(BITS[tensor.element_size()])
-    step, found = chunk_size(flat), 0
-    for a in range(0, len(flat), step):
-        bits = flat[a : a + step].to(torch.int64)
-        found += int((bits * torch.arange(2 * a + 1, 2 * (a + len(bits)), 2, device=bits.device)).sum())
-    return found % (1 << 64)
-
-
 def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
     """Whether several ranks hold the same weights; with sharded ones there is but one decision, from all shards."""
     several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
     return several and not any(map(is_sharded, weights))
 
 
-def _fingerprint(piece: Piece) -> Fingerprint:
-    weight, gone = piece.weight, piece.pruned
-    dead, mask = (0, 0) if gone is None else (int(gone.sum()), fingerprint(gone))
-    return Fingerprint(tuple(weight.shape), str(weight.dtype), weight.numel() - dead, mask, fingerprint(weight))
+def _fingerprints(pieces: Mapping[str, Piece]) -> dict[str, Fingerprint]:
+    dead = {name: piece.weight.new_zeros(1, dtype=torch.bool) for name, piece in pieces.items()}
+    dead |= {name: piece.pruned for name, piece in pieces.items() if piece.pruned is not None}
+    gone = torch.stack([mask.sum() for mask in dead.values()]).tolist() if dead else []
+    numbers = zip(
+        gone, fingerprints(list(dead.values())), fingerprints([p.weight for p in pieces.values()]), strict=True
+    )
+    return {
+        name: Fingerprint(tuple(piece.weight.shape), str(piece.weight.dtype), piece.weight.numel() - n, mask, weights)
+        for (name, piece), (n, mask, weights) in zip(pieces.items(), numbers, strict=True)
+    }
 
 
 def _fault(name: str, by_rank: list[Fingerprint | None]) -> str | None:

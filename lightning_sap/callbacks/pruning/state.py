@@ -31,6 +31,8 @@ class RunState:
         history: The rounds that ended.
         lr: Learning rate of the first parameter group in the latest step.
         metrics: The metrics logged when the run was saved; Lightning forgets them.
+        validated: The round in which validation ran last; None: it never did.
+        validation_keys: The metrics that validation logs.
         folder: Where the rounds are saved; None: they are not.
         note: What its record says of the round that goes on beside what is measured: phase and reason, and its path.
     """
@@ -45,6 +47,8 @@ class RunState:
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    validated: int | None = None
+    validation_keys: list[str] = field(default_factory=list)
     folder: str | None = None
     note: dict[str, Any] = field(default_factory=dict)
 

@@ -166,20 +166,20 @@ class TestCollapse:
         assert stays_in(found) == [COLLAPSING[3], COLLAPSING[7]]
 
     def test_where_no_round_was_sound_it_says_so(self, tmp_path):
-        with pytest.warns(UserWarning, match="so the module stays") as caught:
+        with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, module=Scripted([math.nan]))
         assert [str(w.message) for w in caught if "sound" in str(w.message)] == [
-            "pqi: no round was sound, so the module stays as it is after round 0."
+            "pqi: the module stays as it is after round 0. No round was sound."
         ]
         assert found.monitor.verdict == Verdict("collapse", 0, "In round 0 the metric is nan.", None)
         assert found.trainer.current_epoch == 1
         assert holds(found, 0)
 
     def test_where_the_round_is_not_kept_any_more_it_says_so(self, tmp_path):
-        with pytest.warns(UserWarning, match="so the module stays") as caught:
+        with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, pruner=pruner_of(save_rounds=2))
-        assert [str(w.message) for w in caught if "kept" in str(w.message)] == [
-            "pqi: round 3 was not kept, so the module stays as it is after round 5."
+        assert [str(w.message) for w in caught if "module stays" in str(w.message)] == [
+            "pqi: the module stays as it is after round 5. Round 3 was not saved: give save_rounds=True (here 2)."
         ]
         assert found.monitor.verdict == COLLAPSE
         assert holds(found, 5)

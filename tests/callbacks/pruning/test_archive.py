@@ -350,8 +350,8 @@ class TestRefusals:
         _, pruner, _, _trainer = archived(tmp_path)
         other = Net(nn.Sequential(*mlp(), nn.Linear(3, 3)))
         message = (
-            "The round was saved from another model: it lacks ['net.4.bias', 'net.4.weight'] and has [] besides. Give "
-            "the module that was pruned."
+            "The saved round does not fit the module: it lacks ['net.4.bias', 'net.4.weight'] and has [] besides. "
+            "Give the module that was pruned; if its on_save_checkpoint leaves weights out, set strict_loading = False on it."
         )
         self.refused(pruner, other, ValueError, message, round=1, module=other)
 

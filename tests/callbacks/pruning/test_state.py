@@ -42,8 +42,8 @@ from lightning_sap.masks import MaskSet
 
 STATE = "lightning_sap/sap"
 KEYS = {
-    "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics", "folder",
-    "lr", "note", "schedules", "options",
+    "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
+    "validated", "validation_keys", "folder", "lr", "note", "schedules", "options",
 }  # fmt: skip
 
 
