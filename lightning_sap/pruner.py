@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,14 @@ class MonitoredPruner(Protocol):
 
     def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
         """Put the trained weights and the masks of a round back, and return its record."""
+
+
+@runtime_checkable
+class RoundWitness(Protocol):
+    """What a pruner may ask of a monitor."""
+
+    def see_epoch(self, trainer: Any, module: Any) -> None:
+        """Take in the epoch that ends, before its round is saved: a run resumed from there does not see its end."""
 
 
 def check_scope(scope: str) -> None:

@@ -3,7 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-from helpers import Net, Rounds, fit, loader
+from helpers import Net, Rounds, fit, loader, same
+from lightning.pytorch.loggers.logger import DummyLogger
+from resuming import plain, savers
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
@@ -64,3 +66,47 @@ def run(folder, *callbacks, module=None, pruner=None, monitor=None, order=1, val
         **{"max_epochs": 8, "default_root_dir": folder, "num_sanity_val_steps": 0, **options},
     )
     return Outcome(module, pruner, monitor, rounds, trainer)
+
+
+KINDS = {  # of a run that is stopped: its script, and how many rounds it may have
+    "collapse": {},
+    "collapse, rewound": {"rewind_weights": "init"},
+    "compression": {"fraction": 0.1},
+}
+LAST = {"collapse": 5, "collapse, rewound": 5, "compression": 8}  # the round with the verdict
+
+
+def stopped(folder, kind, *callbacks, module=None, **options):
+    """A run with a file of every hook of every epoch."""
+    scripts = {"compression": (STEADY, TURNING)}
+    stop_on = kind if kind == "compression" else "collapse"
+    return run(
+        folder,
+        *callbacks,
+        *savers(folder, alike=False),
+        module=module or Scripted(*scripts.get(kind, ())),
+        pruner=pruner_of(**KINDS[kind]),
+        monitor=PQIMonitor(monitor="val_acc", stop_on=stop_on, verbose=False),
+        max_epochs=11,
+        enable_checkpointing=True,
+        logger=DummyLogger(),
+        **options,
+    )
+
+
+def outcome(found):
+    """All that must not depend on where a run was cut off, or on how many processes it had."""
+    return {
+        "verdict": found.monitor.verdict,
+        "weights": plain(found.module.state_dict()),
+        "masks": plain(found.pruner.masks),
+        "rounds": [{**row, "seconds": None, "path": None} for row in found.pruner.history.rows()],
+        "rows": found.monitor.rows(),
+        "epochs": found.trainer.current_epoch,
+        "round": found.pruner.current_round(),
+    }
+
+
+def differences(a, b):
+    tensors = ("weights", "masks")
+    return [key for key in a if not (same(a[key], b[key]) if key in tensors else a[key] == b[key])]

@@ -23,6 +23,7 @@ from lightning_sap.pruner import (
     Measure,
     MonitoredPruner,
     Piece,
+    RoundWitness,
     dead_units,
     dense_pieces,
     prune_step,
@@ -246,6 +247,8 @@ class TestProtocol:
         for pruner in (PruningCallback(FixedFraction(0.5)), SAPCallback(p=0.3, q=2.0)):
             assert isinstance(pruner, MonitoredPruner)
         assert not isinstance(PQIMonitor(), MonitoredPruner)
+        assert isinstance(PQIMonitor(), RoundWitness)
+        assert not isinstance(SAPCallback(), RoundWitness)
         assert SAPCallback(p=0.3, q=2.0).orders() == (0.3, 2.0)
         assert PruningCallback(FixedFraction(0.5)).orders() == (0.5, 1.0)
 

@@ -188,11 +188,15 @@ class PQIMonitor(Callback):
             self._log(trainer, pl_module, judge, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.see_epoch(trainer, pl_module)
+        self._log(trainer, pl_module, self._judge, logger=True)
+
+    def see_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take in the epoch that ends, and judge its round if it is the last of it; once more does no harm."""
         pruner = _pruner(trainer)
         if pruner is not None and pruner.ends_round(trainer.current_epoch):
-            self._close_round(pruner, trainer, pl_module)
-        self._log(trainer, pl_module, self._judge, logger=True)
-        self._add_row(trainer, pl_module)
+            self._close_round(pruner, trainer, module)
+        self._add_row(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last round too, where it was shorter than planned."""

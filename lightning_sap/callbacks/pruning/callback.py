@@ -23,7 +23,7 @@ from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.functional.amount import Policy
 from lightning_sap.history import History, RoundRecord
 from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Measure, Piece, Scope, Step, prune_step, summary, sums_of
+from lightning_sap.pruner import Measure, Piece, RoundWitness, Scope, Step, prune_step, summary, sums_of
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.sharding import reshard
 from lightning_sap.sums import Memory
@@ -510,6 +510,9 @@ class PruningCallback(Callback):
         """Save the round that ends: from a checkpoint of this hook Lightning resumes."""
         self._log(trainer, pl_module, logger=True)
         if self._state.plan.ends_round(trainer.current_epoch):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RoundWitness):
+                    callback.see_epoch(trainer, pl_module)
             self._save_round(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
