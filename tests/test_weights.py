@@ -111,6 +111,10 @@ class TestDefault:
         module(torch.ones(1, 3))
         assert names(module) == ["0.weight", "1.weight"]
 
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    def test_what_has_no_elements_is_left_out(self):
+        assert list(prunable_weights(nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 0), nn.Linear(4, 2)))) == ["2.weight"]
+
 
 class TestIncludeAndExclude:
     @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import FixedFraction, PQIMonitor, SAPCallback, SparsityInformed
-from lightning_sap.pruner import Limits, Piece, prune_step
+from lightning_sap.pruner import Limits, Piece, dead_units, prune_step
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
 RUNS = {
@@ -181,6 +181,11 @@ def fault_of_decision(case, mesh):
     limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)
     one, many = (prune_step(p, policy=policy, scope=scope, round=1, limits=limits) for p in (plain, sharded))
     same = all(torch.equal(whole(many.masks.pruned[name]), mask) for name, mask in one.masks.pruned.items())
+    dead = [
+        dead_units({name: piece._replace(pruned=step.masks.pruned[name]) for name, piece in pieces.items()})
+        for pieces, step in ((plain, one), (sharded, many))
+    ]
+    same = same and dead[0] == dead[1]
     if not same or one.count != many.count or one.before.survivors != many.before.survivors:
         return f"case {case}: {one} {many}"
     return None

@@ -54,7 +54,7 @@ def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) 
     news += [
         f"{n} of {units} output units of {name!r} have no weights left"
         for name, (n, units) in dead.items()
-        if name not in emptied and pieces[name].weight.ndim > 1 and 2 * before[name][0] <= units
+        if name not in emptied and 2 * before[name][0] <= units
     ]
     if news:
         rank_zero_warn(
