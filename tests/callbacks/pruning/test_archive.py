@@ -351,7 +351,8 @@ class TestRefusals:
         other = Net(nn.Sequential(*mlp(), nn.Linear(3, 3)))
         message = (
             "The saved round does not fit the module: it lacks ['net.4.bias', 'net.4.weight'] and has [] besides. "
-            "Give the module that was pruned; if its on_save_checkpoint leaves weights out, set strict_loading = False on it."
+            "Give the module that was pruned; if its on_save_checkpoint leaves weights out, set strict_loading = False "
+            "on it."
         )
         self.refused(pruner, other, ValueError, message, round=1, module=other)
 
