@@ -147,7 +147,7 @@ def peak(model, policy, device, key, results):
     """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
     counts = counts_of(build(model, device), policy, key[0])
     CONTENDERS[key](nn.Linear(256, 256, device=device), policy, [1])  # what this loads is no cost of a pruning
-    modules = build(model, device), build(model, device)
+    modules = [build(model, device) for _ in range(2)]
     results.put(min(peak_of(partial(CONTENDERS[key], module, policy, counts), device) for module in modules))
 
 
