@@ -417,3 +417,16 @@ class TestMeasuredRuns:
         assert score["found"] >= 16
         assert score["without a turn"] <= 5
         assert score["from"] <= 0.01
+
+
+def test_a_best_loss_of_nothing_makes_no_change_far():
+    detector = PhaseDetector("min")
+    phases = [detector.update(0.2, metric=loss) for loss in (0.02, 0.0, 0.001, 0.001, 0.002)]
+    assert set(phases) == {Phase.REGULARIZATION}
+    assert detector.last_sound == 1
+
+
+@pytest.mark.parametrize("patience", [0.5, 1.5])
+def test_patience_is_a_number_of_rounds(patience):
+    with pytest.raises(ValueError, match=f"patience must be a whole number of rounds, got {patience}"):
+        PhaseDetector(patience=patience)

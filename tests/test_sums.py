@@ -83,3 +83,13 @@ def test_what_the_monitor_measured_the_pruner_does_not_measure_again(taken):
     alone = measured(SAPCallback(rounds=1, every_n_epochs=1))
     assert alone == 2 * 4  # of both layers: dense, at the end of the first round, after the pruning, at the end
     assert measured(SAPCallback(rounds=1, every_n_epochs=1), PQIMonitor(stop_on=None)) == alone
+
+
+def test_changes_that_cancel_in_a_plain_sum_of_the_bits_are_seen():
+    weight = torch.full((64,), 0.6)
+    other = weight.clone()
+    bits = other.view(torch.int32)
+    bits[4] += 3
+    bits[16] -= 3
+    assert int(weight.view(torch.int32).sum()) == int(bits.sum())
+    assert fingerprints([weight]) != fingerprints([other])

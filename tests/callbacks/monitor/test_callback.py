@@ -403,3 +403,27 @@ def test_two_monitors_of_different_orders_and_names(tmp_path):
     expected = by_hand(trainer.lightning_module, pruner.masks, p=1.0, q=2.0)
     assert float(trainer.callback_metrics["pr/global"]) == close(expected["pqi/global"])
     assert json.loads(json.dumps(b.state_dict()))["rows"][-1]["pqi"] == close(expected["pqi/global"])
+
+
+def test_a_file_that_is_only_validated_leaves_what_is_known(tmp_path):
+    monitor, saver = PQIMonitor(stop_on=None), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    module = Net()
+    trainer = fit(module, half(), monitor, saver, val=loader(), enable_checkpointing=True)
+    before = monitor.rows()
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert monitor.rows() == before
+    assert [row["round"] for row in before] == [0, 1, 2, 3]
+
+
+def test_one_glob_needs_no_list_and_one_that_matches_nothing_is_refused():
+    trainer = fit(Net(), half(), PQIMonitor(stop_on=None, log_layers="net.0*"), max_epochs=2)
+    assert "pqi/net.0.weight" in trainer.callback_metrics
+    assert "pqi/net.3.weight" not in trainer.callback_metrics
+    with pytest.raises(ValueError, match=r"'nett\.\*' matches no parameter.*net\.0\.weight"):
+        fit(Net(), half(), PQIMonitor(stop_on=None, log_layers=["nett.*"]), max_epochs=2)
+
+
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_names_that_would_spoil_the_keys_are_refused(name):
+    with pytest.raises(ValueError, match="name must be a non-empty text without '/'"):
+        PQIMonitor(name=name)

@@ -479,3 +479,21 @@ def test_an_unknown_phase_to_stop_on_is_refused(value):
         ValueError, match=re.escape(f"stop_on must be 'collapse', 'compression' or None, got {value!r}.")
     ):
         PQIMonitor(stop_on=value)
+
+
+def test_a_verdict_in_the_last_round_outlives_the_process(tmp_path):
+    """Resumed from the file of the last epoch, Lightning trains nothing and calls no hook of training."""
+    scores = COLLAPSING[:6]
+    whole = run(tmp_path / "whole", module=Scripted(scores), max_epochs=6)
+    assert whole.monitor.verdict == COLLAPSE
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    first = run(
+        tmp_path / "first", saver, module=Scripted(scores), max_epochs=6, monitor=monitor_of(restore=False),
+        pruner=pruner_of(save_rounds=True), enable_checkpointing=True,
+    )  # fmt: skip
+    assert first.pruner.current_round() == 5
+    second = run(tmp_path / "second", module=Scripted(scores), max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
+    assert second.monitor.verdict == COLLAPSE
+    assert second.pruner.history.restored.round == COLLAPSE.restore
+    assert second.pruner.remaining == whole.pruner.remaining
+    assert same(second.module.state_dict(), whole.module.state_dict())

@@ -533,3 +533,47 @@ class TestRecords:
         pruner = SAPCallback(rounds=1)
         fit(Net(), pruner, max_epochs=2)
         assert [(r.phase, r.reason, r.path) for r in pruner.history] == [(None, None, None)] * 2
+
+
+class TestAfterwards:
+    def test_the_module_of_the_fit_comes_back_though_another_was_validated_since(self, tmp_path):
+        module, pruner, rounds, trainer = archived(tmp_path)
+        other = Decaying()
+        before = copied(other.state_dict())
+        trainer.validate(other, loader(), verbose=False)
+        pruner.restore_round(1)
+        assert same(other.state_dict(), before)
+        assert same(module.state_dict(), rounds.states[1])
+
+    def test_what_was_put_back_only_holds_its_masks_when_a_file_of_it_is_resumed(self, tmp_path):
+        _, pruner, _, trainer = archived(tmp_path)
+        pruner.restore_round(1)
+        trainer.save_checkpoint(tmp_path / "back.ckpt")
+        resumed = half()
+        fit(Decaying(), resumed, max_epochs=12, ckpt_path=tmp_path / "back.ckpt", default_root_dir=tmp_path)
+        assert resumed.remaining == 0.5
+        assert [record.round for record in resumed.history[:3]] == [0, 1, 2]
+        assert same(resumed.masks, pruner.masks)
+
+    def test_a_module_that_leaves_weights_out_of_its_checkpoints_says_so(self, tmp_path):
+        class Filtering(Decaying):
+            def on_save_checkpoint(self, checkpoint):
+                del checkpoint["state_dict"]["net.3.bias"]
+
+        module, pruner, _, _trainer = archived(tmp_path, module=Filtering())
+        with pytest.raises(ValueError, match=r"lacks \['net\.3\.bias'\].*strict_loading = False"):
+            pruner.restore_round(1)
+        module.strict_loading = False
+        assert pruner.restore_round(1).round == 1
+
+    def test_a_file_that_cannot_be_written_is_not_in_the_record(self, tmp_path, monkeypatch):
+        pruner = half()
+
+        def full(*_, **__):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", full)
+        with pytest.raises(OSError, match="disk full"):
+            archived(tmp_path, pruner=pruner)
+        assert pruner._state.note == {}
+        assert len(pruner.history) == 0

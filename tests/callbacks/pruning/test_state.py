@@ -478,3 +478,39 @@ class TestRunState:
 
     def test_no_end_of_rounds(self):
         assert RunState(plan=RoundPlan(None, 2)).prunings_left() is None
+
+
+class TestRunsThatAreOver:
+    def test_the_last_round_is_recorded_when_a_file_of_the_last_epoch_is_resumed(self, tmp_path):
+        def run(**options):
+            pruner, saver = (
+                half(every_n_epochs=2),
+                ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True),
+            )
+            module = Net()
+            fit(module, pruner, saver, max_epochs=6, val=loader(), enable_checkpointing=True, **options)
+            return module, pruner
+
+        whole, pruner = run()
+        again, resumed = run(ckpt_path=tmp_path / "last.ckpt")
+        assert [record.round for record in pruner.history] == [0, 1, 2]
+        assert records(resumed) == records(pruner)
+        assert same(resumed.masks, pruner.masks)
+        assert same(again.state_dict(), whole.state_dict())
+
+    def test_a_longer_last_round_ends_where_training_does(self, tmp_path):
+        pruner, saver = half(rounds=1, every_n_epochs=2), ModelCheckpoint(tmp_path, save_last=True)
+        fit(Net(), pruner, saver, max_epochs=4, enable_checkpointing=True)
+        resumed = half(rounds=1, every_n_epochs=2, save_rounds=True)
+        trainer = fit(Net(), resumed, max_epochs=6, ckpt_path=tmp_path / "last.ckpt", default_root_dir=tmp_path)
+        assert [(r.first_epoch, r.last_epoch) for r in resumed.history] == [(0, 1), (2, 5)]
+        saved = torch.load(resumed.history[1].path, weights_only=True)
+        assert saved["epoch"] == trainer.current_epoch - 1 == 5
+
+
+def test_a_round_without_validation_knows_no_metric_of_validation():
+    pruner = half(every_n_epochs=2)
+    fit(Net(), pruner, max_epochs=8, val=loader(), check_val_every_n_epoch=3)  # after epochs 2 and 5: rounds 1 and 2
+    assert ["val_loss" in record.metrics for record in pruner.history] == [False, True, True, False]
+    assert all("train_loss" in record.metrics for record in pruner.history)
+    assert pruner.history.best("val_loss", "min").round in (1, 2)
