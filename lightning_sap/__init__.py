@@ -14,9 +14,9 @@ The flow, from the inside out::
     history.py             the rounds so far
     phases.py              where the network stands: regularization, compression, collapse
     metric.py              PQIndex as a torchmetrics Metric
-    callbacks/pruning.py   WHEN and WHO: rounds, schedules, checkpoint state, logging
-    callbacks/monitor.py   watches and logs
-    plot.py                pictures
+    callbacks/pruning/     WHEN and WHO: rounds, ranks, schedules, checkpoint state, the rounds that are kept
+    callbacks/monitor/     watches, logs, judges the rounds and stops
+    plot.py, report.py     pictures and tables of the rounds
 """
 
 from lightning_sap.callbacks.monitor import PQIMonitor
