@@ -55,7 +55,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     end = len(flat) - len(flat) % in_a_word
     words, rest = flat[:end].view(torch.int64), flat[end:].view(INTEGERS[flat.element_size()]).to(torch.int64)
     step = chunk_size(words)
-    odd = torch.arange(1, 2 * max(min(step, len(words)), len(rest)), 2, device=flat.device)
+    odd = torch.arange(1, 2 * max(min(step, len(words)), len(rest)) + 1, 2, device=flat.device)
     found = (rest * odd[: len(rest)]).sum()
     for a in range(0, len(words), step):
         part = words[a : a + step]

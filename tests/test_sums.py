@@ -6,7 +6,7 @@ from helpers import Net, fit
 
 from lightning_sap import PQIMonitor, SAPCallback, pruner
 from lightning_sap.pruner import Piece, sums_of
-from lightning_sap.sums import Memory, fingerprints
+from lightning_sap.sums import Memory, fingerprint, fingerprints
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -93,3 +93,18 @@ def test_changes_that_cancel_in_a_plain_sum_of_the_bits_are_seen():
     bits[16] -= 3
     assert int(weight.view(torch.int32).sum()) == int(bits.sum())
     assert fingerprints([weight]) != fingerprints([other])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_fingerprint_sees_every_bit_and_every_place(dtype):
+    numbers = torch.arange(300_000).remainder(2 if dtype == torch.bool else 250).to(dtype).view(3, -1)
+    moved, changed = numbers.view(-1).roll(1).view(3, -1), numbers.clone()
+    changed[2, -1] = 0 if numbers[2, -1] else 1
+    assert fingerprint(numbers) == fingerprint(numbers.clone())
+    assert len(set(fingerprints([numbers, moved, changed]))) == 3
+
+
+def test_a_fingerprint_tells_zeros_by_their_sign_and_reads_what_is_not_finite():
+    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
+    assert fingerprint(torch.full((2,), float("nan"))) == fingerprint(torch.full((2,), float("nan")))
+    assert fingerprint(torch.zeros(0)) == 0

@@ -3,8 +3,6 @@ import torch
 from distributed import replicas
 from launch import run_ranks
 
-from lightning_sap.callbacks.pruning.ranks import fingerprint
-
 pytestmark = pytest.mark.slow
 
 SCOPES = ("neuron", "layer", "global")
@@ -57,18 +55,3 @@ def test_a_rank_that_strays_is_named_by_all_and_nothing_is_pruned(ranks):
         assert "net.0.weight" not in found["error"]
         assert all(bool(mask.all()) for mask in found["masks after the error"].values())
         assert found["momenta after the error"] > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_fingerprint_sees_every_bit_and_every_place(dtype):
-    numbers = torch.arange(300_000).remainder(2 if dtype == torch.bool else 250).to(dtype).view(3, -1)
-    moved, changed = numbers.view(-1).roll(1).view(3, -1), numbers.clone()
-    changed[2, -1] = 0 if numbers[2, -1] else 1
-    assert fingerprint(numbers) == fingerprint(numbers.clone())
-    assert len({fingerprint(t) for t in (numbers, moved, changed)}) == 3
-
-
-def test_a_fingerprint_tells_zeros_by_their_sign_and_reads_what_is_not_finite():
-    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
-    assert fingerprint(torch.full((2,), float("nan"))) == fingerprint(torch.full((2,), float("nan")))
-    assert fingerprint(torch.zeros(0)) == 0
