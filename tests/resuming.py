@@ -26,8 +26,8 @@ FILES = [f"{hook}/epoch={epoch}" for hook in ("validation-end", "train-epoch-end
 FILES += [f"step/step={step}" for step in range(1, STEPS)]
 
 STEPS_OF_A_PRUNING = {
-    "decide": "lightning_sap.callbacks.pruning.callback.prune_step",
-    "measure": "lightning_sap.callbacks.pruning.callback.summary",
+    "decide": "lightning_sap.callbacks.pruning.run.prune_step",
+    "measure": "lightning_sap.callbacks.pruning.run.summary",
     "rewind weights": "lightning_sap.callbacks.pruning.callback.restore_weights_",
     "mask": "lightning_sap.masks.MaskSet.apply_",
     "rewind schedules": "lightning_sap.rewind.schedules.Replay.rewind_",

@@ -10,24 +10,23 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours, ranks
+from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
+from lightning_sap.callbacks.pruning.run import Run
 from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.functional.amount import Policy
 from lightning_sap.history import History, RoundRecord
-from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Measure, Piece, RoundWitness, Scope, Step, prune_step, summary, sums_of
+from lightning_sap.pruner import Piece, RoundWitness, Scope
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.sharding import reshard
-from lightning_sap.sums import Memory
-from lightning_sap.weights import PrunableWeight, Selection, low_rank_adapters, parameter_names, prunable_weights
+from lightning_sap.weights import Selection, low_rank_adapters
 
 
 class PruningCallback(Callback):
@@ -102,12 +101,10 @@ class PruningCallback(Callback):
             policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
             min_remaining, include, exclude, keep_zeros, save_rounds, dirpath, name,
         )  # fmt: skip
-        self._state = RunState()
+        self._run = Run(self.options)
         self._stage: str | None = None
         self._archives = False
         # what belongs to a running fit, and is neither copied nor pickled
-        self._weights: dict[str, PrunableWeight] = {}
-        self._memories: dict[str, Memory] = {}
         self._schedules: Schedules | None = None
         self._hooks: list[RemovableHandle] = []
         self._pending: dict[str, Any] | None = None
@@ -117,17 +114,17 @@ class PruningCallback(Callback):
     @property
     def masks(self) -> dict[str, Tensor]:
         """By prunable parameter a bool tensor, sharded as it is, True where a weight survives; empty before any fit."""
-        return self._state.masks.kept
+        return self._run.state.masks.kept
 
     @property
     def remaining(self) -> float:
         """Fraction of the prunable weights that survives."""
-        return self._state.masks.remaining
+        return self._run.state.masks.remaining
 
     @property
     def history(self) -> History:
         """One record for each round that ended."""
-        return self._state.history
+        return self._run.state.history
 
     def orders(self) -> tuple[float, float]:
         """Orders p and q of the policy's index."""
@@ -135,12 +132,7 @@ class PruningCallback(Callback):
 
     def pieces(self, module: nn.Module) -> dict[str, Piece]:
         """The prunable weights, live, with their masks."""
-        pruned = self._state.masks.pruned
-        weights = self._weights or self._select(module)
-        return {
-            name: Piece(w.parameter.detach(), pruned.get(name), w.units, self._memories.setdefault(name, Memory()))
-            for name, w in weights.items()
-        }
+        return self._run.pieces(module)
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
@@ -148,20 +140,21 @@ class PruningCallback(Callback):
 
     def current_round(self) -> int:
         """Number of prunings so far in this fit."""
-        return self._state.round
+        return self._run.state.round
 
     def ends_round(self, epoch: int) -> bool:
         """Whether that epoch is planned to be the last of a round."""
-        return self._state.plan.ends_round(epoch)
+        return self._run.state.plan.ends_round(epoch)
 
     def index_after_pruning(self) -> float | None:
         """PQ Index of all weights right after the latest pruning, or at the start of training."""
-        return self._state.index_after
+        return self._run.state.index_after
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
-            self._pending, self._weights = None, {}  # of a fit that did not come to its end
+            self._pending = None  # of a fit that did not come to its end
+            self._run.forget_weights()
             checks.check_strategy(trainer)
             neighbours.check_neighbours(trainer)
             self._fitted, self._archives = (
@@ -171,7 +164,7 @@ class PruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember the schedules, before a checkpoint restores them."""
-        self._weights = self._select(pl_module)
+        self._run.weights = self._run.select(pl_module)
         checks.check_disjoint(self.options, trainer, pl_module)
         self._schedules = Schedules(trainer)
 
@@ -185,18 +178,18 @@ class PruningCallback(Callback):
             self._resume(trainer, pl_module, self._pending)
             self._pending = None
         self._open_archive(trainer)
-        state = self._state
+        state = self._run.state
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = self._schedules.choose(trainer, pl_module, state.plan, wanted)
-        state.masks.apply_(self._live_weights())
+        state.masks.apply_(self._run.live())
         self._remove_hooks()
-        self._hooks = [optimizer.register_step_post_hook(self._enforce) for optimizer in trainer.optimizers]
-        self._hooks += [optimizer.register_step_post_hook(self._note_rate) for optimizer in trainer.optimizers[:1]]
+        self._hooks = [optimizer.register_step_post_hook(self._run.enforce) for optimizer in trainer.optimizers]
+        self._hooks += [optimizer.register_step_post_hook(self._run.note_rate) for optimizer in trainer.optimizers[:1]]
         if state.index_after is None:
-            state.index_after = self._measure(pl_module).overall
+            state.index_after = self._run.measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, state, schedules))
         if state.plan.rounds != 0:
-            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, self._weights))
+            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, self._run.weights))
         if trainer.barebones:
             messages.warn_of_silence(self.options)
 
@@ -205,43 +198,28 @@ class PruningCallback(Callback):
         return next((other for other in _pruners(trainer) if other.prunes()), self) is self
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the rounds, under the masks of an earlier fit where they belong to this module."""
-        options, masks, found = self.options, self._state.masks, dict(self._weights)
-        plan = RoundPlan(0, 1)
+        """Plan the rounds, and start them."""
+        options, plan = self.options, RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             plan = plan_rounds(trainer.max_epochs, options.rounds, options.every_n_epochs, trainer.current_epoch)
             checks.check_plan(options, plan)
         if plan.rounds != 0:
             neighbours.check_averaging(trainer)
-        self._take_in_frozen(module, masks)
-        if masks.is_dense or not masks.holds_for(self._live_weights()):
-            if not masks.is_dense:
-                rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
-            self._weights = found
-            masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self._live_weights())
-        weights = self._live_weights()
-        self._state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+        self._run.begin(module, plan, trainer.global_step)
 
     def _open_archive(self, trainer: Trainer) -> None:
         """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
-        state = self._state
+        state = self._run.state
         if not self._archives or state.plan.rounds == 0:
             state.folder = None
         elif state.folder is None:
             state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
-    def _take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> RunState:
-        """The state of a checkpoint, placed where the module's tensors are."""
-        state = RunState.unpack(packed)
-        self._take_in_frozen(module, state.masks)
-        state.place(module, self._live_weights())
-        self._state = state
-        return state
-
     def _resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
         assert self._schedules is not None
-        state = self._take_up(module, packed)
+        self._run.take_up(module, packed)
+        state = self._run.state
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
             state.plan = replace(state.plan, last_epoch=trainer.max_epochs)
         self._schedules.load(packed["schedules"])
@@ -252,10 +230,10 @@ class PruningCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
-        if trainer.global_step > self._state.round_step:
-            self._save_round(trainer)  # where it was shorter than planned
-            self._state.history.append(self._record(trainer, self._measure(pl_module)))
-        rank_zero_info(messages.farewell(self.options, self._state, stopped=trainer.should_stop))
+        if trainer.global_step > self._run.state.round_step:
+            self._run.save_round(trainer)  # where it was shorter than planned
+            self._run.state.history.append(self._run.record(trainer, self._run.measure(pl_module)))
+        rank_zero_info(messages.farewell(self.options, self._run.state, stopped=trainer.should_stop))
         self._remove_hooks()
 
     def close_run(self, module: LightningModule) -> None:
@@ -263,30 +241,32 @@ class PruningCallback(Callback):
         trainer = None if self._fitted is None else self._fitted[0]()
         if self._pending is None or trainer is None:
             return
-        state, self._pending = self._take_up(module, self._pending), None
+        self._run.take_up(module, self._pending)
+        state, self._pending = self._run.state, None
         if trainer.global_step > state.round_step and state.round not in [record.round for record in state.history]:
-            state.history.append(self._record(trainer, self._measure(module)))
+            state.history.append(self._run.record(trainer, self._run.measure(module)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""
         reshard(pl_module)
         self.close_run(pl_module)
         # by now Lightning has moved the module back to the CPU
-        self._state.masks = self._state.masks.moved(self._live_weights())
-        self._state.masks.apply_(self._live_weights())
+        self._run.state.masks = self._run.state.masks.moved(self._run.live())
+        self._run.state.masks.apply_(self._run.live())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._remove_hooks()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
-        self._stage, self._weights, self._memories, self._schedules, self._pending = None, {}, {}, None, None
+        self._run.forget_weights()
+        self._stage, self._schedules, self._pending = None, None, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         assert self._schedules is not None
         self._advance(trainer, pl_module)
-        self._schedules.advance_(trainer, pl_module, self._state, epoch_ended=False)
+        self._schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Advance here too: after some resumes an epoch starts without its hook."""
@@ -295,35 +275,22 @@ class PruningCallback(Callback):
 
     def _advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Prune if a round ended since the last call."""
-        state, epoch = self._state, trainer.current_epoch
+        state, epoch = self._run.state, trainer.current_epoch
         completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
         if wanted is not None and completed >= wanted and state.first_weights is None and state.plan.rounds != 0:
             state.first_weights = take_weights(module)
         if state.is_due(epoch, trainer.global_step):
-            self._save_round(trainer)  # where a resumed run did not see its last epoch end
+            self._run.save_round(trainer)  # where a resumed run did not see its last epoch end
             self._prune(trainer, module)
-
-    def _save_round(self, trainer: Trainer) -> None:
-        """Save the round that ends now, once, if that is asked for."""
-        state = self._state
-        if state.folder is not None and "path" not in state.note:
-            before, path = state.note, archive.path_of(state.folder, self.options.name, state.round)
-            state.note = {**before, "path": path}  # which the file says too
-            try:
-                trainer.save_checkpoint(path, weights_only=False)
-            except BaseException:
-                state.note = before
-                raise
-            archive.remove_old(trainer, self.options, state)
 
     def _prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
-        state, started = self._state, time.perf_counter()
-        step = self._decide(trainer, module)
-        after = self._measure(module, step.masks)
+        state, started = self._run.state, time.perf_counter()
+        step = self._run.decide(trainer, module)
+        after = self._run.measure(module, step.masks)
         seconds = time.perf_counter() - started
         record = replace(
-            self._record(trainer, step.before),
+            self._run.record(trainer, step.before),
             pruned=step.count,
             pqi_pruned=after.overall,
             layers_pqi_pruned=after.layers,
@@ -334,9 +301,9 @@ class PruningCallback(Callback):
         if state.first_weights is not None:
             restore_weights_(module, state.first_weights)
             for other in _pruners(trainer):  # it may have pruned what came back
-                other._enforce()
-        step.masks.apply_(self._live_weights())
-        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self._live_weights()))
+                other._run.enforce()
+        step.masks.apply_(self._run.live())
+        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self._run.live()))
         if self._schedules is not None:
             self._schedules.rewind_()
         if self.options.reset_optimizer:
@@ -345,47 +312,6 @@ class PruningCallback(Callback):
         state.history.append(record)
         state.masks, state.count, state.index_after = step.masks, step.count, after.overall
         state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
-
-    def _decide(self, trainer: Trainer, module: LightningModule) -> Step:
-        """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
-        options, state = self.options, self._state
-        self._weights = self._select(module)
-        state.masks = state.masks.extended(self._live_weights())
-        sizes = {name: weight.parameter.numel() for name, weight in self._weights.items()}
-        limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
-        pieces = self.pieces(module)
-        ranks.check_agreement(trainer, pieces)
-        step = prune_step(pieces, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
-        return ranks.of_rank_zero(trainer, step, self._live_weights())
-
-    def _select(self, module: nn.Module) -> dict[str, PrunableWeight]:
-        """The prunable weights in the module's order; what was prunable once in this module stays so."""
-        live = parameter_names(module)
-        found = {name: weight for name, weight in self._weights.items() if live.get(name) is weight.parameter}
-        found |= prunable_weights(module, self.options.include, self.options.exclude)
-        weights = {name: found[name] for name in live if name in found}
-        checks.check_sharding(self.options, weights)
-        return weights
-
-    def _take_in_frozen(self, module: nn.Module, masks: MaskSet) -> None:
-        """Add what was pruned once and is frozen now: its masks hold all the same."""
-        for name, parameter in parameter_names(module).items():
-            if name in masks.pruned and name not in self._weights and not parameter.requires_grad:
-                self._weights[name] = PrunableWeight(name, parameter)
-
-    def _live_weights(self) -> dict[str, Tensor]:
-        return {name: weight.parameter.detach() for name, weight in self._weights.items()}
-
-    def _measure(self, module: nn.Module, masks: MaskSet | None = None) -> Measure:
-        """Indices of the weights as they are, under the masks given or in force."""
-        pieces = self.pieces(module)
-        if masks is not None:
-            pieces = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
-        return summary(sums_of(pieces, *self.orders()), *self.orders())
-
-    def _record(self, trainer: Trainer, before: Measure) -> RoundRecord:
-        """The round that ends now, as it was trained."""
-        return self._state.record(before, trainer.current_epoch - 1, self._metrics(trainer))
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training; to be called before it starts.
@@ -402,10 +328,10 @@ class PruningCallback(Callback):
 
     def note_phase(self, round: int, phase: str, reason: str) -> None:
         """Take into the history how the round that just ended was judged."""
-        if round == self._state.round and round not in [record.round for record in self.history]:
-            self._state.note = {**self._state.note, "phase": phase, "reason": reason}
+        if round == self._run.state.round and round not in [record.round for record in self.history]:
+            self._run.state.note = {**self._run.state.note, "phase": phase, "reason": reason}
         else:
-            self._state.history.note(round, phase=phase, reason=reason)
+            self._run.state.history.note(round, phase=phase, reason=reason)
 
     def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
         """Put the trained weights and the masks of a round back, in all copies that other callbacks keep too.
@@ -447,58 +373,34 @@ class PruningCallback(Callback):
         if trainer is not None and fitted is not None:
             neighbours.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
         for pruner, state in zip(pruners, states, strict=True):  # from now on they only hold the masks
-            first, history = pruner._state.first_weights, pruner.history
-            pruner._state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=first, history=history)
+            first, history = pruner._run.state.first_weights, pruner.history
+            pruner._run.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=first, history=history)
         self.history.mark_restored(round)
         return self.history.of_round(round)
-
-    def _metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Every logged metric; after a resume Lightning does not know those of before, the state does."""
-        state = self._state
-        known = state.metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
-        stale = state.validation_keys if state.validated != state.round else []
-        return {key: value for key, value in known.items() if key not in stale}
-
-    def _enforce(self, *_: Any) -> None:
-        """After each real optimizer step: the pruned weights are zero again."""
-        if not self._state.masks.is_dense:
-            self._state.masks.apply_(self._live_weights())
-
-    def _note_rate(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep the learning rate of this step: schedules move on before the round's record is made."""
-        rate = optimizer.param_groups[0]["lr"]
-        self._state.lr = rate.clone() if isinstance(rate, Tensor) else rate
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
         if pl_module.automatic_optimization and checks.clips_gradients(trainer, pl_module):
-            self._mask_gradients()
+            self._run.mask_gradients()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization the module clips by itself, at any time after this."""
         if not pl_module.automatic_optimization:
-            self._mask_gradients()
-
-    def _mask_gradients(self) -> None:
-        if not self._state.masks.is_dense:
-            gradients = {name: w.parameter.grad for name, w in self._weights.items() if w.parameter.grad is not None}
-            self._state.masks.apply_(gradients)
+            self._run.mask_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._schedules is not None
-        self._schedules.advance_(trainer, pl_module, self._state, epoch_ended=trainer.is_last_batch)
+        self._schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=trainer.is_last_batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning keeps old metrics: what is new afterwards was logged by validation."""
         self._before_validation = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning keeps old metrics: remember which ones validation logs, and in which round it did."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            state, before, after = self._state, self._before_validation, trainer.callback_metrics
-            logged = [key for key in after if key not in before or after[key] is not before[key]]
-            state.validated, state.validation_keys = state.round, sorted({*state.validation_keys, *logged})
+            self._run.note_validation(self._before_validation, trainer.callback_metrics)
         self._before_validation = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -509,16 +411,16 @@ class PruningCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the round that ends: from a checkpoint of this hook Lightning resumes."""
         self._log(trainer, pl_module, logger=True)
-        if self._state.plan.ends_round(trainer.current_epoch):
+        if self._run.state.plan.ends_round(trainer.current_epoch):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RoundWitness):
                     callback.see_epoch(trainer, pl_module)
-            self._save_round(trainer)
+            self._run.save_round(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if not trainer.barebones:
             to = None if logger else False  # True would warn where there is no logger
-            values = {"round": self._state.round, "remaining": self.remaining, "pruned": self._state.count}
+            values = {"round": self._run.state.round, "remaining": self.remaining, "pruned": self._run.state.count}
             for key, value in values.items():
                 module.log(f"{self.options.name}/{key}", float(value), on_step=False, on_epoch=True, logger=to)
 
@@ -530,14 +432,14 @@ class PruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on, as plain values and whole tensors; a collective under sharding."""
         schedules = [] if self._schedules is None else self._schedules.state()
-        return {**self._state.pack(), "schedules": schedules, "options": self.options.plain()}
+        return {**self._run.state.pack(), "schedules": schedules, "options": self.options.plain()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of training; outside a Trainer, take it up at once."""
         if self._stage == "fit":
             self._pending = state_dict
         elif self._stage is None:
-            self._state = RunState.unpack(state_dict)
+            self._run.state = RunState.unpack(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
@@ -545,14 +447,12 @@ class PruningCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
-        checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._metrics(trainer)
+        checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._run.metrics(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         fitting: dict[str, Any] = {
-            "_weights": {},
-            "_memories": {},
             "_schedules": None,
             "_hooks": [],
             "_pending": None,

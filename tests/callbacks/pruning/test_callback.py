@@ -384,7 +384,7 @@ class TestRewinding:
         first = copied(module.state_dict())
 
         def look(trainer, module):
-            snapshot = pruner._state.first_weights
+            snapshot = pruner._run.state.first_weights
             live = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
             apart.append(live.isdisjoint(t.untyped_storage().data_ptr() for t in snapshot.values()))
             assert same(snapshot, first)
