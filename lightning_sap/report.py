@@ -40,7 +40,7 @@ def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: 
     from rich.table import Table
 
     header, *lines = _table(records, metric)
-    table = Table(*header, title="Rounds")
+    table = Table(*header, title="Rounds", padding=0)  # so that it fits into 80 columns
     for line in lines:
         table.add_row(*line)
     get_console().print(table)
