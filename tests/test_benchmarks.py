@@ -9,16 +9,8 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-SCRIPTS = [
-    "adaptive_amounts.py",
-    "checkpoints.py",
-    "digits_accuracy.py",
-    "growth.py",
-    "memory.py",
-    "monitoring.py",
-    "one_pruning.py",
-    "training_step.py",
-]
+LONG = ["adaptive_amounts.py", "growth.py", "memory.py", "monitoring.py", "one_pruning.py", "training_step.py"]
+SCRIPTS = ["checkpoints.py", "digits_accuracy.py", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
 
 
 @pytest.mark.slow

@@ -285,6 +285,7 @@ class TestOtherDevices:
             select._pick_by_histogram([part], k, dtype, select.ALONE)
             assert torch.equal(part.flags, smallest([rows], [dead], k)[0])
 
+    @pytest.mark.skipif(torch.__version__ < "2.9", reason="fake CUDA tensors ask for a driver in older PyTorch")
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("masked", [False, True])
     def test_measuring_and_picking_never_wait(self, dtype, masked):
