@@ -16,6 +16,8 @@ from lightning_sap.callbacks.monitor.judge import Verdict
 COLLAPSE = Verdict("collapse", 5, "Since round 4 the metric is far from its best: 0.5 after 0.95.", 3)
 LINE = "pqi: Stopped after round 5: collapse. Since round 4 the metric is far from its best: 0.5 after 0.95."
 
+pytestmark = pytest.mark.slow  # whole fits, many of them
+
 
 def monitor_of(**options):
     return PQIMonitor(**{"monitor": "val_acc", "verbose": False, **options})

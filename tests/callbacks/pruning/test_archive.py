@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, pq_index
 
+pytestmark = pytest.mark.slow  # whole fits, many of them
+
 STATE = "lightning_sap/sap"
 
 
