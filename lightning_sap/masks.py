@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
+from lightning_sap.sums import INTEGERS
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
 CHUNK = 1 << 16  # weights masked at a time: what that takes stays in the cache, and is not given back to the system
 
 

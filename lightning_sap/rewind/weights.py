@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.sharding import local, placed_like, reshard
-
-COMPILE_PREFIX = "_orig_mod."
+from lightning_sap.sharding import local, placed_like
+from lightning_sap.weights import COMPILE_PREFIX, parameter_names
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +46,5 @@ def place_weights(module: nn.Module, snapshot: Mapping[str, Tensor]) -> dict[str
 
 
 def _live(module: nn.Module) -> dict[str, Tensor]:
-    reshard(module)
-    tensors: dict[str, Tensor] = {name: parameter for name, parameter in module.named_parameters()}
-    tensors.update(module.named_buffers())
-    return {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in tensors.items()}
+    buffers = {name.replace(COMPILE_PREFIX, ""): buffer for name, buffer in module.named_buffers()}
+    return {**parameter_names(module), **buffers}

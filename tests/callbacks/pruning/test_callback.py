@@ -586,7 +586,10 @@ class TestWhatPrunesNothing:
         assert zeros_of(module) == N * 7 // 8
 
     def test_fast_dev_run_checks_no_rounds(self):
-        fit(Net(), half(rounds=50, every_n_epochs=9, target_remaining=0.1, rewind_weights=40), fast_dev_run=2)
+        pruner = half(rounds=50, every_n_epochs=9, target_remaining=0.1, rewind_weights=40)
+        trainer = fit(Net(), pruner, fast_dev_run=2)
+        assert trainer.global_step == 2
+        assert pruner.remaining == 1.0
 
     @pytest.mark.parametrize("run", ["validate", "test", "predict"])
     def test_evaluation(self, run, tmp_path):
