@@ -26,8 +26,8 @@ MILLIONS = (1, 3, 10, 30, 100, 300, 1000)
 WIDTH = 1000  # of the matrices, which have 1 M weights, or 10 M where there are more than 100 M
 BYTES = 7  # of memory that a weight takes at most: itself, its mask, and what picking needs
 NOTES = """One pruning by the index (p = 0.5, q = 1) of normal float32 weights in matrices of 1 M (from 300 M on, 10 M)
-weights. {clock}; median of {repeats} repeats (3 above 100 M), with the least and the most. Memory: peak beyond the
-weights, as a multiple of their bytes.
+weights. {clock}; median of {repeats} repeats (3 above 100 M) in a row, after one that does not count, with the least
+and the most. Memory: peak beyond the weights, as a multiple of their bytes.
 """
 RANKS = """Three prunings of {millions} M weights from inside `Trainer.fit` with `strategy="ddp_spawn"` on the CPU, as
 `history` has their seconds: by wall clock, one thread for each process. Of two processes each compares its weights and
@@ -48,11 +48,10 @@ def prune(weights, scope):
 
 def times(millions, scope, device, repeats):
     weights = weights_of(millions, device)
-    taken = []
-    for _ in range(repeats if millions <= 100 else min(3, repeats)):
-        gc.collect()
-        taken.append(common.seconds(lambda: prune(weights, scope), device))
-    return taken
+    gc.collect()
+    prune(weights, scope)
+    count = repeats if millions <= 100 else min(3, repeats)
+    return [common.seconds(lambda: prune(weights, scope), device) for _ in range(count)]
 
 
 def peak(millions, scope, device, results):

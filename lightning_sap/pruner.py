@@ -294,19 +294,16 @@ def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], sc
 
 def _limited(counts: Tensor, alive: Tensor, spare: list[tuple[int, int]], limits: Limits) -> Tensor:
     """Counts of the groups, cut to what can be spared and to the limits; cuts and additions in proportion to them."""
-    sizes = [groups for groups, _ in spare]
-    wanted, room = [], []
-    for asked, have, (_, most) in zip(torch.split(counts, sizes), torch.split(alive, sizes), spare, strict=True):
-        want = torch.minimum(asked, have)
-        if int(want.sum()) > most:
-            want = spread(most, want, want)
-        wanted.append(want)
-        room.append(spread(most - int(want.sum()), have - want, have - want))
-    counts, more = torch.cat(wanted), torch.cat(room)
+    sizes, most = [groups for groups, _ in spare], [n for _, n in spare]
+    asked = torch.split(torch.minimum(counts, alive), sizes)
+    wanted = [want if int(want.sum()) <= n else spread(n, want, want) for want, n in zip(asked, most, strict=True)]
+    counts = torch.cat(wanted)
     count = int(counts.sum())
     if limits.most is not None and count > limits.most:
         return spread(limits.most, counts, counts)
     if count < limits.least:
+        left = zip(torch.split(alive - counts, sizes), wanted, most, strict=True)
+        more = torch.cat([spread(n - int(want.sum()), room, room) for room, want, n in left])
         return counts + spread(limits.least - count, counts, more)
     return counts
 

@@ -121,8 +121,8 @@ sum_q=tensor(0.5000, dtype=torch.float64))
     sums = _no_sums(rows, alive)
     for at, magnitudes, out in _blocks(rows, alive):
         if plain:
-            sums.sum_p[at] += _raised(magnitudes, p, out).sum(1)
-            sums.sum_q[at] += _raised(magnitudes, q, out).sum(1)
+            sums.sum_p[at].add_(_raised(magnitudes, p, out).sum(1))
+            sums.sum_q[at].add_(_raised(magnitudes, q, out).sum(1))
         else:
             so_far = PowerSums(*(field[at] for field in sums))
             for field, merged in zip(sums, merge([so_far, _scaled_sums(magnitudes, p, q, out)], p, q), strict=True):
@@ -147,6 +147,8 @@ def merge(parts: Sequence[PowerSums], p: float, q: float) -> PowerSums:
 
 def total(sums: PowerSums, p: float, q: float) -> PowerSums:
     """Power sums of all groups along the first axis together, without that axis."""
+    if len(sums.exponent) == 1:
+        return PowerSums(*(field[0] for field in sums))
     top = sums.exponent.amax(0) if len(sums.exponent) else sums.exponent.sum(0)
     shift = (sums.exponent - top).to(torch.float64)
     sum_p, sum_q = sums.sum_p * torch.exp2(shift * p), sums.sum_q * torch.exp2(shift * q)
