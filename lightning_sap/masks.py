@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sap.functional.pqi import count_true
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
 from lightning_sap.sums import INTEGERS
 
@@ -45,7 +46,7 @@ class MaskSet:
             if mask.dtype != torch.bool:
                 raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         self._pruned = dict(pruned)
-        counts = _counts([local(mask) for mask in pruned.values()])
+        counts = count_true([local(mask) for mask in pruned.values()])
         self._counts = dict(zip(pruned, shards_of(pruned.values()).sum(counts).tolist(), strict=True))
 
     @classmethod
@@ -151,13 +152,6 @@ class MaskSet:
                 "Give the same model, `include` and `exclude` as when the masks were made."
             )
         return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
-
-
-def _counts(masks: Sequence[Tensor]) -> Tensor:
-    """How many are True in each; of those on one device that is not the CPU, at one transfer."""
-    if all(mask.device.type == "cpu" for mask in masks):  # NumPy counts several times faster
-        return torch.tensor([np.count_nonzero(mask.numpy()) for mask in masks], dtype=torch.int64)
-    return torch.stack([mask.count_nonzero().to(masks[0].device) for mask in masks]).cpu()
 
 
 def _zero_(tensor: Tensor, where: Tensor) -> None:

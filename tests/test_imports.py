@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "functional/select": {"functional/pqi", "sharding", "numpy"},
     "sums": {"functional/pqi", "sharding"},
     "weights": {"sharding"},
-    "masks": {"sharding", "sums", "numpy"},
+    "masks": {"functional/pqi", "sharding", "sums", "numpy"},
     "pruner": {"functional", "sums", "weights", "masks", "sharding", "history"},
     "rewind": {"sharding", "weights"},
     "phases": {"numpy"},

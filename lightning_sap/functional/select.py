@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.pqi import BITS, chunk_size
+from lightning_sap.functional.pqi import BITS, chunk_size, count_true
 from lightning_sap.sharding import ALONE, Shards
 
 FEW = 1 << 12  # weights among which the k-th is found without a sample
@@ -65,7 +65,7 @@ def smallest(
         [tensor([False,  True]), tensor([False, False])]
     """
     if room is None:
-        gone = shards.sum(_counts([torch.zeros(0) if d is None else d for d in dead])).tolist()
+        gone = shards.sum(count_true([torch.zeros(0) if d is None else d for d in dead])).tolist()
         sizes = shards.sum(torch.tensor([w.numel() for w in weights])).tolist()
         room = [size - n for size, n in zip(sizes, gone, strict=True)]
     if k > sum(room):
@@ -75,7 +75,7 @@ def smallest(
     while True:
         chosen = _smallest([weights[i] for i in free], [dead[i] for i in free], k, shards)
         # of one tensor no more than k are taken, which fit
-        taken = shards.sum(_counts(chosen)).tolist() if len(free) > 1 else [k] * len(free)
+        taken = shards.sum(count_true(chosen)).tolist() if len(free) > 1 else [k] * len(free)
         full = {i for i, n in zip(free, taken, strict=True) if n > room[i]}
         if not full:
             picked.update(zip(free, chosen, strict=True))
@@ -319,8 +319,3 @@ def _keys(weight: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _numpy(weight: Tensor) -> Any:
     """The bit patterns of weights on the CPU."""
     return weight.view(BITS[weight.dtype]).numpy()
-
-
-def _counts(flags: Sequence[Tensor]) -> Tensor:
-    """How many are True in each tensor, on the CPU, at one transfer for all."""
-    return torch.stack([f.count_nonzero().to(flags[0].device) for f in flags]).cpu()

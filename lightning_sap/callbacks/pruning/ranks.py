@@ -10,6 +10,7 @@ import torch.distributed
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_sap.functional.pqi import count_true
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Piece, Step
 from lightning_sap.sharding import is_sharded
@@ -66,7 +67,7 @@ def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
 def _fingerprints(pieces: Mapping[str, Piece]) -> dict[str, Fingerprint]:
     dead = {name: piece.weight.new_zeros(1, dtype=torch.bool) for name, piece in pieces.items()}
     dead |= {name: piece.pruned for name, piece in pieces.items() if piece.pruned is not None}
-    gone = torch.stack([mask.sum() for mask in dead.values()]).tolist() if dead else []
+    gone = count_true(list(dead.values())).tolist()
     numbers = zip(
         gone, fingerprints(list(dead.values())), fingerprints([p.weight for p in pieces.values()]), strict=True
     )
