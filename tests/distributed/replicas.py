@@ -1,6 +1,7 @@
 """What each rank does in `test_ranks.py`."""
 
 import os
+import warnings
 
 import torch
 from helpers import Net, seeded
@@ -66,8 +67,11 @@ def fit(folder, scope, extra=(), **options):
 
 
 def agreeing(rank, folder):
-    """Fits in all scopes, and one in which rank 1 strays."""
-    found = {scope: fit(folder, scope, devices=2, strategy="ddp") for scope in ("neuron", "layer", "global")}
+    """Fits in all scopes, what these warn of, and one in which rank 1 strays."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = {scope: fit(folder, scope, devices=2, strategy="ddp") for scope in ("neuron", "layer", "global")}
+    found["warnings"] = [str(warning.message) for warning in caught]
     callback, module = SAPCallback(every_n_epochs=1), small()
     run = trainer(folder, callbacks=[Perturb(1), callback], devices=2, strategy="ddp")
     try:

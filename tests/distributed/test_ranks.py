@@ -24,6 +24,11 @@ def test_two_ranks_prune_as_one_process_does(ranks, tmp_path, scope):
         torch.testing.assert_close(found[scope]["weights"], alone["weights"], rtol=0, atol=0)
 
 
+def test_what_is_logged_draws_no_advice_on_synchronising(ranks):
+    assert any(found["warnings"] for found in ranks)  # of other matters
+    assert [said for found in ranks for said in found["warnings"] if "sync_dist" in said] == []
+
+
 def test_processes_that_lightning_spawns_prune_as_one_process_does(tmp_path):
     (found,) = run_ranks("distributed.replicas:spawning", tmp_path, world=1, limit=110)
     alone = replicas.fit(tmp_path, "layer", devices=1)

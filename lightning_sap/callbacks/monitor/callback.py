@@ -299,8 +299,8 @@ class PQIMonitor(Callback):
         for name in filter(self._wants, pieces):
             values[f"{self.name}/{name}"] = measure.layers[name]
             values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
-        for key, value in values.items():
-            module.log(key, value, on_step=False, on_epoch=True, logger=to)
+        # all ranks have the same numbers, and the most of equal numbers is exactly each of them
+        module.log_dict(values, on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
 
     def _wants(self, name: str) -> bool:
         if isinstance(self.log_layers, bool):

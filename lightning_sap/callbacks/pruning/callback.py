@@ -420,9 +420,11 @@ class PruningCallback(Callback):
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if not trainer.barebones:
             to = None if logger else False  # True would warn where there is no logger
-            values = {"round": self._run.state.round, "remaining": self.remaining, "pruned": self._run.state.count}
-            for key, value in values.items():
-                module.log(f"{self.options.name}/{key}", float(value), on_step=False, on_epoch=True, logger=to)
+            state, name = self._run.state, self.options.name
+            values = {"round": state.round, "remaining": self.remaining, "pruned": state.count}
+            named = {f"{name}/{key}": float(value) for key, value in values.items()}
+            # all ranks have the same numbers, and the most of equal numbers is exactly each of them
+            module.log_dict(named, on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
 
     @property
     def state_key(self) -> str:
