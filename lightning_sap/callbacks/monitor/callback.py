@@ -35,11 +35,11 @@ class PQIMonitor(Callback):
     pruner would prune by default, and then it only logs.
 
     Logs every epoch ``pqi/global`` (all weights as one vector) and ``pqi/layer_mean`` (mean over the parameters);
-    beside a pruner ``pqi/global_pruned`` (right after the latest pruning, before retraining; in the first round, at its
-    start) and ``pqi/phase`` (0 regularization, 1 compression, 2 collapse; told at the end of each round); where asked
-    for ``gini/global``, and ``pqi/<parameter>`` and ``remaining/<parameter>``. With a ``TensorBoardLogger``, charts of
-    these are laid out under Custom Scalars, the figures (where matplotlib is installed) are among the images, and the
-    report among the texts.
+    beside a pruner ``pqi/phase`` (0 regularization, 1 compression, 2 collapse; told at the end of each round) and,
+    where it is the only one and measures in the same orders, ``pqi/global_pruned`` (right after the latest pruning,
+    before retraining; in the first round, at its start); where asked for ``gini/global``, and ``pqi/<parameter>`` and
+    ``remaining/<parameter>``. With a ``TensorBoardLogger``, charts of these are laid out under Custom Scalars, the
+    figures (where matplotlib is installed) are among the images, and the report among the texts.
 
     Args:
         p: Order of the smaller norm, ``0 < p < q``. None: the pruner's, else 0.5.
@@ -289,9 +289,9 @@ class PQIMonitor(Callback):
         to = None if logger else False  # True would warn where there is no logger
         measure, pieces, pruner = self._measure(trainer, module), self._pieces(trainer, module), _pruner(trainer)
         values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
-        after = [pruner.index_after_pruning() for pruner in _pruners(trainer)]
-        if after and after[0] is not None:
-            values[f"{self.name}/global_pruned"] = after[0]
+        match _pruners(trainer):  # of several, or in other orders, none was taken
+            case [only] if only.orders() == self._orders(trainer) and (after := only.index_after_pruning()) is not None:
+                values[f"{self.name}/global_pruned"] = after
         if pruner is not None:
             values[f"{self.name}/phase"] = float(PHASES.index(judge.phase))
         if self.gini:

@@ -98,6 +98,7 @@ class TestValues:
             fit(Net(), pruner, monitor, look)
             for seen, expected in zip(look.seen, look.expected, strict=True):
                 assert seen["pqi/global"] == close(expected["pqi/global"])
+                assert ("pqi/global_pruned" in seen) == ((p, q) == (1.0, 2.0))  # the pruner took it in its own orders
 
     def test_right_after_a_pruning(self):
         """Measured here at the first batch of each round, before it is trained."""
@@ -119,6 +120,7 @@ class TestValues:
         def compare(trainer, module):
             seen.append(logged(trainer)["pqi/global"])
             expected.append(by_hand(module, {**a.masks, **b.masks})["pqi/global"])
+            assert "pqi/global_pruned" not in logged(trainer)  # each took that of its own part
 
         fit(Net(), a, PQIMonitor(stop_on=None), b, Watch(on_train_epoch_end=compare))
         assert seen == close(expected)
