@@ -95,6 +95,32 @@ def test_changes_that_cancel_in_a_plain_sum_of_the_bits_are_seen():
     assert fingerprints([weight]) != fingerprints([other])
 
 
+def doubled(x):
+    return 2 * x
+
+
+def some_signs_flipped(x):
+    """Of as many odd places as make the sum of their multiples a power of two."""
+    y = x.clone()
+    y.view(-1)[1::2][:8].neg_()
+    return y
+
+
+@pytest.mark.parametrize("change", [doubled, torch.neg, lambda x: 0.5 * x, some_signs_flipped, lambda x: x.flip(0)])
+@pytest.mark.parametrize("shape", [(64, 64), (1024, 1024), (2048, 2048)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_many_weights_have_in_common_does_not_cancel(change, shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert fingerprint(change(weight)) != fingerprint(weight)
+
+
+@pytest.mark.parametrize("column", [0, 7])
+def test_masks_of_one_weight_differ_wherever_it_is(column):
+    masks = torch.zeros(64, 64, 1024, dtype=torch.bool)
+    masks[range(64), range(64), column] = True
+    assert len(set(fingerprints(list(masks)))) == 64
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_fingerprint_sees_every_bit_and_every_place(dtype):
     numbers = torch.arange(300_000).remainder(2 if dtype == torch.bool else 250).to(dtype).view(3, -1)
