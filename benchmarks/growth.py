@@ -30,8 +30,8 @@ weights. {clock}; median of {repeats} repeats (3 above 100 M) in a row, after on
 and the most. Memory: peak beyond the weights, as a multiple of their bytes.
 """
 RANKS = """Three prunings of {millions} M weights from inside `Trainer.fit` with `strategy="ddp_spawn"` on the CPU, as
-`history` has their seconds: by wall clock, one thread for each process. Of two processes each compares its weights and
-masks with the other's before it prunes, so twice the work is done.
+`history` has their seconds: by wall clock, one thread for each process. Two processes prune each its own copy, compare
+weights and masks before, and take the masks of the first.
 """
 
 

@@ -8,7 +8,6 @@ import gc
 import multiprocessing
 import os
 import warnings
-from pathlib import Path
 
 import common
 import torch
@@ -63,25 +62,19 @@ def tensor_bytes():
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def status(key):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 class Look(Callback):
     """Notes tensors and peak at the end of the epochs asked for, before anyone prunes."""
 
     def __init__(self, epochs):
         self.epochs, self.seen = epochs, {}
-        self.tensors, self.resident = tensor_bytes(), status("VmRSS")
+        self.tensors, self.resident = tensor_bytes(), common.resident("VmRSS")
 
     def on_train_epoch_end(self, trainer, pl_module):
         if trainer.current_epoch in self.epochs:
-            self.seen[trainer.current_epoch] = (tensor_bytes() - self.tensors, status("VmHWM") - self.resident)
+            self.seen[trainer.current_epoch] = (tensor_bytes() - self.tensors, common.resident("VmHWM") - self.resident)
 
 
 def measure(name, layers, width, looks, sender):
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rounds, look = max(looks), Look(looks)
     module = Perceptron(layers, width)

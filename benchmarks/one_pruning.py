@@ -24,17 +24,19 @@ from lightning_sap.weights import prunable_weights
 
 POLICIES = {"by the index": SparsityInformed(p=0.5, q=1.0), "half": FixedFraction(0.5)}
 NOTES = """One pruning of freshly initialised float32 weights: as many as their index says (p = 0.5, q = 1), or half.
-Ours measures, decides, picks exactly and returns new masks; the others are told how many weights we pruned, and only
-pick. `global_unstructured` and `l1_unstructured` are those of `torch.nn.utils.prune`, the latter once for each layer
-(per neuron PyTorch has nothing); `sort` sorts the magnitudes of all weights in one vector and compares each tensor with
-the threshold it finds there.
+Ours measures, decides, picks exactly and returns new bool masks (what it takes to apply them is part of a training
+step). The others are told how many weights we pruned.
 
-- time: {clock}; the contenders in turn, {repeats} repeats ({large} of the transformer), median with the least and
-  the most.
+- `global_unstructured` and `l1_unstructured` are those of `torch.nn.utils.prune`, the latter once for each layer (per
+  neuron PyTorch has nothing). They also put float32 masks and copies of the weights into the module, and multiply.
+- `sort` sorts the magnitudes of all weights in one vector and compares each tensor with the threshold it finds there;
+  `partition` finds it by NumPy's `partition` instead (CPU only). Both return masks, and leave ties to chance.
+- time: {clock}; the contenders in turn, each repeat beginning with another, {repeats} repeats ({large} of the
+  transformer), median with the least and the most.
 - reading: the median over that of reading the weights once (`sum` of each tensor).
-- ours: how many times as fast as ours of the same scope.
+- ours: the median over ours of the same scope; 8× takes eight times as long.
 - memory: peak of what one pruning takes beyond the weights, as a multiple of their bytes: {memory}.
-- –: not run; it might have taken more memory than the machine had left.
+- –: not run; it might have taken more memory than the machine had left, or does not run on this device.
 """
 MEMORY = {
     "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned;\n"
@@ -91,17 +93,26 @@ def l1_unstructured(module, policy, counts):
         prune.l1_unstructured(*place, amount=count)
 
 
-def sort(module, policy, counts):
+def by_threshold(module, policy, counts, *, find):
     weights = weights_of(module)
-    threshold = torch.cat([w.abs().flatten() for w in weights.values()]).sort().values[sum(counts) - 1]
-    for w in weights.values():
-        torch.gt(w.abs(), threshold)
+    threshold = find(torch.cat([w.abs().flatten() for w in weights.values()]), sum(counts) - 1)
+    return [torch.gt(w.abs(), threshold) for w in weights.values()]
+
+
+def by_sort(magnitudes, k):
+    return magnitudes.sort().values[k]
+
+
+def by_partition(magnitudes, k):
+    magnitudes.numpy().partition(k)
+    return magnitudes[k]
 
 
 CONTENDERS = {  # (scope, name): call; the first of a scope is ours
     ("global", "ours"): partial(ours, scope="global"),
     ("global", "global_unstructured"): global_unstructured,
-    ("global", "sort"): sort,
+    ("global", "sort"): partial(by_threshold, find=by_sort),
+    ("global", "partition"): partial(by_threshold, find=by_partition),
     ("layer", "ours"): partial(ours, scope="layer"),
     ("layer", "l1_unstructured"): l1_unstructured,
     ("neuron", "ours"): partial(ours, scope="neuron"),
@@ -126,14 +137,16 @@ def times(model, policy, device, repeats):
     counts = {scope: counts_of(module, policy, scope) for scope in ("global", "layer", "neuron")}
     weights = weights_of(module).values()
     taken = {key: [] for key in ("reading", *CONTENDERS)}
-    for _ in range(repeats):
+    keys = [key for key in CONTENDERS if device == "cpu" or key[1] != "partition"]
+    for repeat in range(repeats):
         reading = [common.seconds(partial(read, weights), device) for _ in range(5)]
         taken["reading"].append(statistics.median(reading))
-        for key, contender in CONTENDERS.items():
+        first = repeat % len(keys)
+        for key in (*keys[first:], *keys[:first]):
             if fits(weights, key):
                 fresh = copy.deepcopy(module)
                 gc.collect()
-                taken[key].append(common.seconds(partial(contender, fresh, policy, counts[key[0]]), device))
+                taken[key].append(common.seconds(partial(CONTENDERS[key], fresh, policy, counts[key[0]]), device))
                 del fresh
     return taken, counts
 

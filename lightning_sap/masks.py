@@ -95,7 +95,7 @@ class MaskSet:
         return MaskSet({**self._pruned, **MaskSet.dense(new)._pruned}) if new else self
 
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the pruned entries of the named tensors to zero, in place (also where they are not finite)."""
+        """Set the pruned entries of the named tensors, also of sparse ones, to zero in place (even if not finite)."""
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if self._counts.get(name):
@@ -156,12 +156,18 @@ class MaskSet:
 
 def _zero_(tensor: Tensor, where: Tensor) -> None:
     """Set the flagged entries to zero, in place."""
-    if tensor.device.type != "cpu" or not (tensor.is_contiguous() and where.is_contiguous()):
+    if tensor.is_sparse:  # the gradient of some rows of an embedding, a row perhaps in several parts
+        tensor._values().masked_fill_(where[tuple(tensor._indices())], 0.0)
+        return
+    if tensor.device.type != "cpu":
         tensor.masked_fill_(where, 0.0)
         return
     # On the CPU masked_fill_ takes many times as long. Bits times 0 are those of 0.0, also where they are of a NaN.
-    bits = tensor.view(-1).view(INTEGERS[tensor.element_size()])
-    for part, flags in zip(torch.split(bits, CHUNK), torch.split(where.view(-1), CHUNK), strict=True):
+    bits = tensor.view(INTEGERS[tensor.element_size()])
+    if bits.is_contiguous() and where.is_contiguous():
+        bits, where = bits.view(-1), where.view(-1)
+    rows = max(1, CHUNK * len(bits) // bits.numel())
+    for part, flags in zip(torch.split(bits, rows), torch.split(where, rows), strict=True):
         part.mul_(~flags)
 
 

@@ -42,7 +42,9 @@ class Piece(NamedTuple):
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as ``(units, weights of a unit)``."""
-        return tensor.unsqueeze(-1).flatten(1) if self.units is None else self.units(tensor)
+        if self.units is not None:
+            return self.units(tensor)
+        return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """Undo :meth:`rows`."""
@@ -187,7 +189,8 @@ def prune_masks(
     for name, weight in weights.items():
         kept = (masks or {}).get(name)
         check_tensors(weight, kept, name)
-        pieces[name] = Piece(weight.detach(), None if kept is None else ~kept, (units or {}).get(name))
+        gone = None if kept is None else ~kept.to(weight.device)
+        pieces[name] = Piece(weight.detach(), gone, (units or {}).get(name))
     pruned = prune_step(pieces, policy=policy, scope=scope, round=1).masks.pruned if pieces else {}
     for mask in pruned.values():
         local(mask).logical_not_()  # in place: these masks are nobody else's
@@ -200,9 +203,9 @@ def prune_step(
     """Measure the weights, decide how many go, pick exactly these, and return the new masks; nothing is changed."""
     limits = limits or Limits()
     sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron")
-    _check_finite(sums)
-    before = summary(sums, policy.p, policy.q)
     groups = concatenate(list(sums.values()))
+    _check_finite(sums, groups)
+    before = summary(sums, policy.p, policy.q)
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
@@ -276,9 +279,9 @@ def _one_row(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1)
 
 
-def _check_finite(sums: Mapping[str, PowerSums]) -> None:
-    bad = [name for name, part in sums.items() if not torch.isfinite(part.sum_p + part.sum_q).all()]
-    if bad:
+def _check_finite(sums: Mapping[str, PowerSums], together: PowerSums) -> None:
+    if not torch.isfinite(together.sum_p + together.sum_q).all():
+        bad = [name for name, part in sums.items() if not torch.isfinite(part.sum_p + part.sum_q).all()]
         raise ValueError(
             f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
             "diverged; lower the learning rate or clip the gradients."

@@ -85,6 +85,27 @@ class TestApply:
         masks().apply_({"a": weight})
         assert torch.equal(weight, (~A).float())
 
+    @pytest.mark.parametrize("mask_too", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_channels_last(self, dtype, mask_too):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(96, 64, 5, 5, generator=generator).to(dtype).to(memory_format=torch.channels_last)
+        pruned = torch.rand(weight.shape, generator=generator) > 0.5
+        expected, mask = weight.masked_fill(pruned, 0.0), pruned
+        if mask_too:
+            mask = torch.empty_like(weight, dtype=torch.bool).copy_(pruned)
+        MaskSet({"w": mask}).apply_({"w": weight})
+        assert torch.equal(weight, expected)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+    def test_a_sparse_gradient(self):
+        rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
+        gradient = torch.sparse_coo_tensor([[1, 0, 1]], rows, (2, 3), check_invariants=True)
+        expected = gradient.to_dense().masked_fill(A, 0.0)
+        masks().apply_({"a": gradient})
+        assert torch.equal(gradient.to_dense(), expected)
+        assert expected.count_nonzero() == (~A).sum()
+
 
 class TestMoved:
     def test_only_those_whose_tensors_are_named(self):

@@ -71,6 +71,19 @@ class TestScopes:
         assert (gone(found, "small"), found.count) == ([1, 4], 4)
         assert before.tolist() == [[False, False], [False, True]]
 
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    @pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 2, 1)])
+    def test_weights_of_any_shape(self, scope, shape):
+        weight = torch.ones(shape)
+        masks = prune_masks({"w": weight, "large": LARGE}, policy=FixedFraction(0.5), scope=scope)
+        assert masks["w"].shape == weight.shape
+        whole = {
+            "neuron": {(): 1, (3,): 3, (0, 4): 0, (2, 2, 1): 2},
+            "layer": {(): 1, (3,): 2, (0, 4): 0, (2, 2, 1): 2},
+        }
+        if scope in whole:
+            assert int(masks["w"].sum()) == whole[scope][shape]
+
     def test_an_unknown_one(self):
         with pytest.raises(ValueError, match=re.escape("Unknown scope 'channel'")):
             prune_masks({"w": SMALL}, policy=FixedFraction(0.5), scope="channel")

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sap.functional.pqi import PowerSums, check_orders
 
 TOLERANCE = 1e-9  # of the number rounded, but never so much that a whole number would turn into its neighbour
-LARGEST_SLACK = 0.25
+LARGEST_SLACK = 1e-3
 
 
 def ceil(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on th
 
 # 2^-e must be a normal float64 for every exponent e we scale by; all-zero pieces take the lowest one.
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -1000, 1022
+LARGEST_ORDER = 1000.0  # 2^-1000 is still a normal float64
 LARGEST_PLAIN_ORDER = 6.0  # to which magnitudes of float32, 2^-149 to 2^128, can be raised in float64 without scaling
 
 
@@ -40,9 +41,12 @@ class PowerSums(NamedTuple):
 
 
 def check_orders(p: float, q: float) -> None:
-    """Raise unless 0 < p < q."""
-    if not 0 < p < q < float("inf"):
-        raise ValueError(f"The orders of the PQ Index must satisfy 0 < p < q, got p={p} and q={q}; try p=0.5, q=1.0.")
+    """Raise unless 0 < p < q, and q is not so large that half of the largest magnitude counts as nothing."""
+    if not 0 < p < q <= LARGEST_ORDER:
+        raise ValueError(
+            f"The orders of the PQ Index must satisfy 0 < p < q <= {LARGEST_ORDER:g}, got p={p} and q={q}; "
+            "try p=0.5, q=1.0."
+        )
 
 
 def pq_index(

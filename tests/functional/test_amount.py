@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sap import FixedFraction, SparsityInformed, pq_index, prune_count, retained_lower_bound
-from lightning_sap.functional.amount import spread
+from lightning_sap.functional.amount import ceil, floor, spread
 from lightning_sap.functional.pqi import power_sums
 
 NO_CAP = 1 - 2**-40  # a beta that never binds
@@ -102,6 +102,11 @@ class TestPruneCount:
     )
     def test_whole_numbers_survive(self, index, d, gamma, beta, count):
         assert prune_count(index, d, 0.5, 1.0, gamma=gamma, beta=beta).item() == count
+
+    def test_fractions_stay_fractions_in_the_largest_groups(self):
+        numbers = torch.tensor([299_999_999.8, 299_999_999.9999999, 3e9 + 0.9], dtype=torch.float64)
+        assert floor(numbers).tolist() == [299_999_999, 300_000_000, 3_000_000_000]
+        assert ceil(numbers + 0.2).tolist() == [300_000_000, 300_000_001, 3_000_000_002]
 
     def test_fractions_are_rounded_away_from_pruning(self):
         r = torch.tensor([7.000001, 7.5, 7.999999], dtype=torch.float64)

@@ -239,11 +239,17 @@ class TestMistakes:
             (math.nan, 1.0, "nan"),
             (0.5, math.nan, "nan"),
             (0.5, math.inf, "inf"),
+            (1.0, 1001.0, "1001"),
         ],
     )
     def test_orders_out_of_range(self, p, q, named):
         with pytest.raises(ValueError, match=re.escape(named)):
             pq_index(torch.ones(3), p, q)
+
+    @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+    def test_the_largest_order_is_nearly_the_maximum(self, scale):
+        index = pq_index(scale * torch.tensor([2.0, 1.0, 0.1]), 1.0, 1000.0).item()
+        assert index == pytest.approx(1 - 3 ** (1 / 1000 - 1) * 3.1 / 2, rel=1e-6)
 
     @pytest.mark.parametrize("measure", [pq_index, gini_index])
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])

@@ -365,7 +365,7 @@ class TestPlot:
 class TestArguments:
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.5, float("inf"))])
     def test_orders_out_of_range(self, p, q):
-        with pytest.raises(ValueError, match=re.escape(f"0 < p < q, got p={p} and q={q}; try p=0.5, q=1.0.")):
+        with pytest.raises(ValueError, match=re.escape(f"0 < p < q <= 1000, got p={p} and q={q}; try p=0.5, q=1.0.")):
             PQIMonitor(p=p, q=q)
 
     @pytest.mark.parametrize("one", [{"p": 0.5}, {"q": 1.0}])

@@ -23,6 +23,7 @@ from helpers import (
     seeded,
     survivors,
 )
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.optim import SGD
@@ -76,6 +77,26 @@ class Manual(Checked):
         return self.optimizer(self.net[0].parameters()), self.optimizer(self.net[1:].parameters())
 
 
+class SparseRows(LightningModule):
+    """An embedding of whose gradient only the rows of the batch exist."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.rows, self.gradients = seeded(lambda: nn.Embedding(8, 5, sparse=True)), []
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        rows = torch.tensor([batch_idx % 8, 3, 3])
+        self.manual_backward((self.rows(rows) - 1).square().sum())
+        self.gradients.append(self.rows.weight.grad.clone())
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 class TestEnforcement:
     @pytest.mark.parametrize("reset_optimizer", [True, False])
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -110,6 +131,17 @@ class TestEnforcement:
         fit(module, half(reset_optimizer=reset_optimizer))
         zeros = [gone for gone in (0, N // 2, N * 3 // 4, N * 7 // 8) for _ in range(2 * BATCHES)]
         assert module.steps == [(True, gone) for gone in zeros]
+
+    def test_an_embedding_with_sparse_gradients_under_manual_optimization(self):
+        module = SparseRows()
+        pruner = half(include="rows.weight", scope="global")
+        fit(module, pruner)
+        mask = pruner.masks["rows.weight"]
+        assert int(mask.sum()) == 5  # of 40, halved three times
+        assert module.gradients[-1].is_sparse
+        assert not module.gradients[-1].to_dense()[~mask].any()
+        assert module.gradients[-1].to_dense()[mask].any()
+        assert not module.rows.weight[~mask].any()
 
     def test_momentum_would_revive_them(self):
         """Without the callback's hook the same run moves pruned weights: the tests above can fail."""

@@ -81,7 +81,7 @@ class TestRanges:
 
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-0.5, 1.0)])
     def test_orders(self, p, q):
-        message = f"The orders of the PQ Index must satisfy 0 < p < q, got p={p} and q={q}; try p=0.5, q=1.0."
+        message = f"The orders of the PQ Index must satisfy 0 < p < q <= 1000, got p={p} and q={q}; try p=0.5, q=1.0."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SAPCallback(p=p, q=q)
 
