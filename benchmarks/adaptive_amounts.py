@@ -69,6 +69,7 @@ def colour_images(arguments):
 
 TASKS = {  # images, network, epochs
     "digits, MLP": (digits, lambda: models.MLP((1, 8, 8), 10), 80),
+    "images, MLP": (colour_images, lambda: models.MLP((3, 32, 32), 10, lr=0.02), 24),
     "images, CNN": (colour_images, lambda: models.CNN((3, 32, 32), 10, hidden=(8, 16, 32), lr=0.05), 24),
 }
 

@@ -12,7 +12,7 @@ from lightning_sap.functional.pqi import PowerSums, chunk_size, concatenate, mer
 from lightning_sap.sharding import Shards
 
 WORD = 8  # bytes
-SCRAMBLE = -0x61C8864680B583EB  # odd, its bits as good as random: 2^64 over the golden ratio, as a signed number
+GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, odd, as a signed number
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
 
 
@@ -21,7 +21,7 @@ class Memory:
     """The latest power sums of one weight and of what they were taken, for whoever asks next.
 
     Monitor and pruner ask for the same ones at the end of a round. Other callbacks may have written to the weight in
-    between, in ways that leave no trace, so that its bits are looked at: half of the time that the sums take.
+    between, in ways that leave no trace, so that its bits are looked at: a third of the time that the sums take.
     """
 
     orders: tuple[float, float] | None = None
@@ -39,41 +39,45 @@ class Memory:
         self.orders, self.pruned, self.bits, self.sums = orders, pruned, bits, sums
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as one number, int64: scrambled words times odd numbers by position, summed modulo 2^64.
+def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
+    """The bits of each tensor as one number of 64 bits; of all of them in one transfer.
 
-    Scrambled are they because a plain sum of multiples does not see what many weights have in common: where 2^20 words
-    go up by 2^44, say since all weights were doubled, the changes add up to a multiple of 2^64.
+    Words of 8 bytes are scrambled, multiplied by numbers as good as random, one for each position, and summed modulo
+    2^64. Without any of that, changes that many weights have in common would cancel: signs, a factor, masks moved.
 
     Example:
         >>> import torch
-        >>> weight = torch.tensor([0.0, 1.0])
-        >>> fingerprint(weight) == fingerprint(weight.clone()), fingerprint(weight) == fingerprint(weight.flip(0))
-        (tensor(True), tensor(False))
+        >>> a, b, c = fingerprints([torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])])
+        >>> a == b, a == c
+        (True, False)
     """
-    flat = tensor.detach().reshape(-1)
+    if not tensors:
+        return []
+    longest = max(min(chunk_size(tensor), tensor.nbytes // WORD + WORD) for tensor in tensors)
+    multipliers = _multipliers(longest, tensors[0].device)
+    found = [_fingerprint(tensor.detach().reshape(-1), multipliers.to(tensor.device)) for tensor in tensors]
+    return torch.stack([number.to(multipliers.device) for number in found]).tolist()
+
+
+def _fingerprint(flat: Tensor, multipliers: Tensor) -> Tensor:
     in_a_word = WORD // flat.element_size()
     if flat.storage_offset() % in_a_word:
         flat = flat.clone()
     end = len(flat) - len(flat) % in_a_word
     words, rest = flat[:end].view(torch.int64), flat[end:].view(INTEGERS[flat.element_size()]).to(torch.int64)
-    longest = max(min(chunk_size(words), len(words)), len(rest))
-    odd = torch.arange(1, 2 * longest + 1, 2, device=flat.device)
-    scrambled, high = torch.empty_like(odd), torch.empty_like(odd)  # for all chunks the same memory
+    space = torch.empty_like(multipliers)  # for every chunk the same memory
     found = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for part in (*torch.split(words, chunk_size(words)), rest):
-        mixed, shifted = scrambled[: len(part)], high[: len(part)]
-        torch.mul(part, SCRAMBLE, out=mixed)
-        mixed ^= torch.bitwise_right_shift(mixed, 32, out=shifted)
-        found = found * SCRAMBLE + mixed.mul_(odd[: len(part)]).sum()
+    for part in (*torch.split(words, len(multipliers)), rest):
+        scrambled = torch.bitwise_right_shift(part, 32, out=space[: len(part)]).bitwise_xor_(part)
+        found = found * GOLDEN + scrambled.mul_(multipliers[: len(part)]).sum()
     return found
 
 
-def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
-    """Those of several tensors, in one transfer."""
-    if not tensors:
-        return []
-    return torch.stack([fingerprint(tensor).to(tensors[0].device) for tensor in tensors]).tolist()
+def _multipliers(count: int, device: torch.device) -> Tensor:
+    """Odd numbers as good as random, the same ones always."""
+    numbers = torch.arange(1, count + 1, device=device) * GOLDEN
+    numbers = (numbers ^ (numbers >> 31)) * GOLDEN
+    return (numbers ^ (numbers >> 29)) | 1
 
 
 def on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:

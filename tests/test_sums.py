@@ -6,7 +6,7 @@ from helpers import Net, fit
 
 from lightning_sap import PQIMonitor, SAPCallback, pruner
 from lightning_sap.pruner import Piece, sums_of
-from lightning_sap.sums import Memory, fingerprint, fingerprints
+from lightning_sap.sums import Memory, fingerprints
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -111,7 +111,15 @@ def some_signs_flipped(x):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_many_weights_have_in_common_does_not_cancel(change, shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert fingerprint(change(weight)) != fingerprint(weight)
+    assert fingerprints([change(weight)]) != fingerprints([weight])
+
+
+@pytest.mark.parametrize("byte", range(8))
+def test_masks_that_differ_in_where_equal_words_are(byte):
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    for mask, words in zip(masks, ([0, 7], [1, 6], [3, 4]), strict=True):
+        mask[words, byte] = True
+    assert len(set(fingerprints(list(masks)))) == 3
 
 
 @pytest.mark.parametrize("column", [0, 7])
@@ -126,11 +134,11 @@ def test_a_fingerprint_sees_every_bit_and_every_place(dtype):
     numbers = torch.arange(300_000).remainder(2 if dtype == torch.bool else 250).to(dtype).view(3, -1)
     moved, changed = numbers.view(-1).roll(1).view(3, -1), numbers.clone()
     changed[2, -1] = 0 if numbers[2, -1] else 1
-    assert fingerprint(numbers) == fingerprint(numbers.clone())
+    assert fingerprints([numbers]) == fingerprints([numbers.clone()])
     assert len(set(fingerprints([numbers, moved, changed]))) == 3
 
 
 def test_a_fingerprint_tells_zeros_by_their_sign_and_reads_what_is_not_finite():
-    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
-    assert fingerprint(torch.full((2,), float("nan"))) == fingerprint(torch.full((2,), float("nan")))
-    assert fingerprint(torch.zeros(0)) == 0
+    assert fingerprints([torch.tensor([0.0])]) != fingerprints([torch.tensor([-0.0])])
+    assert fingerprints([torch.full((2,), float("nan"))]) == fingerprints([torch.full((2,), float("nan"))])
+    assert fingerprints([torch.zeros(0)]) == [0]

@@ -1,8 +1,9 @@
 """PICK: exactly which weights go, the k smallest magnitudes over many tensors, ties by position.
 
 Magnitudes are compared by their bit patterns, integers of the same order. All works chunk by chunk, without a copy of
-all weights. On the CPU, NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits
-for the device, but for ``smallest`` over several tensors of which some have too little room.
+all weights; a tensor that is not contiguous is copied, one at a time. On the CPU, NumPy compares and partitions many
+times faster than PyTorch. What runs elsewhere never waits for the device, but for ``smallest`` over several tensors of
+which some have too little room.
 """
 
 from __future__ import annotations
