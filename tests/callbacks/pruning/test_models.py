@@ -107,6 +107,21 @@ def test_models(name):
     assert torch.equal(plain(x), network(x))
 
 
+def channels_last(network):
+    return network.to(memory_format=torch.channels_last)
+
+
+def test_channels_last_is_pruned_as_channels_first_is():
+    build, batch, _ = MODELS["resnet18"]
+    pruners, networks = [half(), half()], [helpers.seeded(build), channels_last(helpers.seeded(build))]
+    x = batch()
+    for pruner, network in zip(pruners, networks, strict=True):
+        module, trainer = train(network, x, pruner, optimizer=lambda p: SGD(p, lr=0.0))
+        assert all_masked_are_zero(trainer, module)
+    assert networks[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert helpers.same(pruners[0].masks, pruners[1].masks)
+
+
 class TestAdapters:
     def test_they_are_warned_of_by_name(self):
         message = (
