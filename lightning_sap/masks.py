@@ -166,7 +166,7 @@ def _zero_(tensor: Tensor, where: Tensor) -> None:
     bits = tensor.view(INTEGERS[tensor.element_size()])
     if bits.is_contiguous() and where.is_contiguous():
         bits, where = bits.view(-1), where.view(-1)
-    rows = max(1, CHUNK * len(bits) // bits.numel())
+    rows = max(1, CHUNK * len(bits) // max(1, bits.numel()))  # a shard may be empty
     for part, flags in zip(torch.split(bits, rows), torch.split(where, rows), strict=True):
         part.mul_(~flags)
 
