@@ -76,6 +76,7 @@ def resnet18():
 MODELS = {  # network, shape of a batch, steps of a run
     "mlp": (mlp, (128, 784), 100),
     "resnet18": (resnet18, (32, 3, 32, 32), 8),
+    "resnet18_few_images": (resnet18, (4, 3, 32, 32), 20),
     "transformer": (Encoder, (32, 32, 256), 20),
 }
 

@@ -256,9 +256,10 @@ def sums_of(pieces: Mapping[str, Piece], p: float, q: float, *, by_unit: bool = 
 
 
 def _sums_here(piece: Piece, p: float, q: float, by_unit: bool) -> PowerSums:
-    view = piece.rows if by_unit else _one_row
-    mask = None if piece.pruned is None else ~view(piece.pruned)
-    return power_sums(view(piece.weight), p, q, mask=mask, dim=1)
+    mask = None if piece.pruned is None else ~piece.pruned
+    if not by_unit:
+        return concatenate([power_sums(piece.weight, p, q, mask=mask)])
+    return power_sums(piece.rows(piece.weight), p, q, mask=None if mask is None else piece.rows(mask), dim=1)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
@@ -273,10 +274,6 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:
     return shards_of(piece.weight for piece in pieces.values())
-
-
-def _one_row(tensor: Tensor) -> Tensor:
-    return tensor.reshape(1, -1)
 
 
 def _check_finite(sums: Mapping[str, PowerSums], together: PowerSums) -> None:

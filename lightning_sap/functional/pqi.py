@@ -286,11 +286,13 @@ def _blocks(rows: Tensor, alive: Tensor | None) -> Iterator[tuple[slice, Tensor,
     step, device = chunk_size(rows), _device_of_sums(rows)
     space = torch.empty(2, min(step, rows.numel()), dtype=torch.float64, device=device)
     height = max(1, step // max(1, rows.shape[1]))
+    magnitudes, out = space
     for top in range(0, len(rows), height):
         for left in range(0, rows.shape[1], step):
             at = slice(top, top + height), slice(left, left + step)
             block = rows[at].to(device)
-            magnitudes, out = space[:, : block.numel()].view(2, *block.shape)
+            if magnitudes.shape != block.shape:
+                magnitudes, out = space[:, : block.numel()].view(2, *block.shape)
             if alive is not None:
                 # all bits of the dead go to 0, also of those that are not finite; masked_fill_ takes four times as long
                 bits = out.view(-1).view(BITS[block.dtype])[: block.numel()].view(block.shape)

@@ -104,7 +104,7 @@ def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tenso
         tensor([[False,  True, False],
                 [ True, False,  True]])
     """
-    picked = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    picked = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     rows, counts = rows.detach(), counts.to(rows.device)
     if not rows.numel():
         return picked
@@ -153,7 +153,8 @@ def _of_rows(keys: Tensor, counts: Tensor) -> Tensor:
 
 
 def _smallest(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, shards: Shards) -> list[Tensor]:
-    picked = [torch.zeros(w.shape, dtype=torch.bool, device=w.device) for w in weights]
+    fresh = torch.empty if k > 0 else torch.zeros  # every flag is written where some weights go
+    picked = [fresh(w.shape, dtype=torch.bool, device=w.device) for w in weights]
     if k > 0:
         dtype = reduce(torch.promote_types, {w.dtype for w in weights})
         parts = [Part(w.detach(), d, flags) for w, d, flags in zip(weights, dead, picked, strict=True)]
