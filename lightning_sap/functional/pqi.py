@@ -67,7 +67,7 @@ def pq_index(
     Args:
         x: Weights, any shape, device and floating dtype.
         p: Order of the smaller norm, ``0 < p < q``.
-        q: Order of the larger norm.
+        q: Order of the larger norm, at most 1000.
         mask: Bool tensor of the shape of ``x``; only entries where it is True (survivors) count. None: all do.
         dim: Dimensions that form a vector; the others are a batch. None: the whole tensor is one vector.
 
@@ -75,7 +75,7 @@ def pq_index(
         float64 tensor, scalar for ``dim=None``, else the shape of ``x`` without ``dim``.
 
     Raises:
-        ValueError: If not ``0 < p < q``, or if the mask is not a bool tensor of the shape of ``x``.
+        ValueError: If not ``0 < p < q <= 1000``, or if the mask is not a bool tensor of the shape of ``x``.
         TypeError: If ``x`` is not float16, bfloat16, float32 or float64.
 
     Source: Diao et al., *Pruning Deep Neural Networks from a Sparsity Perspective*, ICLR 2023, Definition 1.
