@@ -209,7 +209,7 @@ def prune_step(
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
-    counts = _limited(policy(groups, round), groups.count, _spare_of_groups(sums, spare, scope), limits)
+    counts = _limited(_asked(policy, groups, round), groups.count, _spare_of_groups(sums, spare, scope), limits)
     here = {name: piece.local() for name, piece in pieces.items()}
     picked = _pick(here, counts, scope, spare, sums, _shards(pieces))
     for name, piece in here.items():
@@ -270,6 +270,17 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
     index = index_of(layers, p, q).tolist()
     overall = float(index_of(total(layers, p, q), p, q))
     return Measure(overall, dict(zip(sums, index, strict=True)), dict(zip(sums, layers.count.tolist(), strict=True)))
+
+
+def _asked(policy: Policy, groups: PowerSums, round: int) -> Tensor:
+    """What the policy wants to prune from each group."""
+    counts = policy(groups, round)
+    if counts.dtype != torch.int64 or counts.shape != groups.count.shape or bool((counts < 0).any()):
+        raise ValueError(
+            f"{policy!r} must return how many weights each group loses: int64 of at least 0, of shape "
+            f"{tuple(groups.count.shape)}; got {counts}. Whole numbers are had by .floor().long()."
+        )
+    return counts
 
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:

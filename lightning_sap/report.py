@@ -55,7 +55,7 @@ def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]
         "round": [str(r.round) for r in records],
         "epochs": [f"{r.first_epoch}–{r.last_epoch}" for r in records],
         "weights": ["–" if r.weights is None else f"{r.weights:,}" for r in records],
-        "remaining": [f"{r.remaining:.2%}".replace("%", " %") for r in records],
+        "remaining": [_percent(r.remaining) for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
         "phase": [r.phase or "–" for r in records],
@@ -69,8 +69,12 @@ def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
     held = next((r for r in records if r.restored), records[-1])
     lines = [verdict] if verdict else []
     again = " again" if held.restored else ""
-    lines.append(f"The module holds round {held.round}{again}: {held.remaining:.2%} of the prunable weights.")
-    lines[-1] = lines[-1].replace("%", " %")
+    lines.append(f"The module holds round {held.round}{again}: {_percent(held.remaining)} of the prunable weights.")
     if saved := [r for r in records if r.path]:
-        lines.append(f"{len(saved)} rounds are saved, that of the module as {held.path}.")
+        are = "1 round is" if len(saved) == 1 else f"{len(saved)} rounds are"
+        lines.append(f"{are} saved, that of the module as {held.path}.")
     return lines
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -61,7 +61,8 @@ def prunable_weights(
     """Prunable parameters of a module by name, in the module's order, each tied parameter once.
 
     By default those are the trainable parameters of two or more dimensions whose own name contains "weight", embeddings
-    left out; a parametrized tensor goes by the parametrized name, a tied one is prunable if any of its owners is.
+    and the magnitudes of weight norm left out; a parametrized tensor goes by the parametrized name, a tied one is
+    prunable if any of its owners is.
 
     Args:
         module: The model.
@@ -86,7 +87,7 @@ def prunable_weights(
         if not _can_be_pruned(parameter):
             continue
         owners = [o for o in places if _is_full_size(o, parameter)]
-        chosen = [o for o in owners if (_matches(o, parameter, included) if included else _is_weight(o, module))]
+        chosen = [o for o in owners if _matches(o, parameter, included) or (include is None and _is_weight(o, module))]
         if chosen and not any(_matches(o, parameter, excluded) for o in owners):
             host = _host(chosen[0], module)
             groups = int(host.groups) if isinstance(host, TRANSPOSED) else 0
@@ -105,9 +106,9 @@ def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
 def low_rank_adapters(module: nn.Module, weights: Mapping[str, PrunableWeight]) -> list[str]:
     """Those of these weights that are low-rank adapters, which add their product to a frozen weight.
 
-    Known are they by a part of their name that starts with ``lora_``, as with peft, or by their shapes: in one layer (a
-    module's own parameters and those of its children) a frozen weight and two trainable ones of lower rank whose
-    product has its shape.
+    They are recognised by a part of their name that starts with ``lora_``, as with peft, or by their shapes: in one
+    layer (a module's own parameters and those of its children) a frozen weight and two trainable ones of lower rank
+    whose product has its shape.
 
     Example:
         >>> from torch import nn
@@ -187,7 +188,9 @@ def _can_be_pruned(parameter: nn.Parameter) -> bool:
 
 
 def _is_weight(owner: Owner, root: nn.Module) -> bool:
-    return "weight" in owner.own_name and not isinstance(_host(owner, root), EMBEDDINGS)
+    name, other = owner.own_name, owner.own_name.removesuffix("_g") + "_v"
+    is_magnitude = name.endswith("_g") and hasattr(owner.module, other)  # of torch.nn.utils.weight_norm
+    return "weight" in name and not is_magnitude and not isinstance(_host(owner, root), EMBEDDINGS)
 
 
 def _names(owner: Owner) -> list[str]:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap.callbacks.pruning import PruningCallback
@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "Adam": partial(Adam, lr=0.01),
     "AdamW": partial(AdamW, lr=0.01, weight_decay=0.1),
     "RMSprop": partial(RMSprop, lr=0.01, momentum=0.5),
+    "Adagrad": partial(Adagrad, lr=0.1),  # has a state before its first step
 }
 
 

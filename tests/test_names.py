@@ -148,6 +148,7 @@ class TestCheckpointKeys:
         assert set(state) == {
             "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
             "schedules", "options", "validated", "validation_keys", "folder", "lr", "note",
+            "waiting",
         }  # fmt: skip
         assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}

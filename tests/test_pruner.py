@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_sap import (
     FixedFraction,
+    Policy,
     PQIMonitor,
     PruningCallback,
     SAPCallback,
@@ -199,6 +200,18 @@ class TestRefusals:
     def test_a_mask_that_does_not_fit(self, mask):
         with pytest.raises(ValueError, match=re.escape("The mask of w must be a bool tensor of its shape (2, 2)")):
             prune_masks({"w": SMALL}, {"w": mask}, policy=FixedFraction(0.5))
+
+    @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+    @pytest.mark.parametrize(
+        "wrong", [lambda n: 0.3 * n, lambda n: n.int(), lambda n: -n, lambda n: n[:0], lambda n: n.sum().repeat(5)]
+    )
+    def test_a_policy_that_returns_no_counts(self, wrong, scope):
+        class Wrong(Policy):
+            def __call__(self, sums, round):
+                return wrong(sums.count)
+
+        with pytest.raises(ValueError, match=r"Wrong\(\) must return how many weights each group loses: int64 of at"):
+            prune_masks({"w": SMALL}, policy=Wrong(), scope=scope)
 
     def test_a_dtype_that_is_not_floating(self):
         with pytest.raises(TypeError, match="w must be of one of the dtypes"):

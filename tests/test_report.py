@@ -70,5 +70,5 @@ class TestShow:
         assert printed.splitlines()[-3:] == [
             "Stopped after round 2: [why].",
             "The module holds round 1 again: 25.00 % of the prunable weights.",
-            "1 rounds are saved, that of the module as rounds/sap-round-01.ckpt.",
+            "1 round is saved, that of the module as rounds/sap-round-01.ckpt.",
         ]

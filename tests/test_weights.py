@@ -136,11 +136,15 @@ class TestIncludeAndExclude:
             (lambda name, module, parameter: parameter.numel() > 20, None, ["0.weight", "1.weight"]),
             (None, lambda name, module, parameter: isinstance(module, nn.Conv1d), ["3.weight", "4.weight"]),
             (["4.*", lambda name, module, parameter: name == "3.bias"], None, ["3.bias", "4.weight"]),
-            ([], [], ["1.weight", "3.weight", "4.weight"]),
+            (None, [], ["1.weight", "3.weight", "4.weight"]),
         ],
     )
     def test_what_they_match(self, include, exclude, expected):
         assert names(block(), include, exclude) == expected
+
+    def test_an_empty_list_matches_nothing(self):
+        with pytest.raises(ValueError, match=re.escape("no prunable weight with include=[]")):
+            names(block(), include=[])
 
     def test_a_type_around_the_owner_counts(self):
         module = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
@@ -218,7 +222,13 @@ class TestParametrized:
     def test_weight_norm_of_the_old_kind(self):
         with pytest.warns(FutureWarning, match="weight_norm"):
             module = nn.Sequential(old_weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
-        assert "0.weight_v" in names(module)
+        assert names(module) == ["0.weight_v", "1.weight"]
+        assert module[0].weight_g.shape == (3, 1)
+
+    def test_a_weight_that_is_called_like_a_magnitude_by_chance(self):
+        module = nn.Module()
+        module.weight_g = nn.Parameter(torch.ones(3, 3))
+        assert names(module) == ["weight_g"]
 
     def test_spectral_norm(self):
         module = nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 3)), nn.Linear(3, 2))

@@ -124,6 +124,10 @@ class Policy(ABC):
     p: float = 0.5
     q: float = 1.0
 
+    def __repr__(self) -> str:
+        """Its class; what it was made with, a subclass says by its own (a dataclass does)."""
+        return f"{type(self).__name__}()"
+
     @abstractmethod
     def __call__(self, sums: PowerSums, round: int) -> Tensor:
         """Number of weights to prune from each group: int64, the shape of the groups."""

@@ -102,7 +102,6 @@ class PQIMonitor(Callback):
         self.name = name
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
-        self._resumed = False
         self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
         self._begin()
 
@@ -111,6 +110,8 @@ class PQIMonitor(Callback):
         self._rows: list[dict[str, Any]] = []
         self._judge = Judge(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
         self._validated: int | None = None  # the round (without a pruner the epoch) in which validation ran last
+        self._before_validation: Tensor | None = None  # the monitored metric
+        self._of_validation = False  # whether validation logs the monitored metric
         self._saved_metrics: dict[str, float] = {}  # of the epoch that was interrupted; Lightning forgets them
 
     @property
@@ -133,7 +134,8 @@ class PQIMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
-            self._resumed, self._records = False, []
+            self._records = []
+            self._begin()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = None
@@ -157,9 +159,7 @@ class PQIMonitor(Callback):
         check_placements({name: piece.weight for name, piece in pieces.items()})
         if not isinstance(self.log_layers, bool):
             check_patterns(self.log_layers, list(pieces))
-        if not self._resumed:
-            self._begin()
-        elif self.verdict is not None:
+        if self.verdict is not None:
             trainer.should_stop = True  # the run was cut off after its verdict
         if trainer.barebones:
             rank_zero_warn(
@@ -176,6 +176,13 @@ class PQIMonitor(Callback):
         """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._measure(trainer, pl_module)
+            self._before_validation = trainer.callback_metrics.get(self.monitor or "")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning keeps old metrics: one that is new afterwards was logged by validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._of_validation |= trainer.callback_metrics.get(self.monitor or "") is not self._before_validation
+            self._before_validation = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
@@ -217,13 +224,11 @@ class PQIMonitor(Callback):
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 
-    def _evidence(self, trainer: Trainer, module: LightningModule) -> tuple[float, Layers, float | None]:
+    def _evidence(self, trainer: Trainer, module: LightningModule, round: int) -> tuple[float, Layers, float | None]:
         """What is known of the round that ends now; on all ranks what rank 0 knows."""
-        measure, metric, pruner = self._measure(trainer, module), None, _pruner(trainer)
-        if not trainer.enable_validation or (pruner is not None and self._validated == pruner.current_round()):
-            metric = self._metrics(trainer).get(self.monitor or "")
+        measure = self._measure(trainer, module)
         layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
-        return trainer.strategy.broadcast((measure.overall, layers, metric))
+        return trainer.strategy.broadcast((measure.overall, layers, self._metric(trainer, round)))
 
     def _take_in(self, judge: Judge, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Take in the round that ends now, and those before it that were not seen."""
@@ -231,7 +236,7 @@ class PQIMonitor(Callback):
         missed = judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
         for round, (phase, reason) in missed.items():
             pruner.note_phase(round, phase, reason)
-        judge.update(*self._evidence(trainer, module))
+        judge.update(*self._evidence(trainer, module, pruner.current_round()))
 
     def _close_round(self, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Tell the phase at the end of a round, once, and stop if there is a verdict."""
@@ -243,7 +248,9 @@ class PQIMonitor(Callback):
         if self.verdict is not None:
             trainer.should_stop = True
         if self.verdict != before[1]:
-            rank_zero_info(f"{self.name}: {self.verdict}")
+            least = trainer.min_epochs or 0
+            more = f" Training goes on to min_epochs={least}." if trainer.current_epoch + 1 < least else ""
+            rank_zero_info(f"{self.name}: {self.verdict}{more}")
         elif self.verbose and self.phase != before[0]:
             rank_zero_info(f"{self.name}: {self.phase} after round {round}. {self.reason}")
 
@@ -282,6 +289,11 @@ class PQIMonitor(Callback):
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         return self._saved_metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    def _metric(self, trainer: Trainer, moment: int) -> float | None:
+        """The monitored metric; None where validation logs it and did not run in this round (no pruner: epoch)."""
+        stale = self._of_validation and self._validated != moment
+        return None if stale else self._metrics(trainer).get(self.monitor or "")
 
     def _log(self, trainer: Trainer, module: LightningModule, judge: Judge, *, logger: bool) -> None:
         if trainer.barebones:
@@ -330,11 +342,9 @@ class PQIMonitor(Callback):
         if self.monitor is None or trainer.barebones or not self._rows or self._rows[-1]["metric"] is not None:
             return
         metrics, row = self._metrics(trainer), self._rows[-1]
+        row["metric"] = self._metric(trainer, row["epoch"] if row["round"] is None else row["round"])
         self._saved_metrics = {}
-        if self.monitor in metrics:
-            if not trainer.enable_validation or self._validated == row["epoch" if row["round"] is None else "round"]:
-                row["metric"] = metrics[self.monitor]
-        elif self._validated is not None or not trainer.enable_validation:
+        if self.monitor not in metrics and (self._validated is not None or not trainer.enable_validation):
             raise ValueError(
                 f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
             )
@@ -405,6 +415,7 @@ class PQIMonitor(Callback):
             "rows": self.rows(),
             "metrics": self._saved_metrics,
             "validated": self._validated,
+            "of_validation": self._of_validation,
             "judge": self._judge.state_dict(),
         }
 
@@ -413,10 +424,9 @@ class PQIMonitor(Callback):
         if self._stage not in ("fit", None):
             return
         self._begin()
-        self._resumed = True
         self._rows = copy.deepcopy(state_dict["rows"])
         self._saved_metrics = dict(state_dict["metrics"])
-        self._validated = state_dict["validated"]
+        self._validated, self._of_validation = state_dict["validated"], state_dict["of_validation"]
         self._judge.load_state_dict(state_dict["judge"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

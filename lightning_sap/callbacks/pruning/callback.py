@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Mapping
@@ -105,7 +106,9 @@ class PruningCallback(Callback):
         self._stage: str | None = None
         self._archives = False
         # what belongs to a running fit, and is neither copied nor pickled
+        self._waiting = False  # a fit is set up, but training has not begun
         self._schedules: Schedules | None = None
+        self._optimizer_states: list[dict[Tensor, Any]] = []
         self._hooks: list[RemovableHandle] = []
         self._pending: dict[str, Any] | None = None
         self._fitted: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None  # in the latest fit
@@ -153,25 +156,27 @@ class PruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = stage
         if stage == "fit":
-            self._pending = None  # of a fit that did not come to its end
+            self._pending, self._waiting = None, True  # what there is, is of a fit that did not come to its end
             self._run.forget_weights()
             checks.check_strategy(trainer)
             neighbours.check_neighbours(trainer)
-            self._fitted, self._archives = (
-                (weakref.ref(trainer), weakref.ref(pl_module)),
-                bool(self.options.save_rounds),
-            )
+            self._fitted = weakref.ref(trainer), weakref.ref(pl_module)
+            self._archives = bool(self.options.save_rounds)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Select the weights and remember the schedules, before a checkpoint restores them."""
+        """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
         self._run.weights = self._run.select(pl_module)
         checks.check_disjoint(self.options, trainer, pl_module)
         self._schedules = Schedules(trainer)
+        self._optimizer_states = [_copied(optimizer.state) for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what a checkpoint brought, or begin; then say what is going to happen."""
         assert self._schedules is not None
         reshard(pl_module)
+        self._waiting = False
+        if trainer.global_step == 0:
+            self._schedules = Schedules(trainer)  # LearningRateFinder may have set other rates
         if self._pending is None:
             self._begin(trainer, pl_module)
         else:
@@ -260,7 +265,8 @@ class PruningCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hooks()
         self._run.forget_weights()
-        self._stage, self._schedules, self._pending = None, None, None
+        self._stage, self._schedules, self._pending, self._waiting = None, None, None, False
+        self._optimizer_states = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
@@ -277,7 +283,8 @@ class PruningCallback(Callback):
         """Prune if a round ended since the last call."""
         state, epoch = self._run.state, trainer.current_epoch
         completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
-        if wanted is not None and completed >= wanted and state.first_weights is None and state.plan.rounds != 0:
+        is_first_round = state.round == 0 and state.plan.rounds != 0
+        if is_first_round and wanted is not None and completed >= wanted and state.first_weights is None:
             state.first_weights = take_weights(module)
         if state.is_due(epoch, trainer.global_step):
             self._run.save_round(trainer)  # where a resumed run did not see its last epoch end
@@ -307,11 +314,14 @@ class PruningCallback(Callback):
         if self._schedules is not None:
             self._schedules.rewind_()
         if self.options.reset_optimizer:
-            for optimizer in trainer.optimizers:
+            for optimizer, first in zip(trainer.optimizers, self._optimizer_states, strict=True):
                 optimizer.state.clear()
+                optimizer.state.update(_copied(first))
         state.history.append(record)
         state.masks, state.count, state.index_after = step.masks, step.count, after.overall
         state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
+        if state.prunings_left() == 0:
+            state.first_weights = None  # nothing goes back to them any more
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training; to be called before it starts.
@@ -373,8 +383,8 @@ class PruningCallback(Callback):
         if trainer is not None and fitted is not None:
             neighbours.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
         for pruner, state in zip(pruners, states, strict=True):  # from now on they only hold the masks
-            first, history = pruner._run.state.first_weights, pruner.history
-            pruner._run.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=first, history=history)
+            history = pruner.history
+            pruner._run.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=None, history=history)
         self.history.mark_restored(round)
         return self.history.of_round(round)
 
@@ -434,12 +444,17 @@ class PruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on, as plain values and whole tensors; a collective under sharding."""
         schedules = [] if self._schedules is None else self._schedules.state()
-        return {**self._run.state.pack(), "schedules": schedules, "options": self.options.plain()}
+        own = {"schedules": schedules, "options": self.options.plain(), "waiting": self._waiting}
+        return {**self._run.state.pack(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state for the start of training; outside a Trainer, take it up at once."""
+        """Keep the state for the start of training; outside a Trainer, take it up at once.
+
+        LearningRateFinder and BatchSizeFinder restore what they saved before training began: there is nothing to go on
+        with.
+        """
         if self._stage == "fit":
-            self._pending = state_dict
+            self._pending = self._pending if state_dict.get("waiting") else state_dict
         elif self._stage is None:
             self._run.state = RunState.unpack(state_dict)
 
@@ -455,7 +470,9 @@ class PruningCallback(Callback):
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
         fitting: dict[str, Any] = {
+            "_waiting": False,
             "_schedules": None,
+            "_optimizer_states": [],
             "_hooks": [],
             "_pending": None,
             "_stage": None,
@@ -468,6 +485,11 @@ class PruningCallback(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+    """The state of an optimizer; before the first step only some have one, such as Adagrad."""
+    return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
 
 
 def _pruners(trainer: Trainer) -> list[PruningCallback]:

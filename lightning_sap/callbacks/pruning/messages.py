@@ -16,10 +16,10 @@ from lightning_sap.pruner import Piece, dead_units
 def announcement(options: Options, state: RunState, schedules: list[str]) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
-    rounds = "prunings after every round" if plan.rounds is None else f"{plan.rounds} prunings"
+    rounds = "prunings after every round" if plan.rounds is None else _counted(plan.rounds, "pruning")
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
-        f"{options.name}: {rounds} in rounds of {plan.epochs} epochs from epoch {plan.first_epoch}, "
+        f"{options.name}: {rounds} in rounds of {_counted(plan.epochs, 'epoch')} from epoch {plan.first_epoch}, "
         f"scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
         *(f"  learning rate: {line}" for line in schedules),
@@ -32,14 +32,14 @@ def _kept(options: Options, plan: RoundPlan) -> str:
     """How many checkpoints the rounds leave."""
     keep = options.save_rounds
     if keep is not None and not isinstance(keep, bool):
-        return f"checkpoints of the latest {keep} rounds"
+        return f"checkpoints of the latest {_counted(keep, 'round')}"
     return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
 
 
 def farewell(options: Options, state: RunState, *, stopped: bool) -> str:
     """What a run has reached, and, unless it was stopped, how to go further."""
-    masks = state.masks
-    reached = f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {state.round} prunings."
+    masks, prunings = state.masks, _counted(state.round, "pruning")
+    reached = f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {prunings}."
     further = "For a sparser network give more rounds (rounds, max_epochs) or a target_remaining."
     return reached if stopped else f"{reached} {further}"
 
@@ -81,6 +81,10 @@ def warn_of_silence(options: Options) -> None:
         f"{options.name}: Trainer(barebones=True) silences logging: {keys} reach no logger and no callback, and the "
         "history has no logged metrics; masks, rounds and the rest of the history are kept all the same."
     )
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 def _listed(names: list[str]) -> str:

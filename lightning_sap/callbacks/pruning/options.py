@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from lightning_sap.functional.amount import Policy
+import torch
+
+from lightning_sap.functional.amount import Policy, ceil, floor
 from lightning_sap.pruner import Limits, Scope, check_scope
 from lightning_sap.weights import Selection
 
@@ -76,8 +78,9 @@ class Options:
         return 0 if self.rewind_weights == "init" else self.rewind_weights
 
     def plain(self) -> dict[str, str]:
-        """The options as texts, to be stored and compared."""
-        return {key: value if isinstance(value, str) else repr(value) for key, value in vars(self).items()}
+        """The options as texts, to be stored and compared; without addresses, which every process has anew."""
+        texts = {key: value if isinstance(value, str) else repr(value) for key, value in vars(self).items()}
+        return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 
     def changed_since(self, stored: dict[str, str]) -> str:
         """The options that differ from those stored, as text; empty if none does."""
@@ -86,13 +89,17 @@ class Options:
 
     def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None) -> Limits:
         """What the next pruning must keep to: sizes of the parameters, survivors of all, prunings left with it."""
-        floors = {name: math.ceil(self.min_remaining * n - 1e-9 * n) for name, n in sizes.items()}
+        floors = {name: int(ceil(_exact(self.min_remaining * n))) for name, n in sizes.items()}
         if self.target_remaining is None or prunings_left is None or alive == 0:
             return Limits(floors)
         target = min(alive, round(self.target_remaining * sum(sizes.values())))
         share = (target / alive) ** (1 / max(1, prunings_left))
-        most_kept = max(target, math.floor(alive * share + 1e-9 * alive))
+        most_kept = max(target, int(floor(_exact(alive * share))))
         return Limits(floors, least=alive - most_kept, most=alive - target)
+
+
+def _exact(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _whole(value: Any, least: int) -> bool:

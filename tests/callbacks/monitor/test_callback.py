@@ -201,6 +201,16 @@ class TestMonitoring:
             fit(Net(), PQIMonitor(stop_on=None, monitor="val_acc"), look, val=loader())
         assert epochs == [0]
 
+    @pytest.mark.parametrize("beside", [(), (half,)])
+    def test_a_metric_of_training_is_known_without_validation(self, beside):
+        monitor, losses = PQIMonitor(monitor="train_loss", stop_on=None), []
+        look = Watch(on_train_epoch_end=lambda t, m: losses.append(float(t.callback_metrics["train_loss"])))
+        callbacks = [make() for make in beside]
+        fit(Net(), *callbacks, monitor, look, val=loader(seed=3), max_epochs=3, check_val_every_n_epoch=2)
+        assert [row["metric"] for row in monitor.rows()] == losses
+        for pruner in callbacks:
+            assert [record.metrics["train_loss"] for record in pruner.history] == losses
+
     def test_a_metric_of_rare_validation_is_waited_for(self):
         monitor = PQIMonitor(stop_on=None, monitor="val_loss")
         trainer = fit(Net(), monitor, half(), val=loader(), check_val_every_n_epoch=3, max_epochs=3)

@@ -4,11 +4,13 @@ import csv
 
 import pytest
 import torch
-from helpers import Net, fit, loader
+from helpers import Net, Watch, fit, loader, quiet_trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BatchSizeFinder,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
@@ -20,7 +22,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_sap import SAPCallback
+from lightning_sap import PQIMonitor, SAPCallback
 
 
 def sap(**options):
@@ -65,10 +67,15 @@ def test_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, validate,
 
 def test_without_the_pruner_the_average_would_be_dense():
     """The ground of the test above: weights that went to zero late leave a trace in an average."""
-    module, copy = Net(), Net()
-    fit(module, EMAWeightAveraging(decay=0.9), max_epochs=1)
-    fit(copy, max_epochs=1)
-    assert not torch.equal(module.net[0].weight, copy.net[0].weight)
+    module = Net()
+
+    def forget(trainer, module):
+        if trainer.current_epoch == 3:
+            with torch.no_grad():
+                module.net[0].weight.zero_()
+
+    fit(module, EMAWeightAveraging(decay=0.9), Watch(on_train_batch_end=forget))
+    assert module.net[0].weight.count_nonzero() == 48  # the average is in the module now
 
 
 @pytest.mark.parametrize("pruner_first", [True, False])
@@ -144,3 +151,51 @@ def test_a_backbone_joins_when_it_is_unfrozen(pruner_first):
     assert ["backbone.weight" in record.layers_pqi for record in pruner.history] == [False, True, True]
     assert is_masked(module.state_dict(), pruner.masks)
     assert not pruner.masks["backbone.weight"].all()
+
+
+class Tuned(Net):
+    """A learning rate and a batch size to be found."""
+
+    def __init__(self):
+        super().__init__()
+        self.lr, self.batch_size = 0.1, 2
+
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader(seed=3)
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def find_batch_size():
+    return BatchSizeFinder("power", steps_per_trial=1, max_trials=2)
+
+
+def find_rate():
+    return LearningRateFinder(num_training_steps=30)
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+@pytest.mark.parametrize("finder", [find_rate, find_batch_size])
+def test_what_a_finder_finds_holds_in_every_round(tmp_path, finder, pruner_first):
+    """They save and restore a checkpoint before training begins; a second fit goes on under the masks of the first."""
+    pruner, monitor, module, rates = sap(), PQIMonitor(stop_on=None), Tuned(), []
+    look = Watch(on_train_batch_start=lambda t, m: rates.append(t.optimizers[0].param_groups[0]["lr"]))
+    remaining = 1.0
+    for _ in range(2):
+        rates.clear()
+        trainer = quiet_trainer(
+            *ordered(pruner_first, pruner, finder()), monitor, look, max_epochs=6, default_root_dir=tmp_path
+        )
+        trainer.fit(module)
+        assert set(rates) == {module.lr}
+        assert [record.round for record in pruner.history] == [0, 1, 2]
+        assert pruner.history[0].remaining == remaining
+        assert [row["round"] for row in monitor.rows()] == [0, 1, 2]
+        assert is_masked(module.state_dict(), pruner.masks)
+        assert pruner.remaining < remaining
+        remaining = pruner.remaining
+    assert (module.lr, module.batch_size) != (0.1, 2)

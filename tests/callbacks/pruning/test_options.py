@@ -3,11 +3,12 @@
 import re
 
 import pytest
+import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
+from lightning_sap import FixedFraction, Policy, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
 from lightning_sap.pruner import Limits
 
 
@@ -113,6 +114,11 @@ class TestLimits:
     def test_floors_are_rounded_up(self, least, floors):
         limits = pruning(min_remaining=least).options.limits(self.SIZES, 107, 3)
         assert (limits.floors["a"], limits.floors["b"]) == floors
+
+    @pytest.mark.parametrize("n", [10**9, 2 * 10**9, 4 * 10**12])
+    def test_whole_numbers_stay_whole_however_large(self, n):
+        limits = pruning(min_remaining=0.5, target_remaining=0.5).options.limits({"a": n}, n, 1)
+        assert limits == Limits({"a": n // 2}, n // 2, n // 2)
 
     def test_without_a_target_there_is_nothing_else(self):
         assert pruning().options.limits(self.SIZES, 107, 3) == Limits({"a": 0, "b": 0}, 0, None)
@@ -273,7 +279,21 @@ class TestYAML:
         assert "rewind_weights" in capsys.readouterr().err
 
 
+class Nothing(Policy):
+    """No dataclass: its text is that of every policy."""
+
+    def __call__(self, sums, round):
+        return torch.zeros_like(sums.count)
+
+
 class TestTexts:
+    def test_no_addresses_are_in_them(self):
+        """Every process has other ones, and a resumed run would say that options changed."""
+        texts = PruningCallback(Nothing(), include=lambda *_: True, exclude=[str.isalpha]).options.plain()
+        assert texts["policy"] == "Nothing()"
+        assert texts["include"] == "<function TestTexts.test_no_addresses_are_in_them.<locals>.<lambda>>"
+        assert not any("0x" in text for text in texts.values())
+
     def test_they_are_plain_and_tell_a_change(self):
         options = pruning(include=["*.weight", nn.Linear], rewind_weights=2, target_remaining=0.5).options
         stored = options.plain()

@@ -43,7 +43,7 @@ from lightning_sap.masks import MaskSet
 STATE = "lightning_sap/sap"
 KEYS = {
     "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
-    "validated", "validation_keys", "folder", "lr", "note", "schedules", "options",
+    "validated", "validation_keys", "folder", "lr", "note", "schedules", "options", "waiting",
 }  # fmt: skip
 
 
@@ -249,14 +249,20 @@ class TestSelectionOnResume:
 class TestFile:
     def test_it_loads_with_weights_only(self, tmp_path):
         run(Scheduled, lambda: half(rewind_weights="init"), tmp_path, validate=True)
-        file = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)
+        file = torch.load(tmp_path / "epoch=4.ckpt", weights_only=True)
         state = file["callbacks"][STATE]
         assert set(state) == KEYS
-        assert state["round"] == 5
+        assert state["round"] == 4
         assert state["plan"] == {"rounds": 5, "epochs": 1, "first_epoch": 0, "last_epoch": 6}
         assert same(state["first_weights"], copied(Net().state_dict()))
-        assert [record["remaining"] for record in state["history"]] == [1.0, 0.5, 0.25, 0.125, 5 / 72]
+        assert [record["remaining"] for record in state["history"]] == [1.0, 0.5, 0.25, 0.125]
         assert {type(key) for key in state} == {str}
+
+    def test_no_first_weights_after_the_last_pruning(self, tmp_path):
+        run(Net, lambda: half(rewind_weights="init"), tmp_path)
+        state = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)["callbacks"][STATE]
+        assert state["round"] == 5
+        assert state["first_weights"] is None
 
     def test_no_first_weights_unless_they_are_rewound_to(self, tmp_path):
         run(Net, half, tmp_path)
