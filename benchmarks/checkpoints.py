@@ -26,8 +26,8 @@ keeps. Bytes are those of the file; {clock}; it is read with `weights_only=True`
 MODELS = {"resnet50": (resnet50, (2, 3, 32, 32)), "mlp": (mlp, (2, 784))}
 CONTENDERS = {
     "dense": list,
-    "pruned": lambda: [SAPCallback(rounds=1, every_n_epochs=1)],
-    'pruned, `rewind_weights="init"`': lambda: [SAPCallback(rounds=1, every_n_epochs=1, rewind_weights="init")],
+    "pruned": lambda: [SAPCallback(every_n_epochs=1)],
+    'pruned, `rewind_weights="init"`': lambda: [SAPCallback(every_n_epochs=1, rewind_weights="init")],
 }
 
 
@@ -35,7 +35,7 @@ def fitted(model, contender, device):
     make, shape = MODELS[model]
     data = TensorDataset(torch.randn(shape), torch.randint(10, shape[:1]))
     trainer = Trainer(
-        max_epochs=2, callbacks=CONTENDERS[contender](), accelerator=device, devices=1, logger=False,
+        max_epochs=-1, max_steps=2, callbacks=CONTENDERS[contender](), accelerator=device, devices=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Net(make()), DataLoader(data, shape[0]))

@@ -43,6 +43,12 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
     return "{} ({} to {})".format(*map(form.format, (statistics.median(values), min(values), max(values))))
 
 
+def middle_half(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Median, lower and upper quartile."""
+    lower, median, upper = statistics.quantiles(values)
+    return "{} ({} to {})".format(*map(form.format, (median, lower, upper)))
+
+
 def available() -> int:
     """Bytes of memory that can be had without swapping."""
     lines = Path("/proc/meminfo").read_text().splitlines()

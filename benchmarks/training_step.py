@@ -7,7 +7,9 @@ keeps nothing.
 import argparse
 import logging
 import statistics
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import common
@@ -24,9 +26,9 @@ from lightning_sap.weights import prunable_weights
 
 NOTES = """Training steps of `Trainer.fit` with SGD and momentum, 90 % of the weights of every layer pruned.
 
-- time: {clock}, from the start of one batch to the start of the next; the contenders in turn, each turn beginning with
-  another, {runs} runs each: the fastest step of a run (what else the machine does can only add to it) over that of the
-  dense run beside it; median of the runs, with the least and the most.
+- time: {clock}, from the start of one batch to the start of the next. The three trainings take
+  turns step by step in one process, in one order and then in the other: a step over that of the dense network in the
+  same turn; median of all turns after the first {warm_up}, with the middle half.
 - memory: bytes of parameters, buffers and masks (all storages that the module and the callbacks hold, each once;
   neither gradients nor optimizer state) over those of the dense module, after the first and after the tenth pruning.
 - `ModelPruning` is Lightning's, `l1_unstructured` on the same weights, one pruning for the time and ten for the memory.
@@ -74,10 +76,10 @@ def resnet18():
 
 
 MODELS = {  # network, shape of a batch, steps of a run
-    "mlp": (mlp, (128, 784), 100),
-    "resnet18": (resnet18, (32, 3, 32, 32), 8),
-    "resnet18_few_images": (resnet18, (4, 3, 32, 32), 20),
-    "transformer": (Encoder, (32, 32, 256), 20),
+    "mlp": (mlp, (128, 784), 1000),
+    "resnet18": (resnet18, (32, 3, 32, 32), 60),
+    "resnet18_few_images": (resnet18, (4, 3, 32, 32), 150),
+    "transformer": (Encoder, (32, 32, 256), 100),
 }
 
 
@@ -93,20 +95,27 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-class Clock(Callback):
-    """Seconds from batch to batch of the last epoch."""
+class Relay(Callback):
+    """Seconds of each step of a training that takes turns, step by step, with others in threads beside it."""
 
-    def __init__(self) -> None:
-        self.starts: list[float] = []
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        self.starts.clear()
+    def __init__(self, mine: threading.Semaphore, following: threading.Semaphore) -> None:
+        self.mine, self.following = mine, following
+        self.start: float | None = None
+        self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.starts.append(common.now(pl_module.device.type))
+        self.give_way(pl_module.device.type)
+        if not self.mine.acquire(timeout=600):
+            raise TimeoutError("The training before this one in the ring has stopped.")
+        self.start = common.now(pl_module.device.type)
 
-    def fastest(self):
-        return min(b - a for a, b in zip(self.starts, self.starts[1:], strict=False))
+    def on_train_end(self, trainer, pl_module):
+        self.give_way(pl_module.device.type)
+
+    def give_way(self, device):
+        if self.start is not None:
+            self.seconds.append(common.now(device) - self.start)
+            self.following.release()
 
 
 class Held(Callback):
@@ -157,11 +166,13 @@ CONTENDERS = {
     "ModelPruning": model_pruning,
     "ModelPruning, weights rewound": partial(model_pruning, lottery=True),
 }
+WARM_UP = 3  # steps that do not count
 REWOUND = "weights rewound"  # the same step, so only the memory is of interest
 
 
 def fit(model, contender, device, *, amount, rounds, steps, watch):
     """Train for one epoch more than there are prunings, under the eye of a callback."""
+    torch.set_num_threads(1)  # counts for one thread only
     seed_everything(0, verbose=False)
     make, shape, _ = MODELS[model]
     network = make()
@@ -175,29 +186,32 @@ def fit(model, contender, device, *, amount, rounds, steps, watch):
     return watch
 
 
-def times(model, device, runs, steps):
-    """Fastest step of each contender over that of the dense run beside it, for every run."""
-    ratios = {contender: [] for contender in CONTENDERS if REWOUND not in contender}
-    names, dense = list(ratios), []
-    for run in range(runs):
-        turn = names[run % len(names) :] + names[: run % len(names)]
-        step = {c: fit(model, c, device, amount=0.9, rounds=1, steps=steps, watch=Clock()).fastest() for c in turn}
-        dense.append(step["dense"])
-        for contender, seconds in step.items():
-            ratios[contender].append(seconds / step["dense"])
-    return statistics.median(dense), ratios
+def times(model, device, steps, names):
+    """Seconds of the steps of trainings that take turns in this order, after they were pruned."""
+    turns = [threading.Semaphore(number == 0) for number in range(len(names))]
+    relays = {name: Relay(turns[i], turns[(i + 1) % len(names)]) for i, name in enumerate(names)}
+    with ThreadPoolExecutor(len(names)) as threads:
+        fits = [
+            threads.submit(fit, model, name, device, amount=0.9, rounds=1, steps=steps, watch=relay)
+            for name, relay in relays.items()
+        ]
+        for done in fits:
+            done.result()
+    return {name: relay.seconds[steps + WARM_UP : -1] for name, relay in relays.items()}
 
 
-def rows_of(model, device, runs, steps):
-    dense, ratios = times(model, device, runs, steps or MODELS[model][2])
+def rows_of(model, device, steps):
+    names = [contender for contender in CONTENDERS if REWOUND not in contender]
+    steps = steps or MODELS[model][2]
+    both_ways = [times(model, device, steps, order) for order in (names, names[::-1])]
+    taken = {name: [s for one in both_ways for s in one[name]] for name in names}
     held = {c: fit(model, c, device, amount=0.2, rounds=10, steps=1, watch=Held()).bytes for c in CONTENDERS}
     for contender, sizes in held.items():
         time = "–"
-        if contender in ratios:
-            of_runs = ratios[contender]
-            time = common.spread(of_runs, "{:.3f}")
+        if contender in taken:
+            time = common.middle_half([s / d for s, d in zip(taken[contender], taken["dense"], strict=True)], "{:.3f}")
         if contender == "dense":
-            time = f"1 ({1e3 * dense:.1f} ms)"
+            time = f"1 ({1e3 * statistics.median(taken['dense']):.1f} ms)"
         first, last = (sizes[i] / held["dense"][0] for i in (1, 10))
         yield f"{model}, batches of {MODELS[model][1]}", contender, time, f"{first:.2f}", f"{last:.2f}"
 
@@ -208,12 +222,12 @@ def main() -> None:
     parser.add_argument("--models", help=f"some of {','.join(MODELS)}; default: all")
     arguments = parser.parse_args()
     models = arguments.models or ("mlp" if arguments.quick else ",".join(MODELS))
-    device, runs, steps = arguments.device, 2 if arguments.quick else 12, 5 if arguments.quick else None
+    device, steps = arguments.device, 2 * WARM_UP if arguments.quick else None
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    rows = [row for model in models.split(",") for row in rows_of(model, device, runs, steps)]
+    rows = [row for model in models.split(",") for row in rows_of(model, device, steps)]
     head = ("model", "what", "time of a step", "memory after 1 pruning", "after 10")
-    text = f"{NOTES.format(clock=common.CLOCK[device], runs=runs)}\n{common.table(head, rows)}"
+    text = f"{NOTES.format(clock=common.CLOCK[device], warm_up=WARM_UP)}\n{common.table(head, rows)}"
     common.publish(f"training_step_{device}", text, keep=not arguments.quick, device=device)
 
 

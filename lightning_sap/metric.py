@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,13 @@ class PQIndex(Metric):
     def compute(self) -> Tensor:
         """PQ Index of all entries so far, float64 scalar."""
         return index_of(_unpack(self.sums), self.p, self.q)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Any:
+        """Move the sums where the module goes, but not to another dtype: counts must stay exact."""
+        place = fn(self.sums.new_zeros(())).device
+        super()._apply(fn, [*exclude_state, "sums"])
+        self.sums = self.sums.to(place)
+        return self
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Draw one value, or several over steps; see :meth:`torchmetrics.Metric.plot`."""

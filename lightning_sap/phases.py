@@ -174,7 +174,7 @@ class PhaseDetector:
         return self.mode == "max" and self._best is not None and self._best > 0
 
     def _hard_fact(self, pqi: float, layers: Layers, metric: float | None) -> Verdict | None:
-        values = {"the index": pqi, "the metric": metric, **{f"the index of {n}": i for n, (i, _) in layers.items()}}
+        values = {**{f"the index of {n}": i for n, (i, _) in layers.items()}, "the index": pqi, "the metric": metric}
         facts = [f"{n} is {value}" for n, value in values.items() if value is not None and not math.isfinite(value)]
         facts += [f"{n} lost its last weight" for n, (_, left) in layers.items() if not left and n in self._spared]
         index, top = self._curve[-1], max(self._curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkab
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.functional.amount import Policy, spread
+from lightning_sap.functional.amount import Policy, check_policy, spread
 from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, index_of, power_sums, total
 from lightning_sap.functional.select import smallest, smallest_of_rows
 from lightning_sap.history import History, RoundRecord
@@ -146,6 +147,15 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"Unknown scope {scope!r}; it must be one of 'neuron', 'layer' and 'global'.")
 
 
+def check_finite(measure: Measure) -> None:
+    """Raise if a weight was not finite."""
+    if bad := [name for name, index in measure.layers.items() if not math.isfinite(index)]:
+        raise ValueError(
+            f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
+            "diverged; lower the learning rate or clip the gradients."
+        )
+
+
 def prune_masks(
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor] | None = None,
@@ -170,7 +180,7 @@ def prune_masks(
 
     Raises:
         ValueError: If the scope is unknown, a mask does not fit its weight, or a surviving weight is not finite.
-        TypeError: If a weight is not of dtype float16, bfloat16, float32 or float64.
+        TypeError: If a weight is not of dtype float16, bfloat16, float32 or float64, or the policy is none.
 
     Source: Diao et al., ICLR 2023, Algorithm 1.
 
@@ -183,15 +193,17 @@ def prune_masks(
                 [False, False]])}
     """
     check_scope(scope)
-    if surplus := sorted(set(masks or {}) - set(weights)):
-        raise ValueError(f"There are masks for {surplus}, but no such weights; the weights are {sorted(weights)}.")
+    check_policy(policy)
+    for what, given in (("masks", masks), ("units", units)):
+        if surplus := sorted(set(given or {}) - set(weights)):
+            raise ValueError(f"There are {what} for {surplus}, but no such weights; the weights are {sorted(weights)}.")
     pieces = {}
     for name, weight in weights.items():
         kept = (masks or {}).get(name)
         check_tensors(weight, kept, name)
         gone = None if kept is None else ~kept.to(weight.device)
         pieces[name] = Piece(weight.detach(), gone, (units or {}).get(name))
-    pruned = prune_step(pieces, policy=policy, scope=scope, round=1).masks.pruned if pieces else {}
+    pruned = prune_step(pieces, policy=policy, scope=scope, round=1).masks.pruned
     for mask in pruned.values():
         local(mask).logical_not_()  # in place: these masks are nobody else's
     return dict(pruned)
@@ -202,10 +214,12 @@ def prune_step(
 ) -> Step:
     """Measure the weights, decide how many go, pick exactly these, and return the new masks; nothing is changed."""
     limits = limits or Limits()
+    if not pieces:
+        return Step(summary({}, policy.p, policy.q), MaskSet({}), 0)
     sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron")
-    groups = concatenate(list(sums.values()))
-    _check_finite(sums, groups)
     before = summary(sums, policy.p, policy.q)
+    check_finite(before)
+    groups = concatenate(list(sums.values()))
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
@@ -285,15 +299,6 @@ def _asked(policy: Policy, groups: PowerSums, round: int) -> Tensor:
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:
     return shards_of(piece.weight for piece in pieces.values())
-
-
-def _check_finite(sums: Mapping[str, PowerSums], together: PowerSums) -> None:
-    if not torch.isfinite(together.sum_p + together.sum_q).all():
-        bad = [name for name, part in sums.items() if not torch.isfinite(part.sum_p + part.sum_q).all()]
-        raise ValueError(
-            f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
-            "diverged; lower the learning rate or clip the gradients."
-        )
 
 
 def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], scope: Scope) -> list[tuple[int, int]]:

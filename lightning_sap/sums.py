@@ -55,11 +55,12 @@ def fingerprints(tensors: Sequence[Tensor]) -> list[int]:
         return []
     longest = max(min(chunk_size(tensor), tensor.nbytes // WORD + WORD) for tensor in tensors)
     multipliers = _multipliers(longest, tensors[0].device)
-    found = [_fingerprint(tensor.detach().reshape(-1), multipliers.to(tensor.device)) for tensor in tensors]
+    found = [_fingerprint(tensor.detach(), multipliers.to(tensor.device)) for tensor in tensors]
     return torch.stack([number.to(multipliers.device) for number in found]).tolist()
 
 
-def _fingerprint(flat: Tensor, multipliers: Tensor) -> Tensor:
+def _fingerprint(tensor: Tensor, multipliers: Tensor) -> Tensor:
+    flat = tensor.reshape(-1).contiguous()
     in_a_word = WORD // flat.element_size()
     if flat.storage_offset() % in_a_word:
         flat = flat.clone()

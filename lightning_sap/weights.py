@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -56,7 +56,7 @@ class PrunableWeight:
 
 
 def prunable_weights(
-    module: nn.Module, include: Selection = None, exclude: Selection = None
+    module: nn.Module, include: Selection = None, exclude: Selection = None, *, may_be_none: bool = False
 ) -> dict[str, PrunableWeight]:
     """Prunable parameters of a module by name, in the module's order, each tied parameter once.
 
@@ -69,6 +69,7 @@ def prunable_weights(
         include: Parameter-name globs, module types (of the owner or a module around it) or predicates
             ``(name, module, parameter) -> bool``; if given, only what one of them matches, whatever its name or owner.
         exclude: The same; what one of them matches is left out.
+        may_be_none: Whether it is fine if nothing is left to prune, as where all is frozen.
 
     Raises:
         ValueError: If a pattern matches no parameter, or nothing is left to prune.
@@ -92,7 +93,7 @@ def prunable_weights(
             host = _host(chosen[0], module)
             groups = int(host.groups) if isinstance(host, TRANSPOSED) else 0
             found[owners[0].name] = PrunableWeight(owners[0].name, parameter, groups)
-    if not found:
+    if not (found or may_be_none):
         raise ValueError(_nothing_to_prune(parameters, include, exclude))
     return found
 
@@ -214,10 +215,22 @@ def _matches(owner: Owner, parameter: nn.Parameter, selectors: Sequence[Selector
     return False
 
 
+def check_selection(name: str, selection: Selection) -> None:
+    """Raise unless it is made of globs, module types and predicates."""
+    for selector in _as_list(selection):
+        is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+        is_predicate = callable(selector) and not isinstance(selector, type | nn.Module)
+        if not (isinstance(selector, str) or is_type or is_predicate):
+            raise TypeError(
+                f"{name} must be one or a list of parameter-name globs such as 'encoder.*', module types such as "
+                f"nn.Linear, and predicates (name, module, parameter) -> bool; got {selector!r}."
+            )
+
+
 def _as_list(selection: Selection) -> list[Selector]:
     if selection is None:
         return []
-    if isinstance(selection, str | type) or callable(selection):
+    if isinstance(selection, str | type) or callable(selection) or not isinstance(selection, Iterable):
         return [selection]
     return list(selection)
 

@@ -113,6 +113,17 @@ class TestLife:
             PQIndex(p, q)
 
 
+def test_the_sums_stay_exact_in_a_module_that_changes_its_dtype():
+    module = torch.nn.Module()
+    module.metric = updated([torch.linspace(-1, 1, 100_001)])
+    before = module.metric.compute()
+    for change in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float()):
+        change(module)
+        module.metric._computed = None
+        assert module.metric.sums.dtype == torch.float64
+        assert module.metric.compute() == before
+
+
 def test_plot_draws_the_value_on_a_given_axis():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

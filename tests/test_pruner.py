@@ -191,10 +191,15 @@ class TestRefusals:
         masks = {"bad": torch.tensor([[False, True], [True, True]])}
         assert prune_masks(weights, masks, policy=FixedFraction(0.4))["bad"].sum() == 2
 
-    def test_masks_of_unknown_weights(self):
-        message = "There are masks for ['v'], but no such weights; the weights are ['w']."
+    @pytest.mark.parametrize(("what", "given"), [("masks", SMALL > 0), ("units", lambda weight: weight.T)])
+    def test_masks_and_units_of_unknown_weights(self, what, given):
+        message = f"There are {what} for ['v'], but no such weights; the weights are ['w']."
         with pytest.raises(ValueError, match=re.escape(message)):
-            prune_masks({"w": SMALL}, {"v": SMALL > 0}, policy=FixedFraction(0.5))
+            prune_masks({"w": SMALL}, policy=FixedFraction(0.5), **{what: {"v": given}})
+
+    def test_what_is_no_policy(self):
+        with pytest.raises(TypeError, match=r"policy must be a Policy such as SparsityInformed\(\) .*, got 0.5\."):
+            prune_masks({"w": SMALL}, policy=0.5)
 
     @pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(3, 2, dtype=torch.bool)])
     def test_a_mask_that_does_not_fit(self, mask):

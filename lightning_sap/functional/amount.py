@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_sap.functional.pqi import PowerSums, check_orders
 
 TOLERANCE = 1e-9  # of the number rounded, but never so much that a whole number would turn into its neighbour
-LARGEST_SLACK = 1e-3
+LARGEST_SLACK = 0.25
 
 
 def ceil(x: Tensor) -> Tensor:
@@ -131,6 +131,12 @@ class Policy(ABC):
     @abstractmethod
     def __call__(self, sums: PowerSums, round: int) -> Tensor:
         """Number of weights to prune from each group: int64, the shape of the groups."""
+
+
+def check_policy(policy: object) -> None:
+    """Raise unless it is a policy."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {policy!r}.")
 
 
 @dataclass(frozen=True)

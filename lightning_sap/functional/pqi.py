@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +43,9 @@ class PowerSums(NamedTuple):
 
 def check_orders(p: float, q: float) -> None:
     """Raise unless 0 < p < q, and q is not so large that half of the largest magnitude counts as nothing."""
-    if not 0 < p < q <= LARGEST_ORDER:
+    if not (isinstance(p, Real) and isinstance(q, Real) and 0 < p < q <= LARGEST_ORDER):
         raise ValueError(
-            f"The orders of the PQ Index must satisfy 0 < p < q <= {LARGEST_ORDER:g}, got p={p} and q={q}; "
+            f"The orders of the PQ Index must satisfy 0 < p < q <= {LARGEST_ORDER:g}, got p={p!r} and q={q!r}; "
             "try p=0.5, q=1.0."
         )
 

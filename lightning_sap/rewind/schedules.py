@@ -111,6 +111,23 @@ class Replay:
             )
         self.mode, self.reason = wanted, "asked for"
 
+    def advances(self, step: Step) -> bool:
+        """Whether each call moves it on; not where the caller sets it by an epoch that is not the schedule's own."""
+        now = copy.deepcopy(self.scheduler.state_dict()), take_groups(self.scheduler.optimizer)
+        places: list[tuple[Any, list[float]]] = []
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the optimizer has not stepped yet, that epochs are deprecated
+                for _ in range(2):
+                    step(self.scheduler)
+                    rates = [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
+                    places.append((getattr(self.scheduler, "last_epoch", None), rates))
+        except ValueError:  # a schedule of one step
+            return True
+        finally:
+            self._restore_(*now)
+        return places[0] != places[1]
+
     def trace(self, step: Step) -> list[float]:
         """Learning rate (summed over the groups) at each tick of all training, were the schedule left alone.
 

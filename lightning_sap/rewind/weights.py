@@ -14,12 +14,21 @@ from lightning_sap.weights import COMPILE_PREFIX, parameter_names
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers on the CPU, sharded alike, sharing no storage with the live ones.
 
+    Raises:
+        ValueError: If a lazy module has not seen a batch yet.
+
     Example:
         >>> from torch import nn
         >>> sorted(take_weights(nn.BatchNorm1d(2)))
         ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _live(module).items()}
+    live, lazy_kinds = _live(module), (nn.UninitializedParameter, nn.UninitializedBuffer)
+    if lazy := [name for name, tensor in live.items() if isinstance(tensor, lazy_kinds)]:
+        raise ValueError(
+            f"There are no weights to rewind to yet: {lazy} are not initialized before the first batch. Pass a batch "
+            "through the module before fit, or rewind to the weights after an epoch (rewind_weights=1)."
+        )
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
 
 
 def restore_weights_(module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:

@@ -103,10 +103,10 @@ class TestPruneCount:
     def test_whole_numbers_survive(self, index, d, gamma, beta, count):
         assert prune_count(index, d, 0.5, 1.0, gamma=gamma, beta=beta).item() == count
 
-    def test_fractions_stay_fractions_in_the_largest_groups(self):
-        numbers = torch.tensor([299_999_999.8, 299_999_999.9999999, 3e9 + 0.9], dtype=torch.float64)
-        assert floor(numbers).tolist() == [299_999_999, 300_000_000, 3_000_000_000]
-        assert ceil(numbers + 0.2).tolist() == [300_000_000, 300_000_001, 3_000_000_002]
+    def test_whole_numbers_and_halves_stay_apart_in_the_largest_groups(self):
+        numbers = torch.tensor([99_999_999.85, 99_999_999.95, 3e9, 3e9 + 0.5], dtype=torch.float64)
+        assert floor(numbers).tolist() == [99_999_999, 100_000_000, 3_000_000_000, 3_000_000_000]
+        assert ceil(numbers).tolist() == [100_000_000, 100_000_000, 3_000_000_000, 3_000_000_001]
 
     def test_fractions_are_rounded_away_from_pruning(self):
         r = torch.tensor([7.000001, 7.5, 7.999999], dtype=torch.float64)

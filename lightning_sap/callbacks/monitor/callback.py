@@ -18,7 +18,7 @@ from lightning_sap.callbacks.monitor.judge import Judge, StopOn, Verdict
 from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.history import RoundRecord
 from lightning_sap.phases import Layers, Phase, PhaseDetector
-from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+from lightning_sap.pruner import Measure, MonitoredPruner, Piece, check_finite, dense_pieces, summary, sums_of
 from lightning_sap.report import markdown, show
 from lightning_sap.sharding import check_placements, is_sharded
 from lightning_sap.weights import check_patterns
@@ -220,6 +220,8 @@ class PQIMonitor(Callback):
         if pruner is not None:
             self._go_back(pruner)
             self._records = list(pruner.history)
+            if pruner.history.restored is None and self._cache is not None:
+                check_finite(self._cache[1])
         self._show(trainer)
 
     # -- the verdict --------------------------------------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import time
 import weakref
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,16 +16,46 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
-from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
+from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.run import Run
 from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.functional.amount import Policy
 from lightning_sap.history import History, RoundRecord
-from lightning_sap.pruner import Piece, RoundWitness, Scope
-from lightning_sap.rewind import restore_weights_, take_weights
+from lightning_sap.pruner import Piece, RoundWitness, Scope, check_finite
 from lightning_sap.sharding import reshard
 from lightning_sap.weights import Selection, low_rank_adapters
+
+
+def _nothing() -> None:
+    """A weak reference to nothing."""
+
+
+@dataclass
+class Fit:
+    """What belongs to one fit, and is neither copied nor pickled.
+
+    Attributes:
+        stage: As in ``setup``; for a fit then "train" while it trains, and "trained".
+        trainer: Weak reference to the Trainer of the latest fit.
+        module: Weak reference to its module.
+        archives: Whether each round is saved.
+        pending: What a checkpoint brought, until training starts.
+        schedules: Its schedules and optimizers.
+        hooks: Those on its optimizers.
+        hooked: Whether every optimizer has them: Lightning takes others than PyTorch's, which may know none.
+        before_validation: The metrics that were known when validation began.
+    """
+
+    stage: str | None = None
+    trainer: Callable[[], Trainer | None] = _nothing
+    module: Callable[[], LightningModule | None] = _nothing
+    archives: bool = False
+    pending: dict[str, Any] | None = None
+    schedules: Schedules = field(default_factory=Schedules)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    hooked: bool = True
+    before_validation: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PruningCallback(Callback):
@@ -103,16 +131,7 @@ class PruningCallback(Callback):
             min_remaining, include, exclude, keep_zeros, save_rounds, dirpath, name,
         )  # fmt: skip
         self._run = Run(self.options)
-        self._stage: str | None = None
-        self._archives = False
-        # what belongs to a running fit, and is neither copied nor pickled
-        self._waiting = False  # a fit is set up, but training has not begun
-        self._schedules: Schedules | None = None
-        self._optimizer_states: list[dict[Tensor, Any]] = []
-        self._hooks: list[RemovableHandle] = []
-        self._pending: dict[str, Any] | None = None
-        self._fitted: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None  # in the latest fit
-        self._before_validation: dict[str, Tensor] = {}
+        self._fit = Fit()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -154,47 +173,46 @@ class PruningCallback(Callback):
         return self._run.state.index_after
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stage = stage
-        if stage == "fit":
-            self._pending, self._waiting = None, True  # what there is, is of a fit that did not come to its end
-            self._run.forget_weights()
-            checks.check_strategy(trainer)
-            neighbours.check_neighbours(trainer)
-            self._fitted = weakref.ref(trainer), weakref.ref(pl_module)
-            self._archives = bool(self.options.save_rounds)
+        if stage != "fit":
+            self._fit.stage = stage
+            return
+        self._run.forget_weights()
+        checks.check_strategy(trainer)
+        neighbours.check_neighbours(trainer)
+        self._fit = Fit(stage, weakref.ref(trainer), weakref.ref(pl_module), archives=bool(self.options.save_rounds))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
         self._run.weights = self._run.select(pl_module)
         checks.check_disjoint(self.options, trainer, pl_module)
-        self._schedules = Schedules(trainer)
-        self._optimizer_states = [_copied(optimizer.state) for optimizer in trainer.optimizers]
+        self._fit.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what a checkpoint brought, or begin; then say what is going to happen."""
-        assert self._schedules is not None
+        fit, run = self._fit, self._run
         reshard(pl_module)
-        self._waiting = False
-        if trainer.global_step == 0:
-            self._schedules = Schedules(trainer)  # LearningRateFinder may have set other rates
-        if self._pending is None:
-            self._begin(trainer, pl_module)
+        if trainer.global_step == 0:  # LearningRateFinder may have set other rates
+            fit.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
+        if fit.pending is None:
+            run.begin(trainer, pl_module)
         else:
-            self._resume(trainer, pl_module, self._pending)
-            self._pending = None
-        self._open_archive(trainer)
-        state = self._run.state
+            run.resume(trainer, pl_module, fit.pending)
+            fit.schedules.load(run.state.schedules)
+        fit.stage, fit.pending = "train", None
+        run.open_archive(trainer, fit.archives)
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
-        schedules = self._schedules.choose(trainer, pl_module, state.plan, wanted)
-        state.masks.apply_(self._run.live())
+        schedules = fit.schedules.choose(trainer, pl_module, run.state.plan, wanted)
+        run.state.masks.apply_(run.live())
         self._remove_hooks()
-        self._hooks = [optimizer.register_step_post_hook(self._run.enforce) for optimizer in trainer.optimizers]
-        self._hooks += [optimizer.register_step_post_hook(self._run.note_rate) for optimizer in trainer.optimizers[:1]]
-        if state.index_after is None:
-            state.index_after = self._run.measure(pl_module).overall
-        rank_zero_info(messages.announcement(self.options, state, schedules))
-        if state.plan.rounds != 0:
-            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, self._run.weights))
+        optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_post_hook")]
+        fit.hooks = [optimizer.register_step_post_hook(run.enforce) for optimizer in optimizers]
+        fit.hooks += [optimizer.register_step_post_hook(run.note_rate) for optimizer in optimizers[:1]]
+        fit.hooked = len(optimizers) == len(trainer.optimizers)
+        if run.state.index_after is None:
+            run.state.index_after = run.measure(pl_module).overall
+        rank_zero_info(messages.announcement(self.options, run.state, schedules))
+        if run.state.plan.rounds != 0:
+            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, run.weights))
         if trainer.barebones:
             messages.warn_of_silence(self.options)
 
@@ -202,52 +220,24 @@ class PruningCallback(Callback):
         """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""
         return next((other for other in _pruners(trainer) if other.prunes()), self) is self
 
-    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        """Plan the rounds, and start them."""
-        options, plan = self.options, RoundPlan(0, 1)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            plan = plan_rounds(trainer.max_epochs, options.rounds, options.every_n_epochs, trainer.current_epoch)
-            checks.check_plan(options, plan)
-        if plan.rounds != 0:
-            neighbours.check_averaging(trainer)
-        self._run.begin(module, plan, trainer.global_step)
-
-    def _open_archive(self, trainer: Trainer) -> None:
-        """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
-        state = self._run.state
-        if not self._archives or state.plan.rounds == 0:
-            state.folder = None
-        elif state.folder is None:
-            state.folder = archive.choose_folder(trainer, self.options.dirpath)
-
-    def _resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint stands; the last round ends where training ends now."""
-        assert self._schedules is not None
-        self._run.take_up(module, packed)
-        state = self._run.state
-        if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
-            state.plan = replace(state.plan, last_epoch=trainer.max_epochs)
-        self._schedules.load(packed["schedules"])
-        if self.options.plain()["dirpath"] != packed["options"].get("dirpath"):
-            state.folder = None
-        if changed := self.options.changed_since(packed["options"]):
-            rank_zero_info(f"{self.options.name}: changed since the checkpoint, from the next round on: {changed}")
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
         if trainer.global_step > self._run.state.round_step:
+            measure = self._run.measure(pl_module)
+            if self.prunes() and not _of_kind(trainer, RoundWitness):  # which would go back to a sound round
+                check_finite(measure)
             self._run.save_round(trainer)  # where it was shorter than planned
-            self._run.state.history.append(self._run.record(trainer, self._run.measure(pl_module)))
+            self._run.state.history.append(self._run.record(trainer, measure))
         rank_zero_info(messages.farewell(self.options, self._run.state, stopped=trainer.should_stop))
-        self._remove_hooks()
+        self._close("trained")
 
     def close_run(self, module: LightningModule) -> None:
         """Take up the checkpoint of a run that was over: Lightning then trains nothing, and calls no hook of it."""
-        trainer = None if self._fitted is None else self._fitted[0]()
-        if self._pending is None or trainer is None:
+        trainer, pending = self._fit.trainer(), self._fit.pending
+        if pending is None or trainer is None:
             return
-        self._run.take_up(module, self._pending)
-        state, self._pending = self._run.state, None
+        self._run.take_up(module, pending)
+        state, self._fit.pending = self._run.state, None
         if trainer.global_step > state.round_step and state.round not in [record.round for record in state.history]:
             state.history.append(self._run.record(trainer, self._run.measure(module)))
 
@@ -260,19 +250,17 @@ class PruningCallback(Callback):
         self._run.state.masks.apply_(self._run.live())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()
+        self._close(None)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._remove_hooks()
+        self._close(None)
         self._run.forget_weights()
-        self._stage, self._schedules, self._pending, self._waiting = None, None, None, False
-        self._optimizer_states = []
+        self._fit = Fit(None, self._fit.trainer, self._fit.module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
-        assert self._schedules is not None
         self._advance(trainer, pl_module)
-        self._schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=False)
+        self._fit.schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Advance here too: after some resumes an epoch starts without its hook."""
@@ -281,47 +269,7 @@ class PruningCallback(Callback):
 
     def _advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Prune if a round ended since the last call."""
-        state, epoch = self._run.state, trainer.current_epoch
-        completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
-        is_first_round = state.round == 0 and state.plan.rounds != 0
-        if is_first_round and wanted is not None and completed >= wanted and state.first_weights is None:
-            state.first_weights = take_weights(module)
-        if state.is_due(epoch, trainer.global_step):
-            self._run.save_round(trainer)  # where a resumed run did not see its last epoch end
-            self._prune(trainer, module)
-
-    def _prune(self, trainer: Trainer, module: LightningModule) -> None:
-        """Measure, decide and pick; and only when all is known, mask and rewind."""
-        state, started = self._run.state, time.perf_counter()
-        step = self._run.decide(trainer, module)
-        after = self._run.measure(module, step.masks)
-        seconds = time.perf_counter() - started
-        record = replace(
-            self._run.record(trainer, step.before),
-            pruned=step.count,
-            pqi_pruned=after.overall,
-            layers_pqi_pruned=after.layers,
-            seconds=seconds,
-        )
-        messages.warn_of_dead(self.options, self.pieces(module), step.masks)
-        # from here on things change
-        if state.first_weights is not None:
-            restore_weights_(module, state.first_weights)
-            for other in _pruners(trainer):  # it may have pruned what came back
-                other._run.enforce()
-        step.masks.apply_(self._run.live())
-        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self._run.live()))
-        if self._schedules is not None:
-            self._schedules.rewind_()
-        if self.options.reset_optimizer:
-            for optimizer, first in zip(trainer.optimizers, self._optimizer_states, strict=True):
-                optimizer.state.clear()
-                optimizer.state.update(_copied(first))
-        state.history.append(record)
-        state.masks, state.count, state.index_after = step.masks, step.count, after.overall
-        state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
-        if state.prunings_left() == 0:
-            state.first_weights = None  # nothing goes back to them any more
+        self._run.advance(trainer, module, self._fit.schedules, [other._run for other in _pruners(trainer)])
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training; to be called before it starts.
@@ -334,7 +282,7 @@ class PruningCallback(Callback):
                 "PQIMonitor(restore=True) goes back to a round that was saved, and save_rounds=False saves none; leave "
                 "save_rounds out, or give restore=False."
             )
-        self._archives = True
+        self._fit.archives = True
 
     def note_phase(self, round: int, phase: str, reason: str) -> None:
         """Take into the history how the round that just ended was judged."""
@@ -367,11 +315,11 @@ class PruningCallback(Callback):
             ValueError: There is no record of round 2; those that ended are [].
         """
         record = self.history.of_round(round)
-        if self._hooks:
+        if self._fit.stage == "train":
             raise RuntimeError("restore_round cannot be called while training goes on; call it after fit.")
         if record.path is None:
             raise ValueError(f"Round {round} was not saved: give save_rounds=True (here {self.options.save_rounds}).")
-        trainer, fitted = (None, None) if self._fitted is None else (self._fitted[0](), self._fitted[1]())
+        trainer, fitted = self._fit.trainer(), self._fit.module()
         if module is not None and module is not fitted:
             trainer = None  # the other callbacks of its Trainer are not concerned
         module = fitted if module is None else module
@@ -401,17 +349,18 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._schedules is not None
-        self._schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=trainer.is_last_batch)
+        if not self._fit.hooked:
+            self._run.enforce()
+        self._fit.schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=trainer.is_last_batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning keeps old metrics: what is new afterwards was logged by validation."""
-        self._before_validation = dict(trainer.callback_metrics)
+        self._fit.before_validation = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._run.note_validation(self._before_validation, trainer.callback_metrics)
-        self._before_validation = {}
+            self._run.note_validation(self._fit.before_validation, trainer.callback_metrics)
+        self._fit.before_validation = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
@@ -422,9 +371,8 @@ class PruningCallback(Callback):
         """Save the round that ends: from a checkpoint of this hook Lightning resumes."""
         self._log(trainer, pl_module, logger=True)
         if self._run.state.plan.ends_round(trainer.current_epoch):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, RoundWitness):
-                    callback.see_epoch(trainer, pl_module)
+            for witness in _of_kind(trainer, RoundWitness):
+                witness.see_epoch(trainer, pl_module)
             self._run.save_round(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
@@ -443,19 +391,23 @@ class PruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on, as plain values and whole tensors; a collective under sharding."""
-        schedules = [] if self._schedules is None else self._schedules.state()
-        own = {"schedules": schedules, "options": self.options.plain(), "waiting": self._waiting}
-        return {**self._run.state.pack(), **own}
+        if self._fit.stage == "train":
+            self._run.state.schedules = self._fit.schedules.state()
+        self._run.state.options = self.options.plain()
+        return {**self._run.state.pack(), "waiting": self._fit.stage == "fit"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state for the start of training; outside a Trainer, take it up at once.
+        """Keep the state for the start of training; while it goes on, or outside of a Trainer, take it up at once.
 
-        LearningRateFinder and BatchSizeFinder restore what they saved before training began: there is nothing to go on
-        with.
+        LearningRateFinder and BatchSizeFinder restore what they saved: before training there is nothing in it.
         """
-        if self._stage == "fit":
-            self._pending = self._pending if state_dict.get("waiting") else state_dict
-        elif self._stage is None:
+        fit, module = self._fit, self._fit.module()
+        if fit.stage == "train" and module is not None:
+            self._run.take_up(module, state_dict)
+            fit.schedules.load(self._run.state.schedules)
+        elif fit.stage == "trained" or (fit.stage == "fit" and not state_dict.get("waiting")):
+            fit.pending = state_dict
+        elif fit.stage is None:
             self._run.state = RunState.unpack(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -469,28 +421,24 @@ class PruningCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        fitting: dict[str, Any] = {
-            "_waiting": False,
-            "_schedules": None,
-            "_optimizer_states": [],
-            "_hooks": [],
-            "_pending": None,
-            "_stage": None,
-            "_fitted": None,
-            "_before_validation": {},
-        }
-        return {**own, **fitting}
+        return {**own, "_fit": Fit()}
+
+    def _close(self, stage: str | None) -> None:
+        """Training is over: keep where the schedules stand, for files that are saved from now on."""
+        if self._fit.stage == "train":
+            self._run.state.schedules = self._fit.schedules.state()
+        self._fit.stage = stage
+        self._remove_hooks()
 
     def _remove_hooks(self) -> None:
-        for hook in self._hooks:
+        for hook in self._fit.hooks:
             hook.remove()
-        self._hooks = []
-
-
-def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
-    """The state of an optimizer; before the first step only some have one, such as Adagrad."""
-    return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
+        self._fit.hooks = []
 
 
 def _pruners(trainer: Trainer) -> list[PruningCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+    return _of_kind(trainer, PruningCallback)
+
+
+def _of_kind(trainer: Trainer, kind: type[Any]) -> list[Any]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
 from lightning_sap.weights import PrunableWeight, prunable_weights
 
@@ -43,7 +45,7 @@ def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) 
         other = getattr(callback, "options", None)
         if not isinstance(other, Options):
             continue
-        for weight in prunable_weights(module, other.include, other.exclude).values():
+        for weight in prunable_weights(module, other.include, other.exclude, may_be_none=True).values():
             first = owner.setdefault(id(weight.parameter), other.name)
             if first != other.name and options.name in (first, other.name):
                 raise ValueError(
@@ -68,6 +70,44 @@ def check_plan(options: Options, plan: RoundPlan) -> None:
         )
 
 
+def check_changes(options: Options, state: RunState, epoch: int, global_step: int) -> None:
+    """Raise for options that a resumed run cannot change any more."""
+    new, old = options.plain(), state.options
+    if state.plan.rounds == 0 or state.prunings_left() == 0:
+        return
+    if options.changed("lr_schedule", old) and state.schedules:
+        raise ValueError(
+            f"lr_schedule={new['lr_schedule']!r} cannot take the place of the checkpoint's {old['lr_schedule']!r} in "
+            f"the middle of a run; give lr_schedule={old['lr_schedule']!r}."
+        )
+    k = options.snapshot_epoch
+    if options.changed("rewind_weights", old) and k is not None and epoch - state.plan.first_epoch >= k < global_step:
+        raise ValueError(
+            f"rewind_weights={new['rewind_weights']} needs weights that are gone: those after {k} epochs, and the "
+            f"checkpoint was saved with rewind_weights={old['rewind_weights']}. Give that, or None to go on with the "
+            "weights as they are."
+        )
+
+
+def check_target(options: Options, state: RunState) -> None:
+    """Raise if the target cannot be met exactly by what is left of the run."""
+    if options.target_remaining is None or not state.plan.rounds:
+        return
+    alive = state.masks.survivors
+    sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
+    target, kept = options.target(sizes), sum(options.floors(sizes).values())
+    found = {
+        f"min_remaining={options.min_remaining} keeps {kept}": kept > target,
+        f"only {sum(alive.values())} survive already": sum(alive.values()) < target,
+        "there are no prunings left": state.prunings_left() == 0 and sum(alive.values()) != target,
+    }
+    if reasons := [reason for reason, holds in found.items() if holds]:
+        raise ValueError(
+            f"target_remaining={options.target_remaining} cannot be met: that is {target} of {sum(sizes.values())} "
+            f"weights, and {reasons[0]}. Give another target_remaining or None, a lower min_remaining, or more rounds."
+        )
+
+
 def state_key(name: str) -> str:
     """Where a checkpoint keeps the state of the callback of that name."""
     return f"{STATE_PREFIX}{name}"
@@ -78,7 +118,12 @@ def check_state_name(name: str, trainer: Trainer, checkpoint: dict[str, Any]) ->
     stored = [key for key in checkpoint.get("callbacks", {}) if key.startswith(STATE_PREFIX)]
     present = {other.state_key for other in trainer.callbacks}  # type: ignore[attr-defined]
     orphans = [key.removeprefix(STATE_PREFIX) for key in stored if key not in present]
-    if orphans and state_key(name) not in stored:
+    if orphans and state_key(name) in stored:
+        rank_zero_warn(
+            f"{name}: the checkpoint also holds pruning state named {orphans}, which no callback takes up: what was "
+            "pruned by it can grow again."
+        )
+    elif orphans:
         raise ValueError(
             f"The checkpoint holds pruning state named {orphans}, but this callback is named {name!r}. "
             f"Give name={orphans[0]!r} to go on with it."

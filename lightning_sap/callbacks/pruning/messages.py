@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.masks import MaskSet
@@ -26,6 +26,18 @@ def announcement(options: Options, state: RunState, schedules: list[str]) -> str
         *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
     ]
     return "\n".join(lines)
+
+
+def tell_changes(options: Options, stored: Mapping[str, str]) -> None:
+    """Say which options are not those of the checkpoint, and what becomes of them."""
+    new = options.plain()
+    changed = [key for key in stored if key in new and options.changed(key, stored)]
+    later = [f"{key}={new[key]} (was {stored[key]})" for key in changed if key not in OF_THE_PLAN]
+    never = [f"{key}={stored[key]} (not {new[key]})" for key in changed if key in OF_THE_PLAN]
+    if later:
+        rank_zero_info(f"{options.name}: changed since the checkpoint, from the next round on: {', '.join(later)}")
+    if never:
+        rank_zero_info(f"{options.name}: a run that is resumed keeps the checkpoint's {', '.join(never)}")
 
 
 def _kept(options: Options, plan: RoundPlan) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
 
-from lightning_sap.functional.amount import Policy, ceil, floor
+from lightning_sap.functional.amount import Policy, ceil, check_policy, floor
 from lightning_sap.pruner import Limits, Scope, check_scope
-from lightning_sap.weights import Selection
+from lightning_sap.weights import Selection, check_selection
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
+
+OF_THE_PLAN = ("rounds", "every_n_epochs", "keep_zeros")  # what counts only where a run begins
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not isinstance(self.policy, Policy):
-            raise TypeError(
-                f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {self.policy!r}."
-            )
+        check_policy(self.policy)
         check_scope(self.scope)
+        check_selection("include", self.include)
+        check_selection("exclude", self.exclude)
         _check(self.rounds is None or _whole(self.rounds, 0), "rounds", self.rounds, "a whole number of at least 0")
         fits = self.every_n_epochs is None or _whole(self.every_n_epochs, 1)
         _check(fits, "every_n_epochs", self.every_n_epochs, "a whole number of at least 1")
@@ -61,8 +64,10 @@ class Options:
         schedules = ("auto", "restart", "squeeze", "keep")
         _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
         target = self.target_remaining
-        _check(target is None or 0 < target <= 1, "target_remaining", target, "None or a fraction in (0, 1]")
-        _check(0 <= self.min_remaining < 1, "min_remaining", self.min_remaining, "a fraction in [0, 1)")
+        fits = target is None or (_fraction(target) and target > 0)
+        _check(fits, "target_remaining", target, "None or a fraction in (0, 1]")
+        fits = _fraction(self.min_remaining) and self.min_remaining < 1
+        _check(fits, "min_remaining", self.min_remaining, "a fraction in [0, 1)")
         if target is not None and self.min_remaining > target:
             raise ValueError(
                 f"min_remaining={self.min_remaining} is above target_remaining={target}: the target could not be "
@@ -82,17 +87,25 @@ class Options:
         texts = {key: value if isinstance(value, str) else repr(value) for key, value in vars(self).items()}
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 
-    def changed_since(self, stored: dict[str, str]) -> str:
-        """The options that differ from those stored, as text; empty if none does."""
-        new = self.plain()
-        return ", ".join(f"{key}={new[key]} (was {was})" for key, was in stored.items() if new.get(key, was) != was)
+    def changed(self, key: str, stored: Mapping[str, str]) -> bool:
+        """Whether an option differs from the one stored; what was not stored did not change."""
+        now = self.plain()[key]
+        return stored.get(key, now) != now
+
+    def floors(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Fewest weights that must survive in each parameter."""
+        return {name: int(ceil(_exact(self.min_remaining * n))) for name, n in sizes.items()}
+
+    def target(self, sizes: Mapping[str, int]) -> int:
+        """How many weights survive at the end, where there is a target."""
+        return round((self.target_remaining or 0.0) * sum(sizes.values()))
 
     def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None) -> Limits:
         """What the next pruning must keep to: sizes of the parameters, survivors of all, prunings left with it."""
-        floors = {name: int(ceil(_exact(self.min_remaining * n))) for name, n in sizes.items()}
+        floors = self.floors(sizes)
         if self.target_remaining is None or prunings_left is None or alive == 0:
             return Limits(floors)
-        target = min(alive, round(self.target_remaining * sum(sizes.values())))
+        target = min(alive, self.target(sizes))
         share = (target / alive) ** (1 / max(1, prunings_left))
         most_kept = max(target, int(floor(_exact(alive * share))))
         return Limits(floors, least=alive - most_kept, most=alive - target)
@@ -104,6 +117,10 @@ def _exact(value: float) -> torch.Tensor:
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _fraction(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:

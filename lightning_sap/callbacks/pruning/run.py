@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,13 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, checks, ranks
+from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours, ranks
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
+from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
+from lightning_sap.callbacks.pruning.schedules import Schedules, last_epoch
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.history import RoundRecord
 from lightning_sap.masks import MaskSet
 from lightning_sap.pruner import Measure, Piece, Step, prune_step, summary, sums_of
+from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.sums import Memory
 from lightning_sap.weights import PrunableWeight, parameter_names, prunable_weights
 
@@ -44,7 +48,7 @@ class Run:
         """The prunable weights in the module's order; what was prunable once in this module stays so."""
         live = parameter_names(module)
         found = {name: weight for name, weight in self.weights.items() if live.get(name) is weight.parameter}
-        found |= prunable_weights(module, self.options.include, self.options.exclude)
+        found |= prunable_weights(module, self.options.include, self.options.exclude, may_be_none=bool(found))
         weights = {name: found[name] for name in live if name in found}
         checks.check_sharding(self.options, weights)
         return weights
@@ -63,9 +67,15 @@ class Run:
 
     # -- its beginnings -----------------------------------------------------------------------------------------------
 
-    def begin(self, module: LightningModule, plan: RoundPlan, step: int) -> None:
-        """Start the rounds, under the masks of an earlier fit where they belong to this module."""
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Plan the rounds and start them, under the masks of an earlier fit where they belong to this module."""
         options, masks, found = self.options, self.state.masks, dict(self.weights)
+        plan = RoundPlan(0, 1)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            plan = _plan(trainer, options)
+            checks.check_plan(options, plan)
+        if plan.rounds != 0:
+            neighbours.check_averaging(trainer)
         self._take_in_frozen(module, masks)
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
@@ -73,7 +83,32 @@ class Run:
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
-        self.state = RunState(masks.extended(weights).like(weights), plan, round_step=step)
+        self.state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+        checks.check_target(options, self.state)
+
+    def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint stands; the last round ends where training ends now."""
+        self.take_up(module, packed)
+        state, options = self.state, self.options
+        checks.check_changes(options, state, trainer.current_epoch, trainer.global_step)
+        if options.changed("rewind_weights", state.options):
+            state.first_weights = None
+        state.reopen()
+        if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
+            state.plan = replace(state.plan, last_epoch=trainer.max_epochs)
+        if options.changed("dirpath", state.options):
+            state.folder = None
+        if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
+            checks.check_target(options, state)
+        messages.tell_changes(options, state.options)
+
+    def open_archive(self, trainer: Trainer, wanted: bool) -> None:
+        """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
+        state = self.state
+        if not wanted or state.plan.rounds == 0:
+            state.folder = None
+        elif state.folder is None:
+            state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
     def take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on with the state of a checkpoint, placed where the module's tensors are."""
@@ -97,16 +132,62 @@ class Run:
             pieces = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
         return summary(sums_of(pieces, policy.p, policy.q), policy.p, policy.q)
 
+    def advance(self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[Run]) -> None:
+        """Take the weights to rewind to when it is time, and prune if a round ended."""
+        state, epoch = self.state, trainer.current_epoch
+        completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
+        is_first_round = state.round == 0 and state.plan.rounds != 0
+        if is_first_round and wanted is not None and completed >= wanted and state.first_weights is None:
+            state.first_weights = take_weights(module)
+        if state.is_due(epoch, trainer.global_step):
+            self.save_round(trainer)  # where a resumed run did not see its last epoch end
+            self.prune_(trainer, module, schedules, beside)
+
+    def prune_(self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[Run]) -> None:
+        """Measure, decide and pick; and only when all is known, mask and rewind."""
+        state, started = self.state, time.perf_counter()
+        step = self.decide(trainer, module)
+        after = self.measure(module, step.masks)
+        seconds = time.perf_counter() - started
+        record = replace(
+            self.record(trainer, step.before),
+            pruned=step.count,
+            pqi_pruned=after.overall,
+            layers_pqi_pruned=after.layers,
+            seconds=seconds,
+        )
+        messages.warn_of_dead(self.options, self.pieces(module), step.masks)
+        # from here on things change
+        if state.first_weights is not None:
+            restore_weights_(module, state.first_weights)
+            for run in beside:  # it may have pruned what came back
+                run.enforce()
+        step.masks.apply_(self.live())
+        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self.live()))
+        schedules.rewind_()
+        if self.options.reset_optimizer:
+            schedules.forget_()
+        state.history.append(record)
+        state.masks, state.count, state.index_after = step.masks, step.count, after.overall
+        state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
+        if state.prunings_left() == 0:
+            state.first_weights = None  # nothing goes back to them any more
+
     def decide(self, trainer: Trainer, module: LightningModule) -> Step:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
         options, state = self.options, self.state
         self.weights = self.select(module)
+        checks.check_disjoint(options, trainer, module)
         state.masks = state.masks.extended(self.live())
         sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
         limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
         pieces = self.pieces(module)
         ranks.check_agreement(trainer, pieces)
-        step = prune_step(pieces, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
+        trained = {name: piece for name, piece in pieces.items() if self.weights[name].parameter.requires_grad}
+        step = prune_step(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
+        if len(trained) < len(pieces):  # what is frozen now stays as it is, under its masks
+            masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
+            step = Step(self.measure(module), masks, step.count)
         return ranks.of_rank_zero(trainer, step, self.live())
 
     def record(self, trainer: Trainer, before: Measure) -> RoundRecord:
@@ -141,8 +222,9 @@ class Run:
 
     def note_rate(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the learning rate of this step: schedules move on before the round's record is made."""
-        rate = optimizer.param_groups[0]["lr"]
-        self.state.lr = rate.clone() if isinstance(rate, Tensor) else rate
+        if optimizer.param_groups:  # a module without optimizers gets one from Lightning that has none
+            rate = optimizer.param_groups[0]["lr"]
+            self.state.lr = rate.clone() if isinstance(rate, Tensor) else rate
 
     # -- its metrics --------------------------------------------------------------------------------------------------
 
@@ -158,3 +240,18 @@ class Run:
         logged = [key for key in after if key not in before or after[key] is not before[key]]
         self.state.validated = self.state.round
         self.state.validation_keys = sorted({*self.state.validation_keys, *logged})
+
+
+def _plan(trainer: Trainer, options: Options) -> RoundPlan:
+    """The rounds of a training that begins now; as many as fit where ``max_steps`` ends it before ``max_epochs``."""
+    wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
+    plan, end = plan_rounds(trainer.max_epochs, *wanted), last_epoch(trainer)
+    if end is None or end < 0 or not plan.rounds or plan.start(plan.rounds) < end:
+        return plan
+    try:
+        return plan_rounds(end, *wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"max_steps={trainer.max_steps} ends training in epoch {end - 1}; give more steps, or fewer or shorter "
+            f"rounds. ({error})"
+        ) from None

@@ -1,38 +1,48 @@
-"""The learning-rate schedules of a Trainer, replayed by every round."""
+"""The learning-rate schedules and optimizers of a Trainer, which every round starts anew."""
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning.neighbours import accumulation_varies
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.rewind import Replay, Ticks
+from lightning_sap.rewind import Replay, Ticks, restore_groups_, take_groups
 
 NEVER = sys.maxsize
 
 
 class Schedules:
-    """All schedules of one fit; made in ``on_fit_start``, before a checkpoint restores them.
+    """All schedules and optimizers of one fit, as they were before the first step.
 
     Lightning steps a schedule by its own count, which goes on over all rounds. Where a schedule is replayed, it is
     stepped here instead, right after each batch, by the count of the round.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._configs: list[LRSchedulerConfig] = list(trainer.lr_scheduler_configs)
+    def __init__(self, optimizers: Sequence[Optimizer] = (), configs: Sequence[LRSchedulerConfig] = ()) -> None:
+        self._configs = list(configs)
         self._frequencies = [config.frequency for config in self._configs]
         self._replays = [Replay(config.scheduler, config.reduce_on_plateau) for config in self._configs]
+        scheduled = [id(replay.scheduler.optimizer) for replay in self._replays]
+        self._groups = [
+            (optimizer, take_groups(optimizer)) for optimizer in optimizers if id(optimizer) not in scheduled
+        ]
+        self._states = [(optimizer, _copied(optimizer.state)) for optimizer in optimizers]
+        self._kept = False
 
     def choose(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, wanted: Schedule) -> list[str]:
         """Settle what each schedule does in a round; one line for each, with its reason."""
-        manual = not module.automatic_optimization
-        if manual and wanted == "squeeze" and self._replays:
+        manual, self._kept = not module.automatic_optimization, wanted == "keep"
+        if manual and wanted == "squeeze" and self._replays and plan.rounds != 0:
             raise ValueError(
                 "lr_schedule='squeeze' cannot be had with manual optimization, where the module steps its schedules "
                 "itself; write them for one round and use lr_schedule='restart', or 'keep'."
@@ -44,6 +54,13 @@ class Schedules:
                 continue
             if manual:
                 replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
+            elif not replay.metric_driven and wanted != "keep" and not _advances(module, replay):
+                replay.mode, replay.reason = "keep", "the module's lr_scheduler_step sets it by the epoch of training"
+                if wanted != "auto":
+                    raise ValueError(
+                        f"lr_schedule={wanted!r} cannot be had where {replay.reason}. Step it without an epoch "
+                        "(`scheduler.step()`), or use lr_schedule='keep'."
+                    )
             else:
                 replay.choose(wanted, _ticks(trainer, plan, config.interval, frequency), _stepper(module))
                 if self._replayed(config, replay):
@@ -52,9 +69,18 @@ class Schedules:
         return lines
 
     def rewind_(self) -> None:
-        """Put every schedule back to its first value."""
+        """Put every schedule back to its first value, and the learning rates of the optimizers that have none."""
         for replay in self._replays:
             replay.rewind_()
+        for optimizer, groups in self._groups:
+            if not self._kept:
+                restore_groups_(optimizer, groups)
+
+    def forget_(self) -> None:
+        """Put the state of every optimizer back to the first, which is none for most."""
+        for optimizer, first in self._states:
+            optimizer.state.clear()
+            optimizer.state.update(_copied(first))
 
     def advance_(self, trainer: Trainer, module: LightningModule, state: RunState, *, epoch_ended: bool) -> None:
         """Step each replayed schedule to where its round stands.
@@ -90,6 +116,16 @@ class Schedules:
         return replay.mode != "keep" and not replay.metric_driven
 
 
+def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+    return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
+
+
+def _advances(module: LightningModule, replay: Replay) -> bool:
+    """Whether the module steps this schedule from where it is."""
+    own = type(module).lr_scheduler_step is not LightningModule.lr_scheduler_step
+    return not own or replay.advances(_stepper(module))
+
+
 def _stepper(module: LightningModule) -> Any:
     return lambda scheduler: module.lr_scheduler_step(scheduler, None)
 
@@ -100,6 +136,14 @@ def _steps(trainer: Trainer, epochs: int) -> int | None:
     if batches == float("inf") or accumulation_varies(trainer):
         return None
     return epochs * -(-int(batches) // trainer.accumulate_grad_batches)
+
+
+def last_epoch(trainer: Trainer) -> int | None:
+    """Where training ends (exclusive): ``max_epochs``, or before it where ``max_steps`` does; None or -1: not known."""
+    per_epoch = _steps(trainer, 1)
+    if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
+        return trainer.max_epochs
+    return min(trainer.max_epochs, trainer.current_epoch - (trainer.global_step - trainer.max_steps) // per_epoch)
 
 
 def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:

@@ -35,6 +35,8 @@ class RunState:
         validation_keys: The metrics that validation logs.
         folder: Where the rounds are saved; None: they are not.
         note: What its record says of the round that goes on beside what is measured: phase and reason, and its path.
+        schedules: Where the learning-rate schedules stood when the run was saved.
+        options: The options of that run, as texts.
     """
 
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
@@ -51,6 +53,8 @@ class RunState:
     validation_keys: list[str] = field(default_factory=list)
     folder: str | None = None
     note: dict[str, Any] = field(default_factory=dict)
+    schedules: list[dict[str, Any]] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Any]:
         """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
@@ -86,6 +90,13 @@ class RunState:
         self.masks = self.masks.like(weights)
         if self.first_weights is not None:
             self.first_weights = place_weights(module, self.first_weights)
+
+    def reopen(self) -> None:
+        """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
+        closed = [record for record in self.history if record.round >= self.round]
+        if self.plan.rounds != 0 and closed:
+            self.history = History(record for record in self.history if record.round < self.round)
+            self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
 
     def prunings_left(self) -> int | None:
         """How many prunings are still to come; None if there is no end to them."""

@@ -42,7 +42,7 @@ class TestVerdict:
 
     def test_without_a_sound_round_there_is_none_to_go_back_to(self):
         verdict = judged("collapse", [float("nan")]).verdict
-        assert verdict == Verdict("collapse", 0, "In round 0 the index is nan.", None)
+        assert verdict == Verdict("collapse", 0, "In round 0 the index of w is nan.", None)
 
     @pytest.mark.parametrize(
         ("curve", "metric", "phase"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.optim import SGD
 
-from lightning_sap import FixedFraction, PruningCallback, SAPCallback
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
 
 N = sum(PRUNABLE.values())
 
@@ -843,7 +844,96 @@ def test_a_weight_frozen_later_stays_under_its_mask():
 
     fit(module, pruner, Watch(on_train_epoch_end=freeze))
     a, b = PRUNABLE
-    assert seen == [{a: 48, b: 24}, {a: 24, b: 12}, {a: 12, b: 6}, {a: 6, b: 3}]
+    assert seen == [{a: 48, b: 24}, {a: 24, b: 12}, {a: 24, b: 6}, {a: 24, b: 3}]
+    assert [record.layers_remaining for record in pruner.history][2] == {a: 0.5, b: 0.25}
+    assert set(pruner.history[1].layers_pqi) == set(pruner.history[1].layers_pqi_pruned) == {a, b}
+
+
+@pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+def test_weights_frozen_between_two_fits_are_pruned_no_further(scope):
+    module, pruner = Net(), half(scope=scope)
+    fit(module, pruner, max_epochs=2)
+    first, weight = pruner.masks, module.net[0].weight.detach().clone()
+    module.net[0].requires_grad_(False)
+    fit(module, pruner)
+    a, b = PRUNABLE
+    assert torch.equal(module.net[0].weight, weight)
+    assert torch.equal(pruner.masks[a], first[a])
+    assert survivors(pruner)[b] < int(first[b].sum())
+
+
+def test_nothing_is_pruned_where_all_is_frozen():
+    module, pruner = Net(), half()
+    freeze = Watch(on_train_epoch_end=lambda t, m: [m.net[i].requires_grad_(t.current_epoch < 1) for i in (0, 3)])
+    fit(module, pruner, freeze)
+    assert [record.pruned for record in pruner.history] == [36, 0, 0, None]
+    assert pruner.remaining == 0.5
+
+
+class OtherOptimizer:
+    """What Lightning takes for an optimizer though it is none of PyTorch's."""
+
+    def __init__(self, optimizer):
+        self.inner = optimizer
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, *_, **__):
+        self.inner.zero_grad()
+
+
+def test_an_optimizer_without_hooks():
+    module, pruner, clean = Net(optimizer=lambda p: OtherOptimizer(OPTIMIZERS["Adam"](p))), half(), []
+    look = Watch(on_train_batch_end=lambda t, m: clean.append(all_masked_are_zero(t, m)))
+    fit(module, pruner, look)
+    assert clean == [True] * (4 * BATCHES)
+    assert pruner.remaining == 0.125
+
+
+def test_a_module_without_an_optimizer():
+    module, pruner = Net(optimizer=lambda p: None), half()
+    with pytest.warns(UserWarning, match="will run with no optimizer"):
+        fit(module, pruner)
+    assert pruner.remaining == 0.125
+    assert zeros_of(module) == N * 7 // 8
+
+
+def test_a_lazy_layer_has_no_first_weights():
+    network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+    message = "There are no weights to rewind to yet: ['net.0.weight', 'net.0.bias'] are not initialized before the"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(Net(network), half(rewind_weights="init"))
+    pruner = half(rewind_weights=1)
+    fit(Net(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))), pruner)
+    assert pruner.remaining == 0.125
+
+
+def test_a_weight_that_is_a_strided_view():
+    module, pruner = Net(), half()
+    module.net[0].weight = nn.Parameter(torch.randn(8, 12)[:, ::2])
+    fit(module, pruner, PQIMonitor(stop_on=None))
+    assert not module.net[0].weight.is_contiguous()
+    assert zeros_of(module) == N * 7 // 8
+
+
+def test_a_state_is_taken_up_at_once_after_an_exception():
+    first, pruner = half(), half()
+    fit(Net(), first)
+    with pytest.raises(ZeroDivisionError):
+        fit(Net(), pruner, Watch(on_train_epoch_end=_fail_in_epoch_2))
+    pruner.load_state_dict(first.state_dict())
+    assert pruner.remaining == first.remaining == 0.125
 
 
 def test_a_target_counts_the_weights_that_joined():

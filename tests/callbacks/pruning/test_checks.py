@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_sap import FixedFraction, PruningCallback, SAPCallback
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
 from lightning_sap.callbacks.pruning import checks
 
 
@@ -69,6 +69,37 @@ class TestRounds:
         )
         refused(message, half(target_remaining=0.5), max_epochs=-1, max_steps=9)
 
+    @pytest.mark.parametrize("asked", [{"rounds": 3, "every_n_epochs": None}, {"rounds": 3}, {"every_n_epochs": 3}])
+    def test_more_than_the_steps_allow(self, asked):
+        message = "max_steps=9 ends training in epoch 2; give more steps, or fewer or shorter rounds. (rounds="
+        refused(message, half(**asked), max_epochs=12, max_steps=9, whole=False)
+
+    def test_as_many_as_fit_into_the_steps(self):
+        pruner = half(target_remaining=0.25)
+        fit(Net(), pruner, max_epochs=40, max_steps=10)
+        assert [record.round for record in pruner.history] == [0, 1, 2, 3]
+        assert pruner.remaining == 0.25
+
+    def test_rounds_that_are_not_asked_for_fit_into_the_steps(self):
+        pruner = half(every_n_epochs=None, target_remaining=0.25)
+        fit(Net(), pruner, max_epochs=40, max_steps=9)
+        assert [record.round for record in pruner.history] == [0, 1, 2]
+        assert pruner.remaining == 0.25
+
+    def test_a_target_below_the_floors(self):
+        message = (
+            "target_remaining=0.1 cannot be met: that is 7 of 72 weights, and min_remaining=0.1 keeps 8. Give another "
+            "target_remaining or None, a lower min_remaining, or more rounds."
+        )
+        refused(message, half(target_remaining=0.1, min_remaining=0.1))
+
+    def test_a_target_above_what_is_left(self):
+        module = Net()
+        with torch.no_grad():
+            module.net[0].weight.zero_()
+        message = "target_remaining=0.5 cannot be met: that is 36 of 72 weights, and only 24 survive already."
+        refused(message, half(target_remaining=0.5, keep_zeros=True), module=module, whole=False)
+
     def test_nothing_of_this_under_fast_dev_run(self):
         fit(Net(), half(rounds=9, every_n_epochs=9, rewind_weights=99, target_remaining=0.5), fast_dev_run=True)
 
@@ -106,6 +137,15 @@ class TestSelection:
             "Give each its own part of the model with include and exclude."
         )
         refused(message, first, second)
+
+    def test_a_parameter_of_two_callbacks_that_is_unfrozen_later(self):
+        module = Net()
+        module.net[0].requires_grad_(False)
+        unfreeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch >= 1))
+        a, b = half(name="a", include=["net.0.weight", "extra"]), half(name="b")
+        module.extra = torch.nn.Parameter(torch.randn(3, 3))
+        with pytest.raises(ValueError, match=r"The callbacks 'a' and 'b' both prune 'net\.0\.weight'"):
+            fit(module, a, b, unfreeze)
 
     def test_a_tied_parameter_of_two_callbacks(self):
         module = Net(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)))
@@ -158,6 +198,44 @@ class TestNonFiniteWeights:
         assert [record.round for record in pruner.history] == [0]
         assert not module.net[3].weight.isnan().all()
 
+    @pytest.mark.parametrize("options", [None, {"stop_on": None}, {"restore": False}])
+    def test_they_are_an_error_in_the_last_round_too(self, options):
+        module, pruner = Net(), half()
+        beside = [] if options is None else [PQIMonitor(**options)]
+
+        def diverge(trainer, module):
+            if trainer.current_epoch == 3 and trainer.is_last_batch:
+                with torch.no_grad():
+                    module.net[3].weight[module.net[3].weight != 0] = float("nan")
+
+        with pytest.raises(ValueError, match=re.escape("Weights that are not finite in ['net.3.weight']")):
+            fit(module, pruner, *beside, Watch(on_train_batch_end=diverge))
+        assert pruner.remaining == 0.125
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_a_monitor_goes_back_from_them_if_it_can(self, tmp_path, order):
+        for epoch in (0, 2):
+            module, pruner, monitor = Net(), half(), PQIMonitor(verbose=False)
+
+            def diverge(trainer, module, epoch=epoch):
+                if trainer.current_epoch == epoch and trainer.is_last_batch:
+                    with torch.no_grad():
+                        module.net[3].weight[module.net[3].weight != 0] = float("nan")
+
+            callbacks = [pruner, monitor][::order]
+            options = {"default_root_dir": tmp_path}
+            if epoch == 0:
+                with (
+                    pytest.warns(UserWarning, match="No round was sound"),
+                    pytest.raises(ValueError, match=re.escape("Weights that are not finite in ['net.3.weight']")),
+                ):
+                    fit(module, *callbacks, Watch(on_train_batch_end=diverge), **options)
+            else:
+                fit(module, *callbacks, Watch(on_train_batch_end=diverge), **options)
+                assert pruner.history.restored.round == 1
+                assert not module.net[3].weight.isnan().any()
+            assert monitor.verdict.reason == f"In round {epoch} the index of net.3.weight is nan."
+
     def test_pruned_ones_do_not_count(self):
         """What is masked is zero again before anyone measures it."""
         module, pruner = Net(), half()
@@ -194,6 +272,14 @@ class TestCheckpointUnderAnotherName:
         a, b = half(name="first"), half(name="second", include="net.0.bias*")
         with pytest.raises(ValueError, match="no prunable weight"):
             fit(Net(), a, b, ckpt_path=file)
+
+    def test_one_that_is_missing_is_warned_of(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        a, b = (half(name=name, include=f"net.{i}.weight") for name, i in (("a", 0), ("b", 3)))
+        fit(Net(), a, b, saver, max_epochs=2, enable_checkpointing=True)
+        message = "a: the checkpoint also holds pruning state named ['b'], which no callback takes up: what was pruned"
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            fit(Net(), half(name="a", include="net.0.weight"), ckpt_path=tmp_path / "epoch=0.ckpt")
 
     def test_evaluation_does_not_mind(self, file):
         trainer = quiet_trainer(half(name="second"))

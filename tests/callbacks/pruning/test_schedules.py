@@ -525,6 +525,51 @@ class TestManualOptimization:
         assert module.trace == ([], [])
 
 
+class ByEpoch(Recording):
+    """Sets its schedule by the epoch of training, as timm's schedules want it."""
+
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step(epoch=self.current_epoch + 1)
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+class TestASchedulerThatIsSetByTheEpoch:
+    def test_it_goes_over_all_rounds_and_that_is_said(self, caplog):
+        alone = fit(ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E)))
+        with caplog.at_level(logging.INFO):
+            assert fit(ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E)), pruning("auto")) == alone
+        line = "CosineAnnealingLR: keep (the module's lr_scheduler_step sets it by the epoch of training)"
+        assert line in caplog.text
+
+    @pytest.mark.parametrize("wanted", ["restart", "squeeze"])
+    def test_rounds_cannot_replay_it(self, wanted):
+        module = ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E))
+        message = f"lr_schedule='{wanted}' cannot be had where the module's lr_scheduler_step sets it by the epoch"
+        with pytest.raises(ValueError, match=message):
+            fit(module, pruning(wanted))
+        assert module.trace == []
+
+    def test_a_module_that_steps_it_in_its_own_way_is_no_such_case(self):
+        class Own(Recording):
+            def lr_scheduler_step(self, scheduler, metric):
+                scheduler.step()
+
+        for schedule in (lambda o: StepLR(o, 2), lambda o: LambdaLR(o, lambda epoch: 1.0)):
+            assert fit(Own(schedule), pruning()) == fit(Recording(schedule), pruning())
+
+
+class TestRatesSetByHand:
+    @pytest.mark.parametrize(("wanted", "first"), [("auto", [0.1, 0.1, 0.1]), ("keep", [0.1, 0.1 / 8, 0.1 / 64])])
+    def test_every_round_starts_with_the_first_unless_they_are_kept(self, wanted, first):
+        class Halve(Callback):
+            def on_train_epoch_end(self, trainer, module):
+                for group in trainer.optimizers[0].param_groups:
+                    group["lr"] /= 2
+
+        trace = fit(Recording(None), pruning(wanted), Halve())
+        assert [round_[0][0] for round_ in thirds(trace)] == pytest.approx(first)
+
+
 class TestOptimizerState:
     @pytest.mark.parametrize(
         "module",

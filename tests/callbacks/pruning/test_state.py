@@ -22,6 +22,7 @@ from helpers import (
     fit,
     loader,
     mlp,
+    parameters,
     quiet_trainer,
     same,
     seeded,
@@ -191,6 +192,58 @@ class TestResume:
         # 24 and 12 survived the file's one pruning; then 18 of 24 would go, but 5 stay; 9 of 12, and 3 stay
         assert survivors(pruner) == {"net.0.weight": 5, "net.3.weight": 3}
 
+    def test_the_plan_stays_and_that_is_logged(self, tmp_path, caplog):
+        run(Net, half, tmp_path, max_epochs=4)
+        pruner = half(rounds=1, every_n_epochs=2)
+        with caplog.at_level(logging.INFO):
+            fit(Net(), pruner, ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert "sap: a run that is resumed keeps the checkpoint's rounds=None (not 1), every_n_epochs=1 (not 2)" in (
+            caplog.messages
+        )
+        assert [record.round for record in pruner.history] == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "epoch", "message"),
+        [
+            (
+                {},
+                {"rewind_weights": "init"},
+                0,
+                "after 0 epochs, and the checkpoint was saved with rewind_weights=None.",
+            ),
+            ({}, {"rewind_weights": 1}, 2, "after 1 epochs, and the checkpoint was saved with rewind_weights=None."),
+            ({"rewind_weights": 1}, {"rewind_weights": "init"}, 2, "after 0 epochs, and the checkpoint was saved with"),
+            (
+                {},
+                {"lr_schedule": "squeeze"},
+                2,
+                "lr_schedule='squeeze' cannot take the place of the checkpoint's 'auto'",
+            ),
+            ({}, {"target_remaining": 0.9}, 2, "that is 65 of 72 weights, and only 36 survive already."),
+            ({}, {"target_remaining": 0.1}, 4, "that is 7 of 72 weights, and there are no prunings left."),
+        ],
+    )
+    def test_what_cannot_change_any_more_is_refused(self, tmp_path, old, new, epoch, message):
+        run(Scheduled, lambda: half(every_n_epochs=2, **old), tmp_path)
+        steps = []
+        look = Watch(on_train_batch_start=lambda t, m: steps.append(t.global_step))
+        file = tmp_path / f"epoch={epoch}.ckpt"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            fit(Scheduled(), half(every_n_epochs=2, **new), look, ckpt_path=file, max_epochs=6)
+        assert steps == []
+
+    def test_weights_are_not_rewound_where_that_is_not_wanted_any_more(self, tmp_path):
+        run(Net, lambda: half(every_n_epochs=2, rewind_weights="init"), tmp_path)
+        pruner, states = half(every_n_epochs=2), []
+        keep = Watch(
+            on_train_epoch_end=lambda t, m: states.append(copied(m.state_dict())),
+            on_train_batch_start=lambda t, m: states.append(copied(m.state_dict())),
+        )
+        module = Net()
+        fit(module, pruner, keep, ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=6)
+        end, start = states[BATCHES], states[BATCHES + 1]  # of the epoch before the pruning, and after it
+        assert torch.equal(start["net.0.bias"], end["net.0.bias"])
+
     def test_unchanged_options_are_not_logged(self, tmp_path, caplog):
         run(Net, half, tmp_path, max_epochs=4)
         with caplog.at_level(logging.INFO):
@@ -206,6 +259,69 @@ class TestResume:
         fit(module, pruner, look, ckpt_path=tmp_path / "epoch=2.ckpt")
         assert clean == [True]
         assert int(pruner.masks["net.0.weight"].sum()) == 6
+
+
+class TestFilesOfAnEnd:
+    """Files that are saved when training is over: what goes on from there is as if it had not ended."""
+
+    @pytest.mark.parametrize("schedule", ["restart", "squeeze", "keep"])
+    @pytest.mark.parametrize("saved", ["in on_train_end", "after fit"])
+    def test_they_are_resumed_bit_for_bit(self, tmp_path, saved, schedule):
+        def pruner():
+            return half(every_n_epochs=2, rounds=1, lr_schedule=schedule)
+
+        def fits(pruner, *callbacks, **options):
+            module = Scheduled()
+            return module, fit(module, pruner, PQIMonitor(stop_on=None), *callbacks, max_epochs=6, **options)
+
+        stop = Watch(on_train_epoch_end=lambda t, m: setattr(t, "should_stop", t.current_epoch == 3))
+        keep = Watch(on_train_end=lambda t, m: t.save_checkpoint(tmp_path / "in on_train_end"))
+        _, trainer = fits(pruner(), stop, keep)
+        trainer.save_checkpoint(tmp_path / "after fit")
+        whole, resumed = pruner(), pruner()
+        (one, _), (other, _) = fits(whole), fits(resumed, ckpt_path=tmp_path / saved)
+        assert same(other.state_dict(), one.state_dict())
+        assert same(resumed.masks, whole.masks)
+        assert records(resumed) == records(whole)
+        assert [(r.round, r.first_epoch, r.last_epoch) for r in resumed.history] == [(0, 0, 1), (1, 2, 5)]
+
+    def test_the_round_that_goes_on_is_saved_when_it_ends(self, tmp_path):
+        def fits(pruner, folder, **options):
+            return fit(Net(), pruner, default_root_dir=folder, **options)
+
+        def pruner():
+            return half(every_n_epochs=2, rounds=1, save_rounds=True, dirpath=str(tmp_path / "rounds"))
+
+        fits(pruner(), tmp_path).save_checkpoint(tmp_path / "end.ckpt")
+        resumed = pruner()
+        trainer = fits(resumed, tmp_path, max_epochs=6, ckpt_path=tmp_path / "end.ckpt")
+        assert [record.round for record in resumed.history] == [0, 1]
+        file = torch.load(resumed.history[1].path, weights_only=True)
+        assert same(file["state_dict"], trainer.lightning_module.state_dict())
+
+
+class TestRestoredInTraining:
+    def test_masks_and_history_are_those_of_the_file_at_once(self, tmp_path):
+        """As a callback does that goes back to an earlier file while it trains."""
+        module, pruner, seen = Net(), half(), []
+
+        def go_back(trainer, module):
+            if trainer.current_epoch == 2 and not seen:
+                saved = torch.load(tmp_path / "one.ckpt", weights_only=True)
+                module.load_state_dict(saved["state_dict"])
+                pruner.load_state_dict(saved["callbacks"][STATE])
+                seen.append((pruner.remaining, len(pruner.history), all_masked_are_zero(trainer, module)))
+
+        def save(trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+        fit(module, pruner, Watch(on_train_epoch_end=save, on_train_batch_end=go_back), max_epochs=5)
+        assert seen == [(0.5, 1, True)]
+        assert [record.round for record in pruner.history] == [0, 1, 2, 3]
+        assert pruner.remaining == 0.125
+        assert sum(int(mask.sum()) for mask in pruner.masks.values()) == 9
+        assert all(not parameters(module)[name][~mask].any() for name, mask in pruner.masks.items())
 
 
 class TestSelectionOnResume:
