@@ -71,7 +71,7 @@ def machine(device: str = "cpu") -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "numpy"))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
-    return f"{gpu}{processor}, {cores} cores, Python {platform.python_version()}, {packages}"
+    return f"{gpu}{processor}, {cores} core{'s' if cores != 1 else ''}, Python {platform.python_version()}, {packages}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
