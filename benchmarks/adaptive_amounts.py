@@ -6,12 +6,10 @@ everything on few digits, and keeps nothing.
 """
 
 import argparse
-import logging
 import statistics
 import sys
 import tarfile
 import tempfile
-import warnings
 from pathlib import Path
 
 import common
@@ -87,10 +85,7 @@ def contenders(epochs):
 def train(make, data, epochs, seed, device, callbacks):
     """Held-out accuracy at the end."""
     seed_everything(seed, verbose=False)
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=callbacks, accelerator=device, devices=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, accelerator=device, devices=1, **common.QUIET)
     train_data, held_out = TensorDataset(*data[:2]), TensorDataset(*data[2:])
     trainer.fit(make(), DataLoader(train_data, 128, shuffle=True), DataLoader(held_out, 1000))
     return float(trainer.callback_metrics["val_acc"])
@@ -133,8 +128,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of every training; default: 80 for the digits, 24 for the images")
     parser.add_argument("--images", help="folder, or a tar of it, with train/<class>/ and test/<class>/")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     seeds = 1 if arguments.quick else arguments.seeds
     tasks = [task for task in TASKS if arguments.images or not task.startswith("images")]
     rows = [row for task in tasks for row in rows_of(task, arguments, seeds)]

@@ -4,10 +4,8 @@
 """
 
 import argparse
-import logging
 import statistics
 import tempfile
-import warnings
 from pathlib import Path
 
 import common
@@ -34,10 +32,8 @@ CONTENDERS = {
 def fitted(model, contender, device):
     make, shape = MODELS[model]
     data = TensorDataset(torch.randn(shape), torch.randint(10, shape[:1]))
-    trainer = Trainer(
-        max_epochs=-1, max_steps=2, callbacks=CONTENDERS[contender](), accelerator=device, devices=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    callbacks = CONTENDERS[contender]()
+    trainer = Trainer(max_epochs=-1, max_steps=2, callbacks=callbacks, accelerator=device, devices=1, **common.QUIET)
     trainer.fit(Net(make()), DataLoader(data, shape[0]))
     return trainer
 
@@ -71,8 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     common.add_options(parser)
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     device, repeats = arguments.device, 2 if arguments.quick else 7
     rows = list(rows_of("mlp" if arguments.quick else "resnet50", device, repeats))
     head = ("model", "what", "file", "added", "writing", "reading", "writing, added", "reading, added")

@@ -1,16 +1,19 @@
 """What the benchmarks share: options, clocks, memory, the machine in words, and Markdown tables."""
 
 import argparse
+import logging
 import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 RESULTS = Path(__file__).parent / "results"
 CLOCK = {"cpu": "CPU time of the process, one thread", "cuda": "wall time up to the end of the device's work"}
 
@@ -21,6 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that every benchmark has."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a short try that keeps nothing")
+
+
+def hush() -> None:
+    """Let Lightning be silent."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def now(device: str) -> float:

@@ -5,11 +5,9 @@ epochs, and keeps no result.
 """
 
 import argparse
-import logging
 import statistics
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import common
@@ -29,8 +27,7 @@ def main() -> None:
     seeds = 1 if arguments.quick else arguments.seeds
     digits.EPOCHS = 12 if arguments.quick else digits.EPOCHS
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     rows = []
     with tempfile.TemporaryDirectory() as digits.FOLDER:
         for seed in range(seeds):

@@ -6,10 +6,8 @@
 import argparse
 import gc
 import json
-import logging
 import statistics
 import tempfile
-import warnings
 from pathlib import Path
 
 import common
@@ -92,8 +90,7 @@ def of_ranks(devices, layers):
         network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
         trainer = Trainer(
             max_epochs=4, callbacks=[pruner, Keep(pruner, file)], accelerator="cpu", devices=devices,
-            strategy="ddp_spawn", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
+            strategy="ddp_spawn", **common.QUIET,
         )  # fmt: skip
         data = TensorDataset(torch.randn(4, WIDTH), torch.randint(10, (4,)))
         trainer.fit(Net(network), DataLoader(data, 2))
@@ -112,8 +109,7 @@ def main() -> None:
     common.add_options(parser)
     parser.add_argument("--largest", type=int, default=1000, help="most weights, in millions")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     device, quick = arguments.device, arguments.quick
     rows = list(rows_of(device, 3 if quick else arguments.largest, 2 if quick else 7))
     head = ("scope", "weights", "time", "ns for a weight", "memory")

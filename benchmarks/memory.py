@@ -7,7 +7,6 @@ import argparse
 import gc
 import multiprocessing
 import os
-import warnings
 
 import common
 import torch
@@ -75,12 +74,11 @@ class Look(Callback):
 
 
 def measure(name, layers, width, looks, sender):
-    warnings.simplefilter("ignore")
+    common.hush()
     rounds, look = max(looks), Look(looks)
     module = Perceptron(layers, width)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     callbacks = [*CONTENDERS[name](rounds), look]
-    trainer = Trainer(accelerator="cpu", max_epochs=rounds + 1, callbacks=callbacks, **quiet)
+    trainer = Trainer(accelerator="cpu", max_epochs=rounds + 1, callbacks=callbacks, **common.QUIET)
     trainer.fit(module, DataLoader(torch.ones(4, width), 2))
     trainer.save_checkpoint("memory.ckpt")
     size = os.path.getsize("memory.ckpt")

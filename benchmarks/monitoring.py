@@ -5,9 +5,8 @@
 
 import argparse
 import functools
-import logging
+import itertools
 import statistics
-import warnings
 
 import common
 import torch
@@ -15,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import vit_b_16
-from training_step import Clock, Net, mlp
+from training_step import Net, mlp
 
 from lightning_sap import PQIMonitor, SAPCallback
 
@@ -35,6 +34,22 @@ CONTENDERS = {
 class Watched(Net):
     def validation_step(self, batch):
         self.log("val_loss", self.training_step(batch))
+
+
+class Clock(Callback):
+    """When the batches of the latest epoch began."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts.clear()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.starts.append(common.now(pl_module.device.type))
+
+    def median(self):
+        return statistics.median(b - a for a, b in itertools.pairwise(self.starts))
 
 
 class Totals(Callback):
@@ -74,8 +89,8 @@ def measured(model, contender, device):
     data = TensorDataset(torch.randn(steps * shape[0], *shape[1:]), torch.randint(10, (steps * shape[0],)))
     trainer = Trainer(
         max_epochs=epochs + 1, callbacks=[totals, *callbacks, clock], accelerator=device, devices=1,
-        logger=CSVLogger("outputs/benchmarks"), enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=1, log_every_n_steps=1,
+        num_sanity_val_steps=0, limit_val_batches=1, log_every_n_steps=1,
+        **{**common.QUIET, "logger": CSVLogger("outputs/benchmarks")},
     )  # fmt: skip
     trainer.fit(Watched(make()), DataLoader(data, shape[0]), DataLoader(data, shape[0]))
     return [b - a for a, b in zip(totals.at_starts[1:], totals.at_starts[2:], strict=False)], clock.median()
@@ -92,8 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     common.add_options(parser)
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     device, model = arguments.device, "mlp" if arguments.quick else "vit_b_16"
     head = ("model", "callbacks", "hooks, each epoch", "a training step", f"hooks over {EPOCH} steps")
     notes = NOTES.format(epoch=EPOCH, clock=common.CLOCK[device], epochs=MODELS[model][3])

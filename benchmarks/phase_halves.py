@@ -5,7 +5,7 @@ them on the other: random halves, both ways, and halves by what the runs have in
 also moves each parameter alone, and adds noise. One core needs a minute or two.
 
 FILE is a JSON list of runs: `{"arch": …, "scope": …, "policy": …, "rewind": …, "rounds": [{"val_acc": …, "val_loss": …,
-"pqi": …, "layers": {name: [index, surviving weights, weights]}}, …]}`.
+"pqi": …, "remaining": …, "layers": {name: [index, surviving weights, weights]}}, …]}`.
 
 A run is *degraded* from the first of three rounds in a row that lose more than 0.02 of the best accuracy of its first
 three rounds, and *collapsed* from the first round that lost more than half of what that best has over chance. A stop

@@ -5,10 +5,8 @@ keeps nothing.
 """
 
 import argparse
-import logging
 import statistics
 import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -178,10 +176,8 @@ def fit(model, contender, device, *, amount, rounds, steps, watch):
     network = make()
     batch = torch.randn(shape), torch.randint(10, shape[:1])
     data = TensorDataset(*(part.repeat(steps, *[1] * (part.dim() - 1)) for part in batch))
-    trainer = Trainer(
-        max_epochs=rounds + 1, callbacks=[*CONTENDERS[contender](network, amount, rounds), watch], accelerator=device,
-        devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    callbacks = [*CONTENDERS[contender](network, amount, rounds), watch]
+    trainer = Trainer(max_epochs=rounds + 1, callbacks=callbacks, accelerator=device, devices=1, **common.QUIET)
     trainer.fit(Net(network), DataLoader(data, shape[0]))
     return watch
 
@@ -223,8 +219,7 @@ def main() -> None:
     arguments = parser.parse_args()
     models = arguments.models or ("mlp" if arguments.quick else ",".join(MODELS))
     device, steps = arguments.device, 2 * WARM_UP if arguments.quick else None
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    common.hush()
     rows = [row for model in models.split(",") for row in rows_of(model, device, steps)]
     head = ("model", "what", "time of a step", "memory after 1 pruning", "after 10")
     text = f"{NOTES.format(clock=common.CLOCK[device], warm_up=WARM_UP)}\n{common.table(head, rows)}"

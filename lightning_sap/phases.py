@@ -17,7 +17,7 @@ NEAR_SCORE, NEAR_LOSS = 0.02, 0.05  # defaults of `tolerance`
 SOUND = 0.25  # share of `metric_change` up to which the metric speaks against a collapse
 
 Layers = Mapping[str, tuple[float, int]]
-Verdict = tuple[str, int, str]  # the phase, the round it dates from, and why
+Finding = tuple[str, int, str]  # the phase, the round it dates from, and why
 
 
 class Phase(str, Enum):
@@ -173,7 +173,7 @@ class PhaseDetector:
     def _is_score(self) -> bool:
         return self.mode == "max" and self._best is not None and self._best > 0
 
-    def _hard_fact(self, pqi: float, layers: Layers, metric: float | None) -> Verdict | None:
+    def _hard_fact(self, pqi: float, layers: Layers, metric: float | None) -> Finding | None:
         values = {**{f"the index of {n}": i for n, (i, _) in layers.items()}, "the index": pqi, "the metric": metric}
         facts = [f"{n} is {value}" for n, value in values.items() if value is not None and not math.isfinite(value)]
         facts += [f"{n} lost its last weight" for n, (_, left) in layers.items() if not left and n in self._spared]
@@ -182,7 +182,7 @@ class PhaseDetector:
             facts.append(f"the index fell to nothing: {index:.3g} after at most {top:.3g}")
         return (Phase.COLLAPSE.value, self.round, f"In round {self.round} {facts[0]}.") if facts else None
 
-    def _bad_metric(self, metric: float | None) -> Verdict | None:
+    def _bad_metric(self, metric: float | None) -> Finding | None:
         if metric is None or not self._best:  # of nothing no change is far
             self._near = False
             return None
@@ -192,20 +192,20 @@ class PhaseDetector:
         reason = f"the metric is far from its best: {metric:.3g} after {best:.3g}"
         return self._if_lasting("metric", change > bad, reason)
 
-    def _exhausted(self, layers: Layers) -> Verdict | None:
+    def _exhausted(self, layers: Layers) -> Finding | None:
         able = [(i * left, i, left, name) for name, (i, left) in layers.items() if self._spared.get(name, 0) >= 1]
         spare, index, left, name = min(able, default=(math.inf, 0.0, 0, ""))
         reason = f"{name} has nothing to spare: {left} weights of index {index:.3g}"
         return self._if_lasting("exhausted", spare < self.spare and not self._near, reason)
 
-    def _first_turn(self) -> Verdict | None:
+    def _first_turn(self) -> Finding | None:
         index, low = self._curve[-1], min(self._curve)
         bound = low * (1 + min(self._noise(), self.rise))  # as low as the lowest, as far as the noise can tell
         since = self._start + next(t for t, value in enumerate(self._curve) if value <= bound)
         reason = f"the index rises: {index:.3g} after {low:.3g} at its lowest"
         return self._if_lasting("rise", self._apart(index, low, 1 + self.rise), reason, since)
 
-    def _second_turn(self) -> Verdict | None:
+    def _second_turn(self) -> Finding | None:
         index, curve = self._curve[-1], self._curve[max(0, self.since - self._start) :] or self._curve
         peak = max(curve)
         since = self.round + 1 - len(curve) + curve.index(peak)
@@ -224,7 +224,7 @@ class PhaseDetector:
         # their variance is 20 times that of independent noise; the median of |N(0, 1)| is 0.6745
         return statistics.median(jumps) / (0.6745 * math.sqrt(20)) if len(jumps) > 2 else 0.0
 
-    def _if_lasting(self, witness: str, speaks: bool, reason: str, since: int | None = None) -> Verdict | None:
+    def _if_lasting(self, witness: str, speaks: bool, reason: str, since: int | None = None) -> Finding | None:
         """What a witness says once it does so in `patience` rounds in a row; it dates from the first by default."""
         if not speaks:
             self._series.pop(witness, None)

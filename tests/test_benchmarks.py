@@ -1,5 +1,6 @@
 """The benchmarks behind the numbers of README and docs run, in their quick forms."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,40 @@ LONG = ["adaptive_amounts.py", "growth.py", "memory.py", "monitoring.py", "one_p
 SCRIPTS = ["checkpoints.py", "digits_accuracy.py", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
 
 
+def curves(folder):
+    """Sixteen runs whose index falls, rises and, in every other one, falls with the accuracy again."""
+    falls, holds = (0.3, 0.2, 0.15, 0.12, 0.15, 0.2, 0.25, 0.1, 0.05, 0.01), (0.3, 0.2, 0.15, *[0.12] * 7)
+    rounds = {
+        True: [(index, acc) for index, acc in zip(falls, (*[0.95] * 7, 0.5, 0.2, 0.1), strict=True)],
+        False: [(index, 0.95) for index in holds],
+    }
+    runs = [
+        {
+            **{"arch": "ab"[i % 2], "scope": "layer", "policy": "fixed", "rewind": None},
+            "rounds": [
+                {
+                    **{"val_acc": acc, "val_loss": 1 - acc, "pqi": index, "remaining": 1 - 0.09 * t},
+                    "layers": {"w": [index, 1000 - 90 * t, 1000]},
+                }
+                for t, (index, acc) in enumerate(rounds[i % 16 < 8])
+            ],
+        }
+        for i in range(16)
+    ]
+    file = folder / "curves.json"
+    file.write_text(json.dumps(runs))
+    return file
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "phase_halves.py"])
 def test_a_quick_run_prints_a_table(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     before = sorted((BENCHMARKS / "results").iterdir())
+    data = ["--curves", str(curves(tmp_path))] if script == "phase_halves.py" else []
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), "--quick"],
+        [sys.executable, str(BENCHMARKS / script), "--quick", *data],
         capture_output=True,
         text=True,
         timeout=220,
