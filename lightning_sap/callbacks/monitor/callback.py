@@ -5,23 +5,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from lightning_sap.callbacks.monitor import tensorboard
+from lightning_sap.callbacks.monitor.curve import Curve
+from lightning_sap.callbacks.monitor.gauge import Gauge, leader, pruners
 from lightning_sap.callbacks.monitor.judge import Judge, StopOn, Verdict
-from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.history import RoundRecord
 from lightning_sap.phases import Layers, Phase, PhaseDetector
-from lightning_sap.pruner import Measure, MonitoredPruner, Piece, check_finite, dense_pieces, summary, sums_of
+from lightning_sap.pruner import MonitoredPruner, check_finite
 from lightning_sap.report import markdown, show
-from lightning_sap.sharding import check_placements, is_sharded
-from lightning_sap.weights import check_patterns
 
 PHASES = list(Phase)  # logged as their positions
 
@@ -85,34 +81,23 @@ class PQIMonitor(Callback):
         name: str = "pqi",
     ) -> None:
         super().__init__()
-        if (p is None) != (q is None):
-            raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
-        if p is not None and q is not None:
-            check_orders(p, q)
         if not name or "/" in name:
             raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
-        self.p, self.q = p, q
         self.stop_on = stop_on
         self.monitor, self.mode = monitor, mode
         self.patience = patience
         self.restore = restore
         self.verbose = verbose
-        self.gini = gini
-        self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
         self.name = name
+        self._gauge = Gauge(p, q, gini=gini, log_layers=log_layers, name=name)
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
-        self._cache: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
         self._begin()
 
     def _begin(self) -> None:
         """What a run must not lose, at its start."""
-        self._rows: list[dict[str, Any]] = []
+        self._curve = Curve(self.monitor)
         self._judge = Judge(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
-        self._validated: int | None = None  # the round (without a pruner the epoch) in which validation ran last
-        self._before_validation: Tensor | None = None  # the monitored metric
-        self._of_validation = False  # whether validation logs the monitored metric
-        self._saved_metrics: dict[str, float] = {}  # of the epoch that was interrupted; Lightning forgets them
 
     @property
     def phase(self) -> Phase:
@@ -136,13 +121,17 @@ class PQIMonitor(Callback):
         if stage == "fit":
             self._records = []
             self._begin()
+            self._gauge.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stage = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask the pruner to keep the rounds that may have to be restored."""
-        pruner = _pruner(trainer)
+        pruner = leader(trainer)
         if pruner is None and self.stop_on is not None:
             rank_zero_warn(
                 f"{self.name}: no callback of lightning-sap prunes in this Trainer, so PQIMonitor only logs and never "
@@ -152,13 +141,7 @@ class PQIMonitor(Callback):
             pruner.archive_rounds()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._cache = None
-        pieces = self._pieces(trainer, pl_module)
-        if self.gini and any(is_sharded(piece.weight) for piece in pieces.values()):
-            raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
-        check_placements({name: piece.weight for name, piece in pieces.items()})
-        if not isinstance(self.log_layers, bool):
-            check_patterns(self.log_layers, list(pieces))
+        self._gauge.check(trainer, pl_module)
         if self.verdict is not None:
             trainer.should_stop = True  # the run was cut off after its verdict
         if trainer.barebones:
@@ -167,28 +150,26 @@ class PQIMonitor(Callback):
                 "no logger and no callback; rows() and plot() have them all the same, without a monitored metric."
             )
         for writer in tensorboard.writers(trainer):
-            writer.add_custom_scalars(tensorboard.layout(self.name, filter(self._wants, pieces)))
+            writer.add_custom_scalars(tensorboard.layout(self.name, self._gauge.layers(trainer, pl_module)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish_row(trainer)
+        self._curve.finish(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._measure(trainer, pl_module)
-            self._before_validation = trainer.callback_metrics.get(self.monitor or "")
+            self._gauge.measure(trainer, pl_module)
+            self._curve.begin_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning keeps old metrics: one that is new afterwards was logged by validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._of_validation |= trainer.callback_metrics.get(self.monitor or "") is not self._before_validation
-            self._before_validation = None
+            self._curve.end_validation(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            pruner, judge = _pruner(trainer), self._judge
-            self._validated = trainer.current_epoch if pruner is None else pruner.current_round()
+            pruner, judge = leader(trainer), self._judge
+            self._curve.note_validation(trainer.current_epoch if pruner is None else pruner.current_round())
             if pruner is not None and pruner.ends_round(trainer.current_epoch):
                 judge = copy.deepcopy(judge)  # what the end of the round is going to tell
                 self._take_in(judge, pruner, trainer, pl_module)
@@ -200,37 +181,39 @@ class PQIMonitor(Callback):
 
     def see_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         """Take in the epoch that ends, and judge its round if it is the last of it; once more does no harm."""
-        pruner = _pruner(trainer)
+        pruner = leader(trainer)
         if pruner is not None and pruner.ends_round(trainer.current_epoch):
             self._close_round(pruner, trainer, module)
-        self._add_row(trainer, module)
+        sizes = {name: piece.weight.numel() for name, piece in self._gauge.pieces(trainer, module).items()}
+        round, phase = (None, None) if pruner is None else (pruner.current_round(), str(self.phase))
+        self._curve.add(trainer.current_epoch, round, phase, self._gauge.measure(trainer, module), sizes)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last round too, where it was shorter than planned."""
-        self._finish_row(trainer)
-        pruner = _pruner(trainer)
-        if pruner is not None and self._rows and self._rows[-1]["round"] == pruner.current_round():
+        self._curve.finish(trainer)
+        pruner, rows = leader(trainer), self._curve.rows
+        if pruner is not None and rows and rows[-1]["round"] == pruner.current_round():
             self._close_round(pruner, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the last sound round back, now that no callback writes any more, and show what happened."""
-        pruner = _pruner(trainer)
-        for other in _pruners(trainer):
+        pruner = leader(trainer)
+        for other in pruners(trainer):
             other.close_run(pl_module)
         if pruner is not None:
             self._go_back(pruner)
             self._records = list(pruner.history)
-            if pruner.history.restored is None and self._cache is not None:
-                check_finite(self._cache[1])
         self._show(trainer)
+        if pruner is not None and pruner.history.restored is None and self._gauge.latest is not None:
+            check_finite(self._gauge.latest)
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 
     def _evidence(self, trainer: Trainer, module: LightningModule, round: int) -> tuple[float, Layers, float | None]:
         """What is known of the round that ends now; on all ranks what rank 0 knows."""
-        measure = self._measure(trainer, module)
+        measure = self._gauge.measure(trainer, module)
         layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
-        return trainer.strategy.broadcast((measure.overall, layers, self._metric(trainer, round)))
+        return trainer.strategy.broadcast((measure.overall, layers, self._curve.metric(trainer, round)))
 
     def _take_in(self, judge: Judge, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Take in the round that ends now, and those before it that were not seen."""
@@ -271,85 +254,15 @@ class PQIMonitor(Callback):
             f"{record.path}"
         )
 
-    # -- values -------------------------------------------------------------------------------------------------------
-
-    def _pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
-        pruned = [pruner.pieces(module) for pruner in _pruners(trainer)]
-        return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
-
-    def _orders(self, trainer: Trainer) -> tuple[float, float]:
-        p, q = next((pruner.orders() for pruner in _pruners(trainer)), (0.5, 1.0))
-        return (p, q) if self.p is None or self.q is None else (self.p, self.q)
-
-    def _measure(self, trainer: Trainer, module: LightningModule) -> Measure:
-        """Indices of the weights as they are, measured once after a step."""
-        moment = (trainer.global_step, *(pruner.current_round() for pruner in _pruners(trainer)))
-        if self._cache is None or self._cache[0] != moment:
-            orders = self._orders(trainer)
-            self._cache = (moment, summary(sums_of(self._pieces(trainer, module), *orders), *orders))
-        return self._cache[1]
-
-    def _metrics(self, trainer: Trainer) -> dict[str, float]:
-        return self._saved_metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
-
-    def _metric(self, trainer: Trainer, moment: int) -> float | None:
-        """The monitored metric; None where validation logs it and did not run in this round (no pruner: epoch)."""
-        stale = self._of_validation and self._validated != moment
-        return None if stale else self._metrics(trainer).get(self.monitor or "")
-
     def _log(self, trainer: Trainer, module: LightningModule, judge: Judge, *, logger: bool) -> None:
         if trainer.barebones:
             return
-        to = None if logger else False  # True would warn where there is no logger
-        measure, pieces, pruner = self._measure(trainer, module), self._pieces(trainer, module), _pruner(trainer)
-        values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
-        match _pruners(trainer):  # of several, or in other orders, none was taken
-            case [only] if only.orders() == self._orders(trainer) and (after := only.index_after_pruning()) is not None:
-                values[f"{self.name}/global_pruned"] = after
-        if pruner is not None:
+        values = self._gauge.values(trainer, module)
+        if leader(trainer) is not None:
             values[f"{self.name}/phase"] = float(PHASES.index(judge.phase))
-        if self.gini:
-            values["gini/global"] = float(_gini(pieces))
-        for name in filter(self._wants, pieces):
-            values[f"{self.name}/{name}"] = measure.layers[name]
-            values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
+        to = None if logger else False  # True would warn where there is no logger
         # all ranks have the same numbers, and the most of equal numbers is exactly each of them
         module.log_dict(values, on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
-
-    def _wants(self, name: str) -> bool:
-        if isinstance(self.log_layers, bool):
-            return self.log_layers
-        return any(fnmatchcase(name, pattern) for pattern in self.log_layers)
-
-    def _add_row(self, trainer: Trainer, module: LightningModule) -> None:
-        """Keep what the epoch ended with, in the place of the round's epoch before."""
-        measure, pruner = self._measure(trainer, module), _pruner(trainer)
-        sizes = {name: piece.weight.numel() for name, piece in self._pieces(trainer, module).items()}
-        row = {
-            "epoch": trainer.current_epoch,
-            "round": None if pruner is None else pruner.current_round(),
-            "pqi": measure.overall,
-            "layer_mean": measure.layer_mean,
-            "remaining": sum(measure.survivors.values()) / sum(sizes.values()),
-            "metric": None,
-            "phase": None if pruner is None else str(self.phase),
-            "layers": measure.layers,
-            "layers_remaining": {name: count / sizes[name] for name, count in measure.survivors.items()},
-        }
-        key = "epoch" if pruner is None else "round"
-        self._rows = [*(other for other in self._rows if other[key] != row[key]), row]
-
-    def _finish_row(self, trainer: Trainer) -> None:
-        """Add the monitored metric to the last epoch's row, now that every hook had the time to log it."""
-        if self.monitor is None or trainer.barebones or not self._rows or self._rows[-1]["metric"] is not None:
-            return
-        metrics, row = self._metrics(trainer), self._rows[-1]
-        row["metric"] = self._metric(trainer, row["epoch"] if row["round"] is None else row["round"])
-        self._saved_metrics = {}
-        if self.monitor not in metrics and (self._validated is not None or not trainer.enable_validation):
-            raise ValueError(
-                f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
-            )
 
     # -- pictures and report ------------------------------------------------------------------------------------------
 
@@ -359,7 +272,7 @@ class PQIMonitor(Callback):
         Keys: epoch, round, pqi, layer_mean, remaining, metric, phase, and by parameter layers (their indices) and
         layers_remaining.
         """
-        return copy.deepcopy(self._rows)
+        return copy.deepcopy(self._curve.rows)
 
     def plot(self, kind: Literal["rounds", "layers"] = "rounds", *, dark: bool = False) -> Any:
         """Matplotlib figure of the rounds so far (no pruner: the epochs).
@@ -394,7 +307,7 @@ class PQIMonitor(Callback):
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""
         for writer in tensorboard.writers(trainer):
-            if self._rows and importlib.util.find_spec("matplotlib") is not None:
+            if self._curve.rows and importlib.util.find_spec("matplotlib") is not None:
                 for kind in ("rounds", "layers"):
                     writer.add_figure(f"{self.name}/{kind}", self.plot(kind), global_step=trainer.global_step)
             if self._records:
@@ -413,45 +326,20 @@ class PQIMonitor(Callback):
         return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows(),
-            "metrics": self._saved_metrics,
-            "validated": self._validated,
-            "of_validation": self._of_validation,
-            "judge": self._judge.state_dict(),
-        }
+        return {**self._curve.state_dict(), "judge": self._judge.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a fit; a file that is only validated or tested leaves what is known of this one."""
         if self._stage not in ("fit", None):
             return
         self._begin()
-        self._rows = copy.deepcopy(state_dict["rows"])
-        self._saved_metrics = dict(state_dict["metrics"])
-        self._validated, self._of_validation = state_dict["validated"], state_dict["of_validation"]
+        self._curve.load_state_dict(state_dict)
         self._judge.load_state_dict(state_dict["judge"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the monitored metric of this moment: Lightning does not."""
-        metrics = trainer.callback_metrics
-        if self.monitor in metrics:
-            state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-            state["metrics"] = {self.monitor: float(metrics[self.monitor])}
+        self._curve.save_metric(trainer, checkpoint.get("callbacks", {}).get(self.state_key, {}))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
         return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-
-
-def _pruners(trainer: Trainer) -> list[MonitoredPruner]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
-
-
-def _pruner(trainer: Trainer) -> MonitoredPruner | None:
-    """The one whose rounds count: of several that prune, the first."""
-    return next((pruner for pruner in _pruners(trainer) if pruner.prunes()), None)
-
-
-def _gini(pieces: dict[str, Piece]) -> Tensor:
-    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
-    return gini_index(torch.cat(alive))

@@ -1,0 +1,98 @@
+"""What is watched in a Trainer, and its values at a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sap.functional.pqi import check_orders, gini_index
+from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+from lightning_sap.sharding import check_placements, is_sharded
+from lightning_sap.weights import check_patterns
+
+
+class Gauge:
+    """Measures what the pruners of a Trainer prune; without one, what a pruner would prune by default."""
+
+    def __init__(
+        self, p: float | None, q: float | None, *, gini: bool, log_layers: bool | Sequence[str], name: str
+    ) -> None:
+        if (p is None) != (q is None):
+            raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
+        if p is not None and q is not None:
+            check_orders(p, q)
+        self.p, self.q = p, q
+        self.gini = gini
+        self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
+        self.name = name
+        self._latest: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
+
+    @property
+    def latest(self) -> Measure | None:
+        """The latest measure of this fit; None before the first."""
+        return None if self._latest is None else self._latest[1]
+
+    def forget(self) -> None:
+        """Let go of what was measured in an earlier fit."""
+        self._latest = None
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raise for what cannot be measured."""
+        pieces = self.pieces(trainer, module)
+        if self.gini and any(is_sharded(piece.weight) for piece in pieces.values()):
+            raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
+        check_placements({name: piece.weight for name, piece in pieces.items()})
+        if not isinstance(self.log_layers, bool):
+            check_patterns(self.log_layers, list(pieces))
+
+    def pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
+        """The weights that are watched, live, with their masks."""
+        pruned = [pruner.pieces(module) for pruner in pruners(trainer)]
+        return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
+
+    def layers(self, trainer: Trainer, module: LightningModule) -> list[str]:
+        """The parameters that are logged one by one."""
+        names, wanted = list(self.pieces(trainer, module)), self.log_layers
+        if isinstance(wanted, bool):
+            return names if wanted else []
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+    def measure(self, trainer: Trainer, module: LightningModule) -> Measure:
+        """Indices of the weights as they are, measured once after a step."""
+        moment = (trainer.global_step, *(pruner.current_round() for pruner in pruners(trainer)))
+        if self._latest is None or self._latest[0] != moment:
+            orders = self._orders(trainer)
+            self._latest = (moment, summary(sums_of(self.pieces(trainer, module), *orders), *orders))
+        return self._latest[1]
+
+    def values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """What is logged of the weights, by key."""
+        measure, pieces = self.measure(trainer, module), self.pieces(trainer, module)
+        values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
+        match pruners(trainer):  # of several, or in other orders, none was taken
+            case [only] if only.orders() == self._orders(trainer) and (after := only.index_after_pruning()) is not None:
+                values[f"{self.name}/global_pruned"] = after
+        if self.gini:
+            alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
+            values["gini/global"] = float(gini_index(torch.cat(alive)))
+        for name in self.layers(trainer, module):
+            values[f"{self.name}/{name}"] = measure.layers[name]
+            values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
+        return values
+
+    def _orders(self, trainer: Trainer) -> tuple[float, float]:
+        p, q = next((pruner.orders() for pruner in pruners(trainer)), (0.5, 1.0))
+        return (p, q) if self.p is None or self.q is None else (self.p, self.q)
+
+
+def pruners(trainer: Trainer) -> list[MonitoredPruner]:
+    """The Trainer's callbacks that prune or hold masks."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
+
+
+def leader(trainer: Trainer) -> MonitoredPruner | None:
+    """The one whose rounds count: of several that prune, the first."""
+    return next((pruner for pruner in pruners(trainer) if pruner.prunes()), None)
