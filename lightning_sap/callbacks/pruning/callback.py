@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours
+from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.run import Run
@@ -25,37 +24,6 @@ from lightning_sap.history import History, RoundRecord
 from lightning_sap.pruner import Piece, RoundWitness, Scope, check_finite
 from lightning_sap.sharding import reshard
 from lightning_sap.weights import Selection, low_rank_adapters
-
-
-def _nothing() -> None:
-    """A weak reference to nothing."""
-
-
-@dataclass
-class Fit:
-    """What belongs to one fit, and is neither copied nor pickled.
-
-    Attributes:
-        stage: As in ``setup``; for a fit then "train" while it trains, and "trained".
-        trainer: Weak reference to the Trainer of the latest fit.
-        module: Weak reference to its module.
-        archives: Whether each round is saved.
-        pending: What a checkpoint brought, until training starts.
-        schedules: Its schedules and optimizers.
-        hooks: Those on its optimizers.
-        hooked: Whether every optimizer has them: Lightning takes others than PyTorch's, which may know none.
-        before_validation: The metrics that were known when validation began.
-    """
-
-    stage: str | None = None
-    trainer: Callable[[], Trainer | None] = _nothing
-    module: Callable[[], LightningModule | None] = _nothing
-    archives: bool = False
-    pending: dict[str, Any] | None = None
-    schedules: Schedules = field(default_factory=Schedules)
-    hooks: list[RemovableHandle] = field(default_factory=list)
-    hooked: bool = True
-    before_validation: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PruningCallback(Callback):
