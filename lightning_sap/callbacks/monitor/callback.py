@@ -90,6 +90,7 @@ class PQIMonitor(Callback):
         self.verbose = verbose
         self.name = name
         self._gauge = Gauge(p, q, gini=gini, log_layers=log_layers, name=name)
+        self.p, self.q, self.gini, self.log_layers = p, q, gini, self._gauge.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
         self._begin()
