@@ -288,13 +288,14 @@ def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
 
 def _asked(policy: Policy, groups: PowerSums, round: int) -> Tensor:
     """What the policy wants to prune from each group."""
-    counts = policy(groups, round)
-    if counts.dtype != torch.int64 or counts.shape != groups.count.shape or bool((counts < 0).any()):
+    counts: Any = policy(groups, round)
+    kind = (getattr(counts, "dtype", None), getattr(counts, "shape", None))
+    if kind != (torch.int64, groups.count.shape) or (counts < 0).any():
         raise ValueError(
             f"{policy!r} must return how many weights each group loses: int64 of at least 0, of shape "
             f"{tuple(groups.count.shape)}; got {counts}. Whole numbers are had by .floor().long()."
         )
-    return counts
+    return torch.as_tensor(counts)
 
 
 def _shards(pieces: Mapping[str, Piece]) -> Shards:

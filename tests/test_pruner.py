@@ -208,7 +208,16 @@ class TestRefusals:
 
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
     @pytest.mark.parametrize(
-        "wrong", [lambda n: 0.3 * n, lambda n: n.int(), lambda n: -n, lambda n: n[:0], lambda n: n.sum().repeat(5)]
+        "wrong",
+        [
+            lambda n: 0.3 * n,
+            lambda n: n.int(),
+            lambda n: -n,
+            lambda n: n[:0],
+            lambda n: 3,
+            lambda n: n.tolist(),
+            lambda n: n.sum().repeat(5),
+        ],
     )
     def test_a_policy_that_returns_no_counts(self, wrong, scope):
         class Wrong(Policy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 Mode = Literal["restart", "squeeze", "keep"]
 Step = Callable[[Any], None]
 
+COUNT = re.compile(r"'_step_count': \d+")
 TOO_HIGH = 0.2  # "auto" squeezes where a round would end above this fraction of the learning rate's range
 
 
@@ -114,19 +116,26 @@ class Replay:
     def advances(self, step: Step) -> bool:
         """Whether each call moves it on; not where the caller sets it by an epoch that is not the schedule's own."""
         now = copy.deepcopy(self.scheduler.state_dict()), take_groups(self.scheduler.optimizer)
-        places: list[tuple[Any, list[float]]] = []
+        self._restore_(self.first, self.first_groups)
+        places, calls = [], [self._count()]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the optimizer has not stepped yet, that epochs are deprecated
                 for _ in range(2):
                     step(self.scheduler)
                     rates = [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
-                    places.append((getattr(self.scheduler, "last_epoch", None), rates))
+                    places.append((COUNT.sub("", repr(self.scheduler.state_dict())), rates))
+                    calls.append(self._count())
         except ValueError:  # a schedule of one step
             return True
         finally:
             self._restore_(*now)
-        return places[0] != places[1]
+        was_not_stepped = calls[0] is not None and calls[0] == calls[-1]  # so that nothing can be said
+        return was_not_stepped or places[0] != places[1]
+
+    def _count(self) -> Any:
+        """How often PyTorch's own schedules were stepped; None for others."""
+        return self.scheduler.state_dict().get("_step_count")
 
     def trace(self, step: Step) -> list[float]:
         """Learning rate (summed over the groups) at each tick of all training, were the schedule left alone.

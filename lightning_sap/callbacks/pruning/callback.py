@@ -21,7 +21,7 @@ from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.functional.amount import Policy
 from lightning_sap.history import History, RoundRecord
-from lightning_sap.pruner import Piece, RoundWitness, Scope, check_finite
+from lightning_sap.pruner import Piece, RoundWitness, Scope
 from lightning_sap.sharding import reshard
 from lightning_sap.weights import Selection, low_rank_adapters
 
@@ -192,8 +192,8 @@ class PruningCallback(Callback):
         """Close the last round and say what was reached."""
         if trainer.global_step > self._run.state.round_step:
             measure = self._run.measure(pl_module)
-            if self.prunes() and not _of_kind(trainer, RoundWitness):  # which would go back to a sound round
-                check_finite(measure)
+            if self._run.state.plan.rounds != 0 and not _of_kind(trainer, RoundWitness):  # which may go back
+                checks.check_ending(trainer, measure)
             self._run.save_round(trainer)  # where it was shorter than planned
             self._run.state.history.append(self._run.record(trainer, measure))
         rank_zero_info(messages.farewell(self.options, self._run.state, stopped=trainer.should_stop))

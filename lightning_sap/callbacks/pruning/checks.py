@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
+from lightning_sap.pruner import Measure, check_finite
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
 from lightning_sap.weights import PrunableWeight, prunable_weights
 
@@ -71,41 +74,46 @@ def check_plan(options: Options, plan: RoundPlan) -> None:
 
 
 def check_changes(options: Options, state: RunState, epoch: int, global_step: int) -> None:
-    """Raise for options that a resumed run cannot change any more."""
-    new, old = options.plain(), state.options
-    if state.plan.rounds == 0 or state.prunings_left() == 0:
+    """Raise if a resumed run is to go back to weights that are gone."""
+    k, old = options.snapshot_epoch, state.options
+    if k is None or not options.changed("rewind_weights", old) or state.plan.rounds == 0 or state.prunings_left() == 0:
         return
-    if options.changed("lr_schedule", old) and state.schedules:
+    check_plan(options, state.plan)
+    if state.round > 0 or epoch - state.plan.first_epoch >= k < global_step:
         raise ValueError(
-            f"lr_schedule={new['lr_schedule']!r} cannot take the place of the checkpoint's {old['lr_schedule']!r} in "
-            f"the middle of a run; give lr_schedule={old['lr_schedule']!r}."
-        )
-    k = options.snapshot_epoch
-    if options.changed("rewind_weights", old) and k is not None and epoch - state.plan.first_epoch >= k < global_step:
-        raise ValueError(
-            f"rewind_weights={new['rewind_weights']} needs weights that are gone: those after {k} epochs, and the "
+            f"rewind_weights={options.rewind_weights} needs weights that are gone: those after {k} epochs, and the "
             f"checkpoint was saved with rewind_weights={old['rewind_weights']}. Give that, or None to go on with the "
             "weights as they are."
         )
 
 
-def check_target(options: Options, state: RunState) -> None:
+def check_target(options: Options, state: RunState, frozen: Collection[str]) -> None:
     """Raise if the target cannot be met exactly by what is left of the run."""
     if options.target_remaining is None or not state.plan.rounds:
         return
-    alive = state.masks.survivors
-    sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
-    target, kept = options.target(sizes), sum(options.floors(sizes).values())
+    alive, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
+    target, total = options.target(sizes), sum(alive.values())
+    held = sum(alive[name] for name in frozen)
     found = {
-        f"min_remaining={options.min_remaining} keeps {kept}": kept > target,
-        f"only {sum(alive.values())} survive already": sum(alive.values()) < target,
-        "there are no prunings left": state.prunings_left() == 0 and sum(alive.values()) != target,
+        f"{held} of frozen parameters stay": held > target,
+        f"only {total} survive already": total < target,
+        "there are no prunings left": state.prunings_left() == 0 and total != target,
     }
     if reasons := [reason for reason, holds in found.items() if holds]:
         raise ValueError(
             f"target_remaining={options.target_remaining} cannot be met: that is {target} of {sum(sizes.values())} "
-            f"weights, and {reasons[0]}. Give another target_remaining or None, a lower min_remaining, or more rounds."
+            f"weights, and {reasons[0]}. Give another target_remaining or None."
         )
+
+
+def check_ending(trainer: Trainer, measure: Measure) -> None:
+    """Raise on all ranks if training came to its end with weights that are not finite on one; a collective."""
+    finite = all(map(math.isfinite, measure.layers.values()))
+    if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+        if not trainer.should_stop:
+            check_finite(measure)
+            raise ValueError("Weights of another rank are not finite.")
+        rank_zero_warn("Training was stopped with weights that are not finite.")
 
 
 def state_key(name: str) -> str:

@@ -75,6 +75,15 @@ def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) 
         )
 
 
+def warn_of_frozen(options: Options, frozen: list[str]) -> None:
+    """Warn that a target is met by the other weights only."""
+    if options.target_remaining is not None:
+        rank_zero_warn(
+            f"{options.name}: frozen now, and pruned no further: {_listed(frozen)}. target_remaining="
+            f"{options.target_remaining} is met by the other weights alone."
+        )
+
+
 def warn_of_adapters(options: Options, adapters: list[str]) -> None:
     """Warn of low-rank adapters that are going to be pruned."""
     if adapters:

@@ -45,10 +45,12 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
         callback.on_validation_epoch_end(trainer, module)
 
 
-def accumulation_varies(trainer: Trainer) -> bool:
-    """Whether the number of batches to an optimizer step changes during training."""
+def accumulation(trainer: Trainer) -> int | None:
+    """Batches to an optimizer step; None where their number changes during training."""
     schedulings = [callback.scheduling for callback in _of_kind(trainer, "GradientAccumulationScheduler")]
-    return any(len(set(scheduling.values())) > 1 for scheduling in schedulings)
+    factors = {factor for scheduling in schedulings for factor in scheduling.values()}
+    factors = factors or {trainer.accumulate_grad_batches}
+    return int(factors.pop()) if len(factors) == 1 else None
 
 
 def _of_kind(trainer: Trainer, name: str) -> list[Any]:

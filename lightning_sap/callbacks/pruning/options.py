@@ -17,6 +17,7 @@ from lightning_sap.weights import Selection, check_selection
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
 
+SAME = {"init": "0"}  # as `rewind_weights`
 OF_THE_PLAN = ("rounds", "every_n_epochs", "keep_zeros")  # what counts only where a run begins
 
 
@@ -90,7 +91,7 @@ class Options:
     def changed(self, key: str, stored: Mapping[str, str]) -> bool:
         """Whether an option differs from the one stored; what was not stored did not change."""
         now = self.plain()[key]
-        return stored.get(key, now) != now
+        return SAME.get(stored.get(key, now), stored.get(key, now)) != SAME.get(now, now)
 
     def floors(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Fewest weights that must survive in each parameter."""

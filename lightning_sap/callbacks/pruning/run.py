@@ -57,6 +57,10 @@ class Run:
         """The weights themselves."""
         return {name: weight.parameter.detach() for name, weight in self.weights.items()}
 
+    def frozen(self) -> list[str]:
+        """Those that are not trained now."""
+        return [name for name, weight in self.weights.items() if not weight.parameter.requires_grad]
+
     def pieces(self, module: nn.Module) -> dict[str, Piece]:
         """The weights with their masks."""
         pruned, weights = self.state.masks.pruned, self.weights or self.select(module)
@@ -83,23 +87,26 @@ class Run:
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
-        self.state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
-        checks.check_target(options, self.state)
+        state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+        checks.check_target(options, state, self.frozen())
+        self.state = state
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
+        before, options = self.state, self.options
         self.take_up(module, packed)
-        state, options = self.state, self.options
+        state, self.state = self.state, before  # until all is found to be right
         checks.check_changes(options, state, trainer.current_epoch, trainer.global_step)
         if options.changed("rewind_weights", state.options):
             state.first_weights = None
         state.reopen()
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
-            state.plan = replace(state.plan, last_epoch=trainer.max_epochs)
+            state.plan = replace(state.plan, last_epoch=last_epoch(trainer, resumed=True))
         if options.changed("dirpath", state.options):
             state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
-            checks.check_target(options, state)
+            checks.check_target(options, state, self.frozen())
+        self.state = state
         messages.tell_changes(options, state.options)
 
     def open_archive(self, trainer: Trainer, wanted: bool) -> None:
@@ -179,13 +186,15 @@ class Run:
         self.weights = self.select(module)
         checks.check_disjoint(options, trainer, module)
         state.masks = state.masks.extended(self.live())
-        sizes = {name: weight.parameter.numel() for name, weight in self.weights.items()}
-        limits = options.limits(sizes, sum(state.masks.survivors.values()), state.prunings_left())
-        pieces = self.pieces(module)
+        pieces, frozen = self.pieces(module), self.frozen()
         ranks.check_agreement(trainer, pieces)
-        trained = {name: piece for name, piece in pieces.items() if self.weights[name].parameter.requires_grad}
+        trained = {name: piece for name, piece in pieces.items() if name not in frozen}
+        sizes = {name: piece.weight.numel() for name, piece in trained.items()}
+        alive = sum(count for name, count in state.masks.survivors.items() if name in trained)
+        limits = options.limits(sizes, alive, state.prunings_left())
         step = prune_step(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
-        if len(trained) < len(pieces):  # what is frozen now stays as it is, under its masks
+        if frozen:  # they stay as they are, under their masks
+            messages.warn_of_frozen(options, frozen)
             masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
             step = Step(self.measure(module), masks, step.count)
         return ranks.of_rank_zero(trainer, step, self.live())
@@ -246,8 +255,10 @@ def _plan(trainer: Trainer, options: Options) -> RoundPlan:
     """The rounds of a training that begins now; as many as fit where ``max_steps`` ends it before ``max_epochs``."""
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
     plan, end = plan_rounds(trainer.max_epochs, *wanted), last_epoch(trainer)
-    if end is None or end < 0 or not plan.rounds or plan.start(plan.rounds) < end:
+    if end is None or end < 0:
         return plan
+    if not plan.rounds or plan.start(plan.rounds) < end:
+        return plan if plan.last_epoch is None else replace(plan, last_epoch=end)
     try:
         return plan_rounds(end, *wanted)
     except ValueError as error:

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning.neighbours import accumulation_varies
+from lightning_sap.callbacks.pruning.neighbours import accumulation
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.rounds import RoundPlan
 from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.rewind import Replay, Ticks, restore_groups_, take_groups
+from lightning_sap.rewind import Mode, Replay, Ticks
 
 NEVER = sys.maxsize
 
@@ -32,49 +32,49 @@ class Schedules:
         self._configs = list(configs)
         self._frequencies = [config.frequency for config in self._configs]
         self._replays = [Replay(config.scheduler, config.reduce_on_plateau) for config in self._configs]
-        scheduled = [id(replay.scheduler.optimizer) for replay in self._replays]
-        self._groups = [
-            (optimizer, take_groups(optimizer)) for optimizer in optimizers if id(optimizer) not in scheduled
-        ]
         self._states = [(optimizer, _copied(optimizer.state)) for optimizer in optimizers]
-        self._kept = False
+        self._modes: list[Mode] = []  # of the run that is resumed
 
     def choose(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, wanted: Schedule) -> list[str]:
         """Settle what each schedule does in a round; one line for each, with its reason."""
-        manual, self._kept = not module.automatic_optimization, wanted == "keep"
+        manual = not module.automatic_optimization
         if manual and wanted == "squeeze" and self._replays and plan.rounds != 0:
             raise ValueError(
                 "lr_schedule='squeeze' cannot be had with manual optimization, where the module steps its schedules "
                 "itself; write them for one round and use lr_schedule='restart', or 'keep'."
             )
         lines = []
-        for config, frequency, replay in zip(self._configs, self._frequencies, self._replays, strict=True):
+        for i, (config, replay) in enumerate(zip(self._configs, self._replays, strict=True)):
             if plan.rounds == 0:
                 replay.choose("keep", Ticks(), _stepper(module))
                 continue
-            if manual:
-                replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
-            elif not replay.metric_driven and wanted != "keep" and not _advances(module, replay):
-                replay.mode, replay.reason = "keep", "the module's lr_scheduler_step sets it by the epoch of training"
-                if wanted != "auto":
-                    raise ValueError(
-                        f"lr_schedule={wanted!r} cannot be had where {replay.reason}. Step it without an epoch "
-                        "(`scheduler.step()`), or use lr_schedule='keep'."
-                    )
-            else:
-                replay.choose(wanted, _ticks(trainer, plan, config.interval, frequency), _stepper(module))
-                if self._replayed(config, replay):
-                    config.frequency = NEVER
+            self._settle(replay, wanted, module, _ticks(trainer, plan, config.interval, self._frequencies[i]))
+            if self._modes:
+                _go_on(replay, self._modes[i], wanted)
+            if self._replayed(config, replay) and not manual:
+                config.frequency = NEVER
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
         return lines
 
+    @staticmethod
+    def _settle(replay: Replay, wanted: Schedule, module: LightningModule, ticks: Ticks) -> None:
+        """Choose what a round does with a schedule."""
+        if not module.automatic_optimization:
+            replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
+        elif replay.metric_driven or wanted == "keep" or _advances(module, replay):
+            replay.choose(wanted, ticks, _stepper(module))
+        else:
+            replay.mode, replay.reason = "keep", "the module's lr_scheduler_step sets it by the epoch of training"
+            if wanted != "auto":
+                raise ValueError(
+                    f"lr_schedule={wanted!r} cannot be had where {replay.reason}. Step it without an epoch "
+                    "(`scheduler.step()`), or use lr_schedule='keep'."
+                )
+
     def rewind_(self) -> None:
-        """Put every schedule back to its first value, and the learning rates of the optimizers that have none."""
+        """Put every schedule back to its first value."""
         for replay in self._replays:
             replay.rewind_()
-        for optimizer, groups in self._groups:
-            if not self._kept:
-                restore_groups_(optimizer, groups)
 
     def forget_(self) -> None:
         """Put the state of every optimizer back to the first, which is none for most."""
@@ -101,13 +101,14 @@ class Schedules:
 
     def state(self) -> list[dict[str, Any]]:
         """What a resumed run needs: the first values, and how far the round is."""
-        return [{"first": r.first, "groups": r.first_groups, "calls": r.calls} for r in self._replays]
+        return [{"first": r.first, "groups": r.first_groups, "calls": r.calls, "mode": r.mode} for r in self._replays]
 
     def load(self, state: list[dict[str, Any]]) -> None:
         """Take up a state where it belongs to the same number of schedules."""
         if len(state) == len(self._replays):
             for replay, saved in zip(self._replays, state, strict=True):
                 replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
+            self._modes = [saved["mode"] for saved in state]
 
     @staticmethod
     def _replayed(config: LRSchedulerConfig, replay: Replay) -> bool:
@@ -118,6 +119,16 @@ class Schedules:
 
 def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
     return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
+
+
+def _go_on(replay: Replay, mode: Mode, wanted: Schedule) -> None:
+    """A run that is resumed goes on with the mode that it had."""
+    if wanted != "auto" and replay.mode != mode:
+        raise ValueError(
+            f"lr_schedule={wanted!r} cannot take the place of {mode!r} in the middle of a run, which the checkpoint "
+            f"goes on with; give lr_schedule={mode!r}."
+        )
+    replay.mode = mode
 
 
 def _advances(module: LightningModule, replay: Replay) -> bool:
@@ -132,18 +143,19 @@ def _stepper(module: LightningModule) -> Any:
 
 def _steps(trainer: Trainer, epochs: int) -> int | None:
     """Optimizer steps of so many epochs; None if that is not known beforehand."""
-    batches = trainer.num_training_batches
-    if batches == float("inf") or accumulation_varies(trainer):
+    batches, every = trainer.num_training_batches, accumulation(trainer)
+    if batches == float("inf") or every is None or not trainer.lightning_module.automatic_optimization:
         return None
-    return epochs * -(-int(batches) // trainer.accumulate_grad_batches)
+    return epochs * -(-int(batches) // every)
 
 
-def last_epoch(trainer: Trainer) -> int | None:
+def last_epoch(trainer: Trainer, *, resumed: bool = False) -> int | None:
     """Where training ends (exclusive): ``max_epochs``, or before it where ``max_steps`` does; None or -1: not known."""
     per_epoch = _steps(trainer, 1)
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
         return trainer.max_epochs
-    return min(trainer.max_epochs, trainer.current_epoch - (trainer.global_step - trainer.max_steps) // per_epoch)
+    done = trainer.global_step - (trainer.global_step % per_epoch if resumed else 0)  # when this epoch began
+    return min(trainer.max_epochs, trainer.current_epoch - (done - trainer.max_steps) // per_epoch)
 
 
 def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
@@ -153,6 +165,6 @@ def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> 
     steps = None if epochs is None else _steps(trainer, epochs)
     if trainer.max_steps > 0:
         steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
-    batches, every = trainer.num_training_batches, trainer.accumulate_grad_batches
-    stepping = [] if batches == float("inf") else [*range(every, int(batches), every), int(batches)]
+    batches, every = trainer.num_training_batches, accumulation(trainer)
+    stepping = [] if batches == float("inf") or every is None else [*range(every, int(batches), every), int(batches)]
     return Ticks(_steps(trainer, plan.epochs), steps, frequency, stepping)

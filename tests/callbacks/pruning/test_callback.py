@@ -862,6 +862,18 @@ def test_weights_frozen_between_two_fits_are_pruned_no_further(scope):
     assert survivors(pruner)[b] < int(first[b].sum())
 
 
+def test_a_target_beside_frozen_weights_is_met_by_the_others():
+    module, pruner = Net(), half(target_remaining=0.25, rounds=3)
+    freeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch < 1))
+    with pytest.warns(
+        UserWarning, match=r"frozen now, and pruned no further: net\.0\.weight\. target_remaining=0\.25 is"
+    ):
+        fit(module, pruner, freeze)
+    a, b = PRUNABLE
+    assert survivors(pruner)[a] > 12
+    assert survivors(pruner)[b] == 6
+
+
 def test_nothing_is_pruned_where_all_is_frozen():
     module, pruner = Net(), half()
     freeze = Watch(on_train_epoch_end=lambda t, m: [m.net[i].requires_grad_(t.current_epoch < 1) for i in (0, 3)])

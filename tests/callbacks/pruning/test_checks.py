@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import Net, Watch, copied, fit, loader, quiet_trainer, same, survivors
 from lightning.pytorch import LightningModule, strategies
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
@@ -86,12 +86,41 @@ class TestRounds:
         assert [record.round for record in pruner.history] == [0, 1, 2]
         assert pruner.remaining == 0.25
 
-    def test_a_target_below_the_floors(self):
+    def test_a_target_below_what_is_frozen(self):
+        module, pruner = Net(), half(target_remaining=0.25)
+        with pytest.raises(ZeroDivisionError):
+            fit(module, pruner, Watch(on_train_epoch_end=lambda t, m: 1 / (1 - t.current_epoch)))  # after one pruning
+        module.net[0].requires_grad_(False)
+        history = list(pruner.history)
+        held = survivors(pruner)["net.0.weight"]
         message = (
-            "target_remaining=0.1 cannot be met: that is 7 of 72 weights, and min_remaining=0.1 keeps 8. Give another "
-            "target_remaining or None, a lower min_remaining, or more rounds."
+            f"target_remaining=0.25 cannot be met: that is 18 of 72 weights, and {held} of frozen parameters stay."
         )
-        refused(message, half(target_remaining=0.1, min_remaining=0.1))
+        refused(message, pruner, module=module, whole=False)
+        assert list(pruner.history) == history
+
+    def test_a_target_that_rounded_floors_lie_above_is_met_but_for_these(self):
+        pruner = half(target_remaining=0.1, min_remaining=0.1)
+        fit(Net(), pruner)
+        assert survivors(pruner) == {"net.0.weight": 5, "net.3.weight": 3}  # 8 of 72, where 7 are a tenth
+
+    @pytest.mark.parametrize(("manual", "every"), [(True, None), (False, 3)])
+    def test_steps_that_are_never_reached_limit_nothing(self, manual, every):
+        class Rare(Net):
+            def training_step(self, batch, batch_idx):
+                loss = self.loss(batch)
+                if manual:
+                    self.manual_backward(loss)
+                    if batch_idx == 2:
+                        self.optimizers().step()
+                        self.optimizers().zero_grad()
+                return loss
+
+        module, pruner = Rare(), half(rounds=3)
+        module.automatic_optimization = not manual
+        others = [] if manual else [GradientAccumulationScheduler({0: every})]
+        fit(module, pruner, *others, max_epochs=4, max_steps=5)
+        assert [record.round for record in pruner.history] == [0, 1, 2, 3]
 
     def test_a_target_above_what_is_left(self):
         module = Net()
@@ -211,6 +240,23 @@ class TestNonFiniteWeights:
         with pytest.raises(ValueError, match=re.escape("Weights that are not finite in ['net.3.weight']")):
             fit(module, pruner, *beside, Watch(on_train_batch_end=diverge))
         assert pruner.remaining == 0.125
+
+    def test_a_training_that_was_stopped_for_them_ends_with_a_warning(self):
+        module, pruner = Net(), half(every_n_epochs=2)
+
+        def diverge(trainer, module):
+            if trainer.current_epoch == 2:
+                with torch.no_grad():
+                    module.net[3].weight.fill_(float("nan"))
+
+        stop = EarlyStopping("val_loss", check_finite=True, patience=99)
+        with pytest.warns(UserWarning, match="Training was stopped with weights that are not finite"):
+            fit(module, pruner, Watch(on_train_batch_end=diverge), stop, val=loader(seed=3))
+        assert pruner.current_round() == 1
+
+    def test_fast_dev_run_checks_nothing(self):
+        diverge = Watch(on_train_batch_end=lambda t, m: m.net[3].weight.data.fill_(float("nan")))
+        fit(Net(), half(), diverge, fast_dev_run=True)
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_a_monitor_goes_back_from_them_if_it_can(self, tmp_path, order):

@@ -335,8 +335,8 @@ class TestSqueeze:
     def test_a_training_limited_by_steps(self):
         module = Recording(lambda o: LambdaLR(o, lambda step: 40 - step), interval="step")
         trace = fit(module, pruning("squeeze"), max_steps=40)
-        positions = [round(s * 39 / 14) for s in range(15)]
-        assert rates(trace) == pytest.approx([0.1 * (40 - p) for p in positions * 3][:40])
+        whole, last = ([round(s * 39 / (n - 1)) for s in range(n)] for n in (15, 10))  # the last round is cut short
+        assert rates(trace) == pytest.approx([0.1 * (40 - p) for p in whole * 2 + last])
 
     def test_a_cycle_that_is_shorter_than_training_is_squeezed_to_its_own_end(self):
         def module():
@@ -549,6 +549,31 @@ class TestASchedulerThatIsSetByTheEpoch:
             fit(module, pruning(wanted))
         assert module.trace == []
 
+    def test_nor_is_one_that_begins_later_or_whose_rate_does(self):
+        class Late(Recording):
+            def lr_scheduler_step(self, scheduler, metric):
+                if self.trainer.global_step > 0:
+                    scheduler.step()
+
+        class Own(Recording):
+            def lr_scheduler_step(self, scheduler, metric):
+                scheduler.step()
+
+        late = fit(Late(lambda o: StepLR(o, 1)), pruning())
+        assert [rates(part)[0] for part in thirds(late)] == [0.1] * 3
+        constant = fit(Own(lambda o: LambdaLR(o, lambda epoch: 1.0 if epoch < 2 else 0.5)), pruning())
+        assert [rates(part)[0] for part in thirds(constant)] == [0.1] * 3
+        assert [rates(part)[-1] for part in thirds(constant)] == [0.05] * 3
+
+    def test_by_the_epoch_itself(self, caplog):
+        class Now(Recording):
+            def lr_scheduler_step(self, scheduler, metric):
+                scheduler.step(epoch=self.current_epoch)
+
+        with caplog.at_level(logging.INFO):
+            fit(Now(lambda o: CosineAnnealingLR(o, 3 * E)), pruning("auto"))
+        assert "CosineAnnealingLR: keep (the module's lr_scheduler_step sets it" in caplog.text
+
     def test_a_module_that_steps_it_in_its_own_way_is_no_such_case(self):
         class Own(Recording):
             def lr_scheduler_step(self, scheduler, metric):
@@ -556,18 +581,6 @@ class TestASchedulerThatIsSetByTheEpoch:
 
         for schedule in (lambda o: StepLR(o, 2), lambda o: LambdaLR(o, lambda epoch: 1.0)):
             assert fit(Own(schedule), pruning()) == fit(Recording(schedule), pruning())
-
-
-class TestRatesSetByHand:
-    @pytest.mark.parametrize(("wanted", "first"), [("auto", [0.1, 0.1, 0.1]), ("keep", [0.1, 0.1 / 8, 0.1 / 64])])
-    def test_every_round_starts_with_the_first_unless_they_are_kept(self, wanted, first):
-        class Halve(Callback):
-            def on_train_epoch_end(self, trainer, module):
-                for group in trainer.optimizers[0].param_groups:
-                    group["lr"] /= 2
-
-        trace = fit(Recording(None), pruning(wanted), Halve())
-        assert [round_[0][0] for round_ in thirds(trace)] == pytest.approx(first)
 
 
 class TestOptimizerState:

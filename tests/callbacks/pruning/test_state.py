@@ -215,10 +215,11 @@ class TestResume:
             ({"rewind_weights": 1}, {"rewind_weights": "init"}, 2, "after 0 epochs, and the checkpoint was saved with"),
             (
                 {},
-                {"lr_schedule": "squeeze"},
+                {"lr_schedule": "restart"},
                 2,
-                "lr_schedule='squeeze' cannot take the place of the checkpoint's 'auto'",
+                "lr_schedule='restart' cannot take the place of 'squeeze' in the middle",
             ),
+            ({}, {"rewind_weights": 3}, 0, "rewind_weights=3 lies beyond the first round, which has 2 epochs"),
             ({}, {"target_remaining": 0.9}, 2, "that is 65 of 72 weights, and only 36 survive already."),
             ({}, {"target_remaining": 0.1}, 4, "that is 7 of 72 weights, and there are no prunings left."),
         ],
@@ -231,6 +232,27 @@ class TestResume:
         with pytest.raises(ValueError, match=re.escape(message)):
             fit(Scheduled(), half(every_n_epochs=2, **new), look, ckpt_path=file, max_epochs=6)
         assert steps == []
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [({"rewind_weights": "init"}, {"rewind_weights": 0}), ({}, {"lr_schedule": "squeeze"})]
+    )
+    def test_other_words_for_the_same_change_nothing(self, tmp_path, old, new):
+        whole, *_ = run(Scheduled, lambda: half(every_n_epochs=2, **old), tmp_path)
+        module, resumed = Scheduled(), half(every_n_epochs=2, **new)
+        fit(module, resumed, PQIMonitor(stop_on=None), ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=6)
+        assert same(module.state_dict(), whole.state_dict())
+
+    def test_a_run_that_steps_end_is_resumed_bit_for_bit(self, tmp_path):
+        def fits(*callbacks, **options):
+            module, pruner = Scheduled(), half(every_n_epochs=None, rounds=1, lr_schedule="squeeze")
+            fit(module, pruner, *callbacks, max_epochs=20, max_steps=6 * BATCHES, **options)
+            return module, pruner
+
+        whole, pruner = fits(ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), enable_checkpointing=True)
+        module, resumed = fits(ckpt_path=tmp_path / "epoch=3.ckpt")
+        assert [(r.first_epoch, r.last_epoch) for r in pruner.history] == [(0, 2), (3, 5)]
+        assert records(resumed) == records(pruner)
+        assert same(module.state_dict(), whole.state_dict())
 
     def test_weights_are_not_rewound_where_that_is_not_wanted_any_more(self, tmp_path):
         run(Net, lambda: half(every_n_epochs=2, rewind_weights="init"), tmp_path)
