@@ -101,7 +101,8 @@ class Run:
             state.first_weights = None
         state.reopen()
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
-            state.plan = replace(state.plan, last_epoch=last_epoch(trainer, resumed=True))
+            whole = state.plan.first_epoch == 0  # what steps an earlier fit took is not known
+            state.plan = replace(state.plan, last_epoch=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
         if options.changed("dirpath", state.options):
             state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
@@ -254,7 +255,8 @@ class Run:
 def _plan(trainer: Trainer, options: Options) -> RoundPlan:
     """The rounds of a training that begins now; as many as fit where ``max_steps`` ends it before ``max_epochs``."""
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
-    plan, end = plan_rounds(trainer.max_epochs, *wanted), last_epoch(trainer)
+    plan = plan_rounds(trainer.max_epochs, *wanted)
+    end = last_epoch(trainer, trainer.current_epoch, trainer.global_step)
     if end is None or end < 0:
         return plan
     if not plan.rounds or plan.start(plan.rounds) < end:

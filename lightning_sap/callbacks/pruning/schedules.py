@@ -149,13 +149,15 @@ def _steps(trainer: Trainer, epochs: int) -> int | None:
     return epochs * -(-int(batches) // every)
 
 
-def last_epoch(trainer: Trainer, *, resumed: bool = False) -> int | None:
-    """Where training ends (exclusive): ``max_epochs``, or before it where ``max_steps`` does; None or -1: not known."""
+def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
+    """Where training ends (exclusive) that began an epoch at a step: by ``max_epochs`` or, before, by ``max_steps``.
+
+    None or -1 where that is not known.
+    """
     per_epoch = _steps(trainer, 1)
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
         return trainer.max_epochs
-    done = trainer.global_step - (trainer.global_step % per_epoch if resumed else 0)  # when this epoch began
-    return min(trainer.max_epochs, trainer.current_epoch - (done - trainer.max_steps) // per_epoch)
+    return min(trainer.max_epochs, epoch + -(-(trainer.max_steps - step) // per_epoch))
 
 
 def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
