@@ -95,7 +95,7 @@ class Curve:
         """Continue from a state."""
         self.rows = copy.deepcopy(state_dict["rows"])
         self._saved_metrics = dict(state_dict["metrics"])
-        self._validated, self._of_validation = state_dict["validated"], state_dict["of_validation"]
+        self._validated, self._of_validation = state_dict["validated"], state_dict.get("of_validation", False)
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         return self._saved_metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -108,7 +108,7 @@ class Schedules:
         if len(state) == len(self._replays):
             for replay, saved in zip(self._replays, state, strict=True):
                 replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
-            self._modes = [saved["mode"] for saved in state]
+            self._modes = [saved["mode"] for saved in state if "mode" in saved]
 
     @staticmethod
     def _replayed(config: LRSchedulerConfig, replay: Replay) -> bool:
