@@ -159,8 +159,6 @@ class PruningCallback(Callback):
         """Take up what a checkpoint brought, or begin; then say what is going to happen."""
         fit, run = self._fit, self._run
         reshard(pl_module)
-        if trainer.global_step == 0:  # LearningRateFinder may have set other rates
-            fit.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
         if fit.pending is None:
             run.begin(trainer, pl_module)
         else:

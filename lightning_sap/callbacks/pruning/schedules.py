@@ -128,7 +128,8 @@ def _go_on(replay: Replay, mode: Mode, wanted: Schedule) -> None:
             f"lr_schedule={wanted!r} cannot take the place of {mode!r} in the middle of a run, which the checkpoint "
             f"goes on with; give lr_schedule={mode!r}."
         )
-    replay.mode = mode
+    if replay.mode != mode:
+        replay.mode, replay.reason = mode, "as before the checkpoint"
 
 
 def _advances(module: LightningModule, replay: Replay) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -165,6 +166,19 @@ class TestEnforcement:
             tensors = 6  # weight and bias of two linear layers and of one BatchNorm
             second = [0, tensors, tensors] if reset else [tensors] * BATCHES
             assert sizes == [0] + [tensors] * (2 * BATCHES - 1) + second + [tensors] * BATCHES
+
+    def test_a_state_that_was_there_before_the_first_step_is_there_again(self):
+        """Adagrad's is made with the optimizer, and older ones of PyTorch fail without it."""
+        seen = []
+
+        def look(trainer, module):
+            state = trainer.optimizers[0].state[module.net[0].weight]
+            seen.append((float(state["step"]), float(state["sum"].sum())))
+
+        optimizer = partial(OPTIMIZERS["Adagrad"], initial_accumulator_value=0.5)
+        fit(Net(optimizer=optimizer), half(), Watch(on_train_batch_start=look))
+        assert seen[::BATCHES] == [(0, 24)] * 4  # half of 48 weights
+        assert all(step > 0 and total > 24 for step, total in seen[1::BATCHES])
 
     def test_hooks_are_gone_after_fit(self):
         for failing in (False, True):

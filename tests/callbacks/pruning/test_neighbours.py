@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from lightning_sap import PQIMonitor, SAPCallback
 
@@ -154,7 +154,7 @@ def test_a_backbone_joins_when_it_is_unfrozen(pruner_first):
 
 
 class Tuned(Net):
-    """A learning rate and a batch size to be found."""
+    """A learning rate, which its schedule leaves as it is, and a batch size to be found."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,8 @@ class Tuned(Net):
         return loader(seed=3)
 
     def configure_optimizers(self):
-        return SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        optimizer = SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return [optimizer], [StepLR(optimizer, 100)]
 
 
 def find_batch_size():

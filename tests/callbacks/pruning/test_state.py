@@ -242,6 +242,18 @@ class TestResume:
         fit(module, resumed, PQIMonitor(stop_on=None), ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=6)
         assert same(module.state_dict(), whole.state_dict())
 
+    def test_auto_goes_on_with_what_it_chose_before(self, tmp_path, caplog):
+        """However long training is now: in mid-run the schedule must not change its course."""
+        run(Scheduled, lambda: half(every_n_epochs=2), tmp_path)
+        file = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+        (schedule,) = file["callbacks"][STATE]["schedules"]
+        assert schedule["mode"] == "squeeze"
+        schedule["mode"] = "restart"
+        torch.save(file, tmp_path / "other.ckpt")
+        with caplog.at_level(logging.INFO):
+            fit(Scheduled(), half(every_n_epochs=2), ckpt_path=tmp_path / "other.ckpt", max_epochs=6)
+        assert "CosineAnnealingLR: restart (as before the checkpoint)" in caplog.text
+
     def test_a_run_that_steps_end_keeps_its_plan(self, tmp_path):
         """Lightning alone does not resume such a run bit for bit."""
 
