@@ -1,8 +1,8 @@
 """PICK: exactly which weights go, the k smallest magnitudes over many tensors, ties by position.
 
 Magnitudes are compared by their bit patterns, integers of the same order. All works chunk by chunk, without a copy of
-all weights; a tensor that is not contiguous is copied, one at a time. On the CPU, NumPy compares and partitions many
-times faster than PyTorch. What runs elsewhere never waits for the device, but for ``smallest`` over several tensors of
+all weights; a tensor that is not contiguous, or narrower than others beside it, is copied, one at a time. On the CPU,
+NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits for the device, but for ``smallest`` over several tensors of
 which some have too little room.
 """
 
@@ -212,14 +212,17 @@ def _keys_of_chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple
 
     Memory that is taken anew for every chunk takes longer than what is done in it.
     """
-    longest = min(chunk_size(torch.empty(0)), max(part.weight.numel() for part in parts))
-    keys = torch.empty(longest, dtype=BITS[dtype]).numpy()
-    space = np.empty(longest, dtype=bool)
+    step, largest = chunk_size(parts[0].weight), torch.iinfo(BITS[dtype]).max
+    longest = min(step, max(part.weight.numel() for part in parts))
+    keys, space = torch.empty(longest, dtype=BITS[dtype]).numpy(), np.empty(longest, dtype=bool)
     for part in parts:
-        for weight, gone, flags in _chunks(part):
-            n = len(weight)
-            np.bitwise_and(_numpy(weight.to(dtype)), np.iinfo(keys.dtype).max, out=keys[:n])
-            yield keys[:n], None if gone is None else gone.numpy(), flags.numpy(), space[:n]
+        bits, flags = _numpy(part.weight.reshape(-1).to(dtype)), part.flags.view(-1).numpy()
+        gone = None if part.dead is None else part.dead.reshape(-1).numpy()
+        for a in range(0, len(bits), step):
+            at = slice(a, a + step)
+            n = len(flags[at])
+            np.bitwise_and(bits[at], largest, out=keys[:n])
+            yield keys[:n], None if gone is None else gone[at], flags[at], space[:n]
 
 
 def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int]:
