@@ -40,7 +40,7 @@ step). The others are told how many weights we pruned.
 """
 MEMORY = {
     "cpu": "in a fresh process, `VmHWM` after it less `VmRSS` before it, the one reset and free memory returned;\n"
-    "  the less of two prunings, for what a process touches for the first time counts as well",
+    "  the least of three prunings, for what a process touches for the first time counts as well",
     "cuda": "in a fresh process, `torch.cuda.max_memory_allocated` after it less `memory_allocated` before it",
 }
 LARGE, REPEATS_OF_LARGE = 200_000_000, 3
@@ -161,7 +161,7 @@ def peak(model, policy, device, key, results):
     """Put into a queue the bytes that a contender takes at its peak beyond what is there before it."""
     counts = counts_of(build(model, device), policy, key[0])
     CONTENDERS[key](nn.Linear(256, 256, device=device), policy, [1])  # what this loads is no cost of a pruning
-    modules = [build(model, device) for _ in range(2)]
+    modules = (build(model, device) for _ in range(3))
     results.put(min(peak_of(partial(CONTENDERS[key], module, policy, counts), device) for module in modules))
 
 

@@ -2,8 +2,8 @@
 
 Magnitudes are compared by their bit patterns, integers of the same order. All works chunk by chunk, without a copy of
 all weights; a tensor that is not contiguous, or narrower than others beside it, is copied, one at a time. On the CPU,
-NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits for the device, but for ``smallest`` over several tensors of
-which some have too little room.
+NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits for the device, but for
+``smallest`` over several tensors of which some have too little room.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
             np.greater(flags, gone, out=flags)  # and not gone
             np.greater(between, gone, out=between)
         np.not_equal(between, flags, out=between)
-        at = np.flatnonzero(between)
+        at = _places(between)
         kept.append((at + start, keys[at]))
         start, below, held = start + len(keys), below + np.count_nonzero(flags), held + len(at)
         if below >= k or held > max(FEW, sum(sizes) // 8):
@@ -200,11 +200,20 @@ def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
     last = np.partition(keys, k - below - 1)[k - below - 1]
     chosen = keys < last
     chosen[np.flatnonzero(keys == last)[: k - below - np.count_nonzero(chosen)]] = True
-    positions, ends = positions[chosen], np.cumsum(sizes)
+    ends = np.cumsum(sizes)
     bounds = np.searchsorted(positions, [0, *ends])
     for part, a, b, end, size in zip(parts, bounds, bounds[1:], ends, sizes, strict=False):
-        part.flags.view(-1).numpy()[positions[a:b] - (end - size)] = True
+        part.flags.view(-1).numpy()[positions[a:b] - (end - size)] = chosen[a:b]
     return True
+
+
+def _places(flags: Any) -> Any:
+    """Where flags are True, as ``np.flatnonzero`` has it, in less time where few are: eight are looked at at once."""
+    end = len(flags) // 8 * 8
+    eights = flags[:end].view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    at = np.flatnonzero(eights[some].view(bool))
+    return np.concatenate([(some[at >> 3] << 3) + (at & 7), end + np.flatnonzero(flags[end:])])
 
 
 def _keys_of_chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any, Any]]:
