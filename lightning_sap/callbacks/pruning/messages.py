@@ -75,6 +75,19 @@ def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) 
         )
 
 
+def warn_of_lost(options: Options, plan: RoundPlan) -> None:
+    """Warn that a run that is resumed with an earlier end does not come to all of its prunings."""
+    if plan.rounds is None or plan.last_epoch is None:
+        return
+    lost = plan.rounds - plan.due(plan.last_epoch - 1)
+    if lost > 0:
+        missed = "" if options.target_remaining is None else f", and misses target_remaining={options.target_remaining}"
+        rank_zero_warn(
+            f"{options.name}: training now ends before {lost} of the {_counted(plan.rounds, 'pruning')} planned"
+            f"{missed}. For all of them it takes max_epochs={plan.start(plan.rounds) + 1} or more, and steps to match."
+        )
+
+
 def warn_of_frozen(options: Options, frozen: list[str]) -> None:
     """Warn that a target is met by the other weights only."""
     if options.target_remaining is not None:

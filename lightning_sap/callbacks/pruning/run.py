@@ -109,6 +109,7 @@ class Run:
             checks.check_target(options, state, self.frozen())
         self.state = state
         messages.tell_changes(options, state.options)
+        messages.warn_of_lost(options, state.plan)
 
     def open_archive(self, trainer: Trainer, wanted: bool) -> None:
         """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""

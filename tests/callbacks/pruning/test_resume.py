@@ -195,3 +195,18 @@ def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
     file = folder / "train-epoch-end" / "epoch=2.ckpt"
     fit(Scheduled("SGD-cosine"), sap, max_epochs=10, ckpt_path=file, val=loader(seed=3))
     assert [(record.first_epoch, record.last_epoch) for record in sap.history] == [(0, 1), (2, 3), (4, 9)]
+
+
+@pytest.mark.parametrize(
+    ("target", "end"),
+    [(None, "planned"), (0.5, "planned, and misses target_remaining=0.5")],
+    ids=["no target", "target"],
+)
+def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target, end):
+    _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
+    file, network = folder / "train-epoch-end" / "epoch=2.ckpt", Scheduled("SGD-cosine")
+    sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1, target_remaining=target)
+    said = f"sap: training now ends before 1 of the 2 prunings {end}. For all of them it takes max_epochs=5"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        fit(network, sap, max_epochs=4, ckpt_path=file, val=loader(seed=3))
+    assert [record.last_epoch for record in sap.history] == [1, 3]
