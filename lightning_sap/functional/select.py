@@ -128,21 +128,20 @@ def _flag_rows(rows: Tensor, dead: Tensor | None, counts: Any, flags: Any, space
     if dead is not None:
         keys |= np.multiply(dead.numpy(), keys.dtype.type(largest), out=ordered)
     ordered[:] = keys
-    counts = counts[:, None]
     least, most = max(1, int(counts.min())), max(1, int(counts.max()))
     ordered.partition(most - 1, axis=1)
     ordered[:, :most].partition(least - 1, axis=1)
     ordered = ordered[:, least - 1 : most]
     ordered.sort(axis=1)  # from the last of the row that loses fewest to that of the one that loses most
-    last = np.take_along_axis(ordered, np.maximum(counts - least, 0), axis=1)
+    last = ordered[np.arange(len(ordered)), np.maximum(counts - least, 0)]
     last[counts == 0] = -1
-    np.less_equal(keys, last, out=flags)
+    np.less_equal(keys, last[:, None], out=flags)
     if np.count_nonzero(flags) > counts.sum():  # in some rows more are equal to the last than may go
-        surplus = np.count_nonzero(flags, axis=1, keepdims=True) - counts
+        surplus = np.count_nonzero(flags, axis=1) - counts
         tied = np.flatnonzero(surplus)
-        equal = keys[tied] == last[tied]
-        room = np.count_nonzero(equal, axis=1, keepdims=True) - surplus[tied]
-        flags[tied] &= ~equal | (equal.cumsum(axis=1) <= room)
+        equal = keys[tied] == last[tied, None]
+        room = np.count_nonzero(equal, axis=1) - surplus[tied]
+        flags[tied] &= ~equal | (equal.cumsum(axis=1) <= room[:, None])
 
 
 def _of_rows(keys: Tensor, counts: Tensor) -> Tensor:
