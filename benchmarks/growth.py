@@ -25,7 +25,7 @@ WIDTH = 1000  # of the matrices, which have 1 M weights, or 10 M where there are
 BYTES = 7  # of memory that a weight takes at most: itself, its mask, and what picking needs
 NOTES = """One pruning by the index (p = 0.5, q = 1) of normal float32 weights in matrices of 1 M (from 300 M on, 10 M)
 weights. {clock}; median of {repeats} repeats (3 above 100 M) in a row, after one that does not count, with the least
-and the most. Memory: peak beyond the weights, as a multiple of their bytes.
+and the most. Memory: peak beyond the weights, and as a multiple of their bytes; the masks are a byte for each.
 """
 RANKS = """Three prunings of {millions} M weights from inside `Trainer.fit` with `strategy="ddp_spawn"` on the CPU, as
 `history` has their seconds: by wall clock, one thread for each process. Two processes prune each its own copy, compare
@@ -53,23 +53,24 @@ def times(millions, scope, device, repeats):
 
 
 def peak(millions, scope, device, results):
-    """Put into a queue the bytes that a pruning takes beyond the weights, as a multiple of theirs."""
+    """Put into a queue the bytes that a pruning takes beyond the weights, and as a multiple of theirs."""
     prune(weights_of(1, device), scope)
     weights = weights_of(millions, device)
-    results.put(peak_of(lambda: prune(weights, scope), device) / sum(w.nbytes for w in weights.values()))
+    extra = peak_of(lambda: prune(weights, scope), device)
+    results.put((extra, extra / sum(w.nbytes for w in weights.values())))
 
 
 def rows_of(device, largest, repeats):
     for scope in ("global", "layer"):
         for millions in (m for m in MILLIONS if m <= largest):
             if BYTES * millions * 1e6 > common.available():
-                yield scope, f"{millions} M", "–", "–", "–"
+                yield scope, f"{millions} M", "–", "–", "–", "–"
                 continue
             taken = times(millions, scope, device, repeats)
             each = [s / millions * 1e3 for s in taken]  # ns for a weight
             extra = in_a_fresh_process(peak, millions, scope, device)
-            memory = "–" if extra is None else f"{extra:.2f}"
-            yield scope, f"{millions} M", f"{1e3 * statistics.median(taken):.1f} ms", common.spread(each), memory
+            memory = ("–", "–") if extra is None else (f"{extra[0] / 1e6:.1f} MB", f"{extra[1]:.2f}")
+            yield scope, f"{millions} M", f"{1e3 * statistics.median(taken):.1f} ms", common.spread(each), *memory
 
 
 class Keep(Callback):
@@ -112,7 +113,7 @@ def main() -> None:
     common.hush()
     device, quick = arguments.device, arguments.quick
     rows = list(rows_of(device, 3 if quick else arguments.largest, 2 if quick else 7))
-    head = ("scope", "weights", "time", "ns for a weight", "memory")
+    head = ("scope", "weights", "time", "ns for a weight", "memory", "of the weights")
     text = f"{NOTES.format(clock=common.CLOCK[device], repeats=7)}\n{common.table(head, rows)}"
     if device == "cpu":
         millions = 1 if quick else 10

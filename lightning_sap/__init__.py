@@ -3,6 +3,7 @@
 The flow, from the inside out::
 
     sharding.py            weights of which every process holds some rows
+    functional/scratch.py  memory for one chunk
     functional/pqi.py      MEASURE  how sparse is this vector
     functional/amount.py   DECIDE   how many weights go; the policies
     functional/select.py   PICK     exactly which: the k smallest magnitudes over many tensors

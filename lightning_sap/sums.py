@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sap.functional.pqi import PowerSums, chunk_size, concatenate, merge
+from lightning_sap.functional.scratch import scratch
 from lightning_sap.sharding import Shards
 
 WORD = 8  # bytes
@@ -66,7 +67,7 @@ def _fingerprint(tensor: Tensor, multipliers: Tensor) -> Tensor:
         flat = flat.clone()
     end = len(flat) - len(flat) % in_a_word
     words, rest = flat[:end].view(torch.int64), flat[end:].view(INTEGERS[flat.element_size()]).to(torch.int64)
-    space = torch.empty_like(multipliers)  # for every chunk the same memory
+    space = scratch(multipliers.nbytes, flat.device).view(torch.int64)
     found = torch.zeros((), dtype=torch.int64, device=flat.device)
     for part in (*torch.split(words, len(multipliers)), rest):
         scrambled = torch.bitwise_right_shift(part, 32, out=space[: len(part)]).bitwise_xor_(part)

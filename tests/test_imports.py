@@ -17,10 +17,11 @@ INNER = {"sharding", "functional", "sums", "weights", "masks", "pruner", "rewind
 MAY_IMPORT = {
     "sharding": set(),
     "functional": {"functional"},  # its __init__.py gathers the folder
-    "functional/pqi": {"numpy"},
+    "functional/scratch": set(),
+    "functional/pqi": {"functional/scratch", "numpy"},
     "functional/amount": {"functional/pqi"},
-    "functional/select": {"functional/pqi", "sharding", "numpy"},
-    "sums": {"functional/pqi", "sharding"},
+    "functional/select": {"functional/pqi", "functional/scratch", "sharding", "numpy"},
+    "sums": {"functional/pqi", "functional/scratch", "sharding"},
     "weights": {"sharding"},
     "masks": {"functional/pqi", "sharding", "sums", "numpy"},
     "pruner": {"functional", "sums", "weights", "masks", "sharding", "history"},

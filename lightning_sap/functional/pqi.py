@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sap.functional.scratch import scratch
+
 CHUNK = {"cpu": 1 << 17}  # entries read at a time: what that takes stays in the caches of one core
 DEVICE_CHUNK = 1 << 22
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -282,10 +284,11 @@ def _count_true_in_rows(rows: Tensor) -> Tensor:
 def _blocks(rows: Tensor, alive: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Chunk by chunk which rows it is of, its magnitudes in float64, those of the dead 0, and space for their powers.
 
-    What is yielded is written over by the next: memory that is taken anew for every chunk takes longer than its powers.
+    What is yielded is written over by the next.
     """
     step, device = chunk_size(rows), _device_of_sums(rows)
-    space = torch.empty(2, min(step, rows.numel()), dtype=torch.float64, device=device)
+    length = min(step, rows.numel())
+    space = scratch(2 * length * torch.float64.itemsize, device).view(torch.float64).view(2, length)
     height = max(1, step // max(1, rows.shape[1]))
     magnitudes, out = space
     for top in range(0, len(rows), height):

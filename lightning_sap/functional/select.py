@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_sap.functional.pqi import BITS, chunk_size, count_true
+from lightning_sap.functional.scratch import scratch
 from lightning_sap.sharding import ALONE, Shards
 
 FEW = 1 << 12  # weights among which the k-th is found without a sample
@@ -109,7 +110,10 @@ def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tenso
     if not rows.numel():
         return picked
     step = max(1, chunk_size(rows) // rows.shape[1])
-    space: Any = np.empty((2, step, rows.shape[1]), _numpy(rows[:0]).dtype) if rows.device.type == "cpu" else None
+    space: Any = None
+    if rows.device.type == "cpu":
+        memory = scratch(2 * step * rows.shape[1] * rows.element_size()).view(BITS[rows.dtype])
+        space = memory.view(2, step, rows.shape[1]).numpy()
     for a in range(0, len(rows), step):
         at = slice(a, a + step)
         gone = None if dead is None else dead[at]
@@ -216,13 +220,11 @@ def _places(flags: Any) -> Any:
 
 
 def _keys_of_chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Keys, where dead, flags, and space for as many flags, as NumPy arrays; keys and space are used over again.
-
-    Memory that is taken anew for every chunk takes longer than what is done in it.
-    """
+    """Keys, where dead, flags, and space for as many flags, as NumPy arrays; keys and space are used over again."""
     step, largest = chunk_size(parts[0].weight), torch.iinfo(BITS[dtype]).max
     longest = min(step, max(part.weight.numel() for part in parts))
-    keys, space = torch.empty(longest, dtype=BITS[dtype]).numpy(), np.empty(longest, dtype=bool)
+    memory = scratch(longest * (dtype.itemsize + 1))
+    keys, space = memory[:-longest].view(BITS[dtype]).numpy(), memory[-longest:].view(torch.bool).numpy()
     for part in parts:
         bits, flags = _numpy(part.weight.reshape(-1).to(dtype)), part.flags.view(-1).numpy()
         gone = None if part.dead is None else part.dead.reshape(-1).numpy()
