@@ -20,11 +20,12 @@ from lightning_sap.callbacks.pruning.state import RunState
 from lightning_sap.rewind import place_weights, restore_weights_
 from lightning_sap.weights import COMPILE_PREFIX, parameter_names
 
+TAKEN = ".taken"  # an empty file in a folder that a run has chosen, until there is a round in it
 METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
 
 
 def choose_folder(trainer: Trainer, dirpath: str | None) -> str:
-    """A folder that is not there yet or empty, on all ranks the one of rank 0; a collective.
+    """A folder that is not there yet or empty, made and marked as taken; on all ranks that of rank 0, a collective.
 
     Raises:
         ValueError: If it is not on a local disk, which the rounds are read from.
@@ -36,8 +37,31 @@ def choose_folder(trainer: Trainer, dirpath: str | None) -> str:
             "PQIMonitor(restore=False))."
         )
     folders = (f"{wanted}-v{i}" if i else wanted for i in itertools.count())
-    free = next(folder for folder in folders if not os.path.isdir(folder) or not os.listdir(folder))
-    return str(trainer.strategy.broadcast(os.path.abspath(free)))
+    free = next(filter(_take, map(os.path.abspath, folders))) if trainer.is_global_zero else None
+    return str(trainer.strategy.broadcast(free))
+
+
+def _take(folder: str) -> bool:
+    """Mark a folder as that of one run; False if there is something in it."""
+    os.makedirs(folder, exist_ok=True)
+    if os.listdir(folder):
+        return False
+    try:
+        Path(folder, TAKEN).touch(exist_ok=False)
+    except FileExistsError:  # by a run that looked at the same moment
+        return False
+    return True
+
+
+def can_save(trainer: Trainer, folder: str) -> bool:
+    """Whether the folder of a run that is resumed can be had here; on all ranks what rank 0 finds, a collective."""
+    try:
+        if trainer.is_global_zero:
+            os.makedirs(folder, exist_ok=True)
+        able = os.access(folder, os.W_OK)
+    except OSError:
+        able = False
+    return bool(trainer.strategy.broadcast(able))
 
 
 def path_of(folder: str, name: str, round: int) -> str:
@@ -45,8 +69,10 @@ def path_of(folder: str, name: str, round: int) -> str:
     return os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
 
 
-def remove_old(trainer: Trainer, options: Options, state: RunState) -> None:
-    """Delete the checkpoints of rounds that are too old to be kept once the round that ends now is."""
+def tidy(trainer: Trainer, options: Options, folder: str, state: RunState) -> None:
+    """Once the round that ends now is saved: delete the mark, and the checkpoints of rounds too old to be kept."""
+    if trainer.is_global_zero:
+        Path(folder, TAKEN).unlink(missing_ok=True)
     keep = options.save_rounds
     if keep is None or isinstance(keep, bool):
         return

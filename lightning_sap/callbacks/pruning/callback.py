@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -90,13 +91,13 @@ class PruningCallback(Callback):
         exclude: Selection = None,
         keep_zeros: bool = False,
         save_rounds: bool | int | None = None,
-        dirpath: str | None = None,
+        dirpath: str | Path | None = None,
         name: str = "sap",
     ) -> None:
         super().__init__()
         self.options = Options(
             policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
-            min_remaining, include, exclude, keep_zeros, save_rounds, dirpath, name,
+            min_remaining, include, exclude, keep_zeros, save_rounds, None if dirpath is None else str(dirpath), name,
         )  # fmt: skip
         self._run = Run(self.options)
         self._fit = Fit()
@@ -147,7 +148,8 @@ class PruningCallback(Callback):
         self._run.forget_weights()
         checks.check_strategy(trainer)
         neighbours.check_neighbours(trainer)
-        self._fit = Fit(stage, weakref.ref(trainer), weakref.ref(pl_module), archives=bool(self.options.save_rounds))
+        archives = bool(self.options.save_rounds)
+        self._fit = Fit(stage, weakref.ref(trainer), weakref.ref(pl_module), waits=True, archives=archives)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
@@ -164,10 +166,10 @@ class PruningCallback(Callback):
         else:
             run.resume(trainer, pl_module, fit.pending)
             fit.schedules.load(run.state.schedules)
-        fit.stage, fit.pending = "train", None
         run.open_archive(trainer, fit.archives)
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = fit.schedules.choose(trainer, pl_module, run.state.plan, wanted)
+        fit.stage, fit.pending, fit.waits = "train", None, False
         run.state.masks.apply_(run.live())
         self._remove_hooks()
         optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_post_hook")]
@@ -357,10 +359,12 @@ class PruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on, as plain values and whole tensors; a collective under sharding."""
+        if self._fit.pending is not None:  # it has not gone on yet
+            return dict(self._fit.pending)
         if self._fit.stage == "train":
             self._run.state.schedules = self._fit.schedules.state()
         self._run.state.options = self.options.plain()
-        return {**self._run.state.pack(), "waiting": self._fit.stage == "fit"}
+        return {**self._run.state.pack(), "waiting": self._fit.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of training; while it goes on, or outside of a Trainer, take it up at once.
@@ -382,7 +386,8 @@ class PruningCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
-        checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._run.metrics(trainer)
+        if self._fit.pending is None:
+            checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._run.metrics(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""

@@ -25,6 +25,7 @@ class Fit:
         stage: As in ``setup``; for a fit then "train" while it trains, and "trained".
         trainer: Weak reference to the Trainer of the latest fit.
         module: Weak reference to its module.
+        waits: Whether it has not begun to train yet.
         archives: Whether each round is saved.
         pending: What a checkpoint brought, until training starts.
         schedules: Its schedules and optimizers.
@@ -36,6 +37,7 @@ class Fit:
     stage: str | None = None
     trainer: Callable[[], Trainer | None] = _nothing
     module: Callable[[], LightningModule | None] = _nothing
+    waits: bool = False
     archives: bool = False
     pending: dict[str, Any] | None = None
     schedules: Schedules = field(default_factory=Schedules)

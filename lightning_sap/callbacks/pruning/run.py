@@ -116,7 +116,7 @@ class Run:
         state = self.state
         if not wanted or state.plan.rounds == 0:
             state.folder = None
-        elif state.folder is None:
+        elif state.folder is None or not archive.can_save(trainer, state.folder):
             state.folder = archive.choose_folder(trainer, self.options.dirpath)
 
     def take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
@@ -167,12 +167,8 @@ class Run:
         )
         messages.warn_of_dead(self.options, self.pieces(module), step.masks)
         # from here on things change
-        if state.first_weights is not None:
-            restore_weights_(module, state.first_weights)
-            for run in beside:  # it may have pruned what came back
-                run.enforce()
-        step.masks.apply_(self.live())
-        neighbours.in_averages_(trainer, module, lambda: step.masks.apply_(self.live()))
+        self._mask_(module, step.masks, beside)
+        neighbours.in_averages_(trainer, module, lambda: self._mask_(module, step.masks, beside))
         schedules.rewind_()
         if self.options.reset_optimizer:
             schedules.forget_()
@@ -181,6 +177,14 @@ class Run:
         state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
+
+    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Sequence[Run]) -> None:
+        """Rewind the weights, where there are some to go back to, and mask them."""
+        if self.state.first_weights is not None:
+            restore_weights_(module, self.state.first_weights)
+            for run in beside:  # it may have pruned what came back
+                run.enforce()
+        masks.apply_(self.live())
 
     def decide(self, trainer: Trainer, module: LightningModule) -> Step:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
@@ -216,7 +220,7 @@ class Run:
             except BaseException:
                 state.note = before
                 raise
-            archive.remove_old(trainer, self.options, state)
+            archive.tidy(trainer, self.options, state.folder, state)
 
     # -- its steps ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning_sap.callbacks.pruning.callback import PruningCallback
 from lightning_sap.callbacks.pruning.options import RewindWeights, Schedule
 from lightning_sap.functional.amount import SparsityInformed
@@ -70,7 +72,7 @@ class SAPCallback(PruningCallback):
         exclude: Selection = None,
         keep_zeros: bool = False,
         save_rounds: bool | int | None = None,
-        dirpath: str | None = None,
+        dirpath: str | Path | None = None,
         name: str = "sap",
     ) -> None:
         super().__init__(

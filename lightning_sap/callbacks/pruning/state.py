@@ -93,8 +93,7 @@ class RunState:
 
     def reopen(self) -> None:
         """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
-        closed = [record for record in self.history if record.round >= self.round]
-        if self.plan.rounds != 0 and closed:
+        if closed := [record for record in self.history if record.round >= self.round]:
             self.history = History(record for record in self.history if record.round < self.round)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
 

@@ -155,6 +155,30 @@ class TestFolder:
         _, pruner, _, _ = archived(tmp_path, Net(), half(dirpath=str(tmp_path / "mine")))
         assert Path(pruner.history[0].path).parent == tmp_path / "mine"
 
+    def test_one_that_another_run_has_chosen_gets_a_number_before_there_is_a_round_in_it(self, tmp_path):
+        other = half()
+        second = Watch(on_train_epoch_start=lambda trainer, _: trainer.current_epoch or archived(tmp_path, None, other))
+        module, pruner, rounds, _ = archived(tmp_path, None, None, second)
+        folders = [{Path(record.path).parent.name for record in each.history} for each in (pruner, other)]
+        assert folders == [{"rounds"}, {"rounds-v1"}]
+        pruner.restore_round(0, module)
+        assert same(module.state_dict(), rounds.states[0])
+
+    def test_as_a_path(self, tmp_path):
+        _, pruner, _, _ = archived(tmp_path, Net(), half(dirpath=tmp_path / "mine"))
+        assert Path(pruner.history[0].path).parent == tmp_path / "mine"
+
+    def test_one_that_cannot_be_had_where_a_run_goes_on_is_chosen_anew(self, tmp_path):
+        _, pruner, _, _ = archived(tmp_path / "there")
+        file = pruner.history[0].path
+        checkpoint = torch.load(file, weights_only=True)
+        (tmp_path / "no folder").touch()
+        checkpoint["callbacks"][STATE]["folder"] = str(tmp_path / "no folder" / "rounds")
+        torch.save(checkpoint, tmp_path / "moved.ckpt")
+        pruner = half()
+        fit(Decaying(), pruner, max_epochs=6, default_root_dir=tmp_path / "here", ckpt_path=tmp_path / "moved.ckpt")
+        assert [Path(record.path).parent for record in pruner.history[1:]] == [tmp_path / "here" / "rounds"] * 2
+
     def test_a_relative_one_is_noted_in_full(self):
         _, pruner, _, _ = archived(None, Net(), half(dirpath="mine"))
         assert pruner.history[0].path == os.path.abspath("mine/sap-round-00.ckpt")

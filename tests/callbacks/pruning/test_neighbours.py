@@ -1,5 +1,6 @@
 """Beside Lightning's own callbacks, in either order."""
 
+import copy
 import csv
 
 import pytest
@@ -63,6 +64,25 @@ def test_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, validate,
         assert is_masked(checkpoint["state_dict"], masks), f"the average in {file.name}"
         assert is_masked(checkpoint["current_model_state"], masks), f"the model in {file.name}"
     assert any(not mask.all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+def test_averaged_weights_are_rewound_too(pruner_first):
+    pruner, module, average, seen = sap(rewind_weights="init"), Net(), EMAWeightAveraging(decay=0.9), []
+    first = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def look(trainer, _):
+        if trainer.current_epoch in (2, 4):
+            holder = Net()
+            copy.deepcopy(average).on_train_end(trainer, holder)
+            kept = {name: mask.to(first[name].dtype) for name, mask in pruner.masks.items()}
+            seen.append({n: tensor - first[n] * kept.get(n, 1) for n, tensor in holder.state_dict().items()})
+
+    callbacks = ordered(pruner_first, pruner, average)
+    fit(module, *callbacks, Watch(on_train_batch_start=look), max_epochs=6, limit_train_batches=1)
+    assert pruner.remaining < 0.9
+    assert [name for found in seen for name, tensor in found.items() if tensor.any()] == []
+    assert len(seen) == 2
 
 
 def test_without_the_pruner_the_average_would_be_dense():

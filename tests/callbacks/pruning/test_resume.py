@@ -210,3 +210,54 @@ def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target,
     with pytest.warns(UserWarning, match=re.escape(said)):
         fit(network, sap, max_epochs=4, ckpt_path=file, val=loader(seed=3))
     assert [record.last_epoch for record in sap.history] == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"exclude": "net.0.*"}, ValueError), ({"lr_schedule": "keep"}, ValueError), ({}, Crash)],
+    ids=["another selection", "another schedule", "a crash of another callback"],
+)
+def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, error):
+    def begin(*callbacks, **options):
+        saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1, **options)
+        going_on = {"max_epochs": 6, "enable_checkpointing": True, "ckpt_path": file if file.exists() else None}
+        fit(Scheduled("SGD-cosine"), *callbacks, sap, saver, **going_on)
+
+    def saved():
+        return torch.load(file, weights_only=True)["callbacks"]["lightning_sap/sap"]
+
+    file = tmp_path / "end.ckpt"
+    with pytest.raises(Crash):
+        begin(Watch(on_train_batch_end=lambda trainer, _: crash() if trainer.global_step == 10 else None))
+    before, bits = saved(), saved()["masks"]["net.0.weight"]["bits"]
+    assert before["round"] == 3
+    with pytest.raises(error):
+        begin(*([] if options else [Watch(on_train_start=lambda *_: crash())]), **options)
+    after = saved()
+    assert torch.equal(after["masks"]["net.0.weight"]["bits"], bits)
+    assert [after[key] for key in ("round", "plan", "history", "metrics", "options")] == [
+        before[key] for key in ("round", "plan", "history", "metrics", "options")
+    ]
+    assert after["schedules"][0]["mode"] == before["schedules"][0]["mode"]
+    begin()
+
+
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
+def test_a_run_that_fails_before_it_begins_can_begin_from_its_file(tmp_path):
+    saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1)
+    die = Watch(on_train_start=lambda *_: crash())
+    with pytest.raises(Crash):
+        fit(Scheduled("SGD-cosine"), die, sap, saver, max_epochs=6, enable_checkpointing=True)
+    sap = SAPCallback(scope="global", eta_r=0.1)
+    fit(Scheduled("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "end.ckpt")
+    assert len(sap.history) == 5
+    assert 0 < sap.remaining < 0.9
+
+
+def test_a_run_that_only_holds_masks_has_one_record_however_often_it_is_resumed(tmp_path):
+    sap, file = SAPCallback(rounds=0, keep_zeros=True), tmp_path / "ended.ckpt"
+    fit(Scheduled("SGD-cosine"), sap, max_epochs=2).save_checkpoint(file)
+    sap = SAPCallback(rounds=0, keep_zeros=True)
+    fit(Scheduled("SGD-cosine"), sap, max_epochs=4, ckpt_path=file)
+    assert [(record.round, record.first_epoch, record.last_epoch) for record in sap.history] == [(0, 0, 3)]
