@@ -1,4 +1,4 @@
-"""PQIMonitor: watches the PQ Index of any training, logs it, and stops before the network is lost."""
+"""PQIMonitor: watches the PQ Index of any training, logs it, and stops when the network collapses."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_sap.callbacks.monitor.gauge import Gauge, leader, pruners
 from lightning_sap.callbacks.monitor.judge import Judge, StopOn, Verdict
 from lightning_sap.history import RoundRecord
 from lightning_sap.phases import Layers, Phase, PhaseDetector
-from lightning_sap.pruner import MonitoredPruner, check_finite
+from lightning_sap.pruner import MonitoredPruner
 from lightning_sap.report import markdown, show
 
 PHASES = list(Phase)  # logged as their positions
 
 
 class PQIMonitor(Callback):
-    r"""Log the PQ Index of the weights, tell by it where the network stands, and stop before it is lost.
+    r"""Log the PQ Index of the weights, tell by it where the network stands, and stop when it collapses.
 
     .. math:: I_{p,q}(w) = 1 - d^{1/q - 1/p} \frac{\|w\|_p}{\|w\|_q}
 
@@ -205,8 +205,8 @@ class PQIMonitor(Callback):
             self._go_back(pruner)
             self._records = list(pruner.history)
         self._show(trainer)
-        if pruner is not None and pruner.history.restored is None and self._gauge.latest is not None:
-            check_finite(self._gauge.latest)
+        if pruner is not None and pruner.history.restored is None:
+            self._gauge.check_ending(stopped=trainer.should_stop and self.verdict is None)
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 

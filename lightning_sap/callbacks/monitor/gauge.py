@@ -7,9 +7,10 @@ from fnmatch import fnmatchcase
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.functional.pqi import check_orders, gini_index
-from lightning_sap.pruner import Measure, MonitoredPruner, Piece, dense_pieces, summary, sums_of
+from lightning_sap.pruner import Measure, MonitoredPruner, Piece, check_finite, dense_pieces, summary, sums_of
 from lightning_sap.sharding import check_placements, is_sharded
 from lightning_sap.weights import check_patterns
 
@@ -28,12 +29,7 @@ class Gauge:
         self.gini = gini
         self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
         self.name = name
-        self._latest: tuple[tuple[int, ...], Measure] | None = None  # when measured, and what
-
-    @property
-    def latest(self) -> Measure | None:
-        """The latest measure of this fit; None before the first."""
-        return None if self._latest is None else self._latest[1]
+        self._latest: tuple[tuple[int, ...], Measure, float | None] | None = None  # when measured, and what
 
     def forget(self) -> None:
         """Let go of what was measured in an earlier fit."""
@@ -47,6 +43,16 @@ class Gauge:
         check_placements({name: piece.weight for name, piece in pieces.items()})
         if not isinstance(self.log_layers, bool):
             check_patterns(self.log_layers, list(pieces))
+
+    def check_ending(self, *, stopped: bool) -> None:
+        """Raise if the weights measured last are not finite; warn if something else stopped the training."""
+        try:
+            if self._latest is not None:
+                check_finite(self._latest[1])
+        except ValueError:
+            if not stopped:
+                raise
+            rank_zero_warn("Training was stopped with weights that are not finite.")
 
     def pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
         """The weights that are watched, live, with their masks."""
@@ -64,8 +70,9 @@ class Gauge:
         """Indices of the weights as they are, measured once after a step."""
         moment = (trainer.global_step, *(pruner.current_round() for pruner in pruners(trainer)))
         if self._latest is None or self._latest[0] != moment:
-            orders = self._orders(trainer)
-            self._latest = (moment, summary(sums_of(self.pieces(trainer, module), *orders), *orders))
+            orders, pieces = self._orders(trainer), self.pieces(trainer, module)
+            gini = _gini(pieces) if self.gini else None
+            self._latest = (moment, summary(sums_of(pieces, *orders), *orders), gini)
         return self._latest[1]
 
     def values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
@@ -75,9 +82,8 @@ class Gauge:
         match pruners(trainer):  # of several, or in other orders, none was taken
             case [only] if only.orders() == self._orders(trainer) and (after := only.index_after_pruning()) is not None:
                 values[f"{self.name}/global_pruned"] = after
-        if self.gini:
-            alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
-            values["gini/global"] = float(gini_index(torch.cat(alive)))
+        if self._latest is not None and self._latest[2] is not None:
+            values["gini/global"] = self._latest[2]
         for name in self.layers(trainer, module):
             values[f"{self.name}/{name}"] = measure.layers[name]
             values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
@@ -86,6 +92,12 @@ class Gauge:
     def _orders(self, trainer: Trainer) -> tuple[float, float]:
         p, q = next((pruner.orders() for pruner in pruners(trainer)), (0.5, 1.0))
         return (p, q) if self.p is None or self.q is None else (self.p, self.q)
+
+
+def _gini(pieces: dict[str, Piece]) -> float:
+    """Gini index of the weights that survive, as one vector."""
+    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
+    return float(gini_index(torch.cat(alive)))
 
 
 def pruners(trainer: Trainer) -> list[MonitoredPruner]:

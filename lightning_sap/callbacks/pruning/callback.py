@@ -310,8 +310,8 @@ class PruningCallback(Callback):
             self._run.mask_gradients()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With manual optimization the module clips by itself, at any time after this."""
-        if not pl_module.automatic_optimization:
+        """With manual optimization the module clips by itself, at any time after this; else it may in its own hook."""
+        if not pl_module.automatic_optimization or checks.overrides(pl_module, "on_after_backward"):
             self._run.mask_gradients()
 
     def on_train_batch_end(

@@ -95,7 +95,7 @@ def check_target(options: Options, state: RunState, frozen: Collection[str]) -> 
     target, total = options.target(sizes), sum(alive.values())
     held = sum(alive[name] for name in frozen)
     found = {
-        f"{held} of frozen parameters stay": held > target,
+        f"{held} of frozen parameters stay": held > target or held == target < total,
         f"only {total} survive already": total < target,
         "there are no prunings left": state.prunings_left() == 0 and total != target,
     }
@@ -103,6 +103,16 @@ def check_target(options: Options, state: RunState, frozen: Collection[str]) -> 
         raise ValueError(
             f"target_remaining={options.target_remaining} cannot be met: that is {target} of {sum(sizes.values())} "
             f"weights, and {reasons[0]}. Give another target_remaining or None."
+        )
+
+
+def check_steps(now: int, before: int) -> None:
+    """Raise if the optimizer stepped in a round of which Lightning counts no step."""
+    if now == before:
+        raise ValueError(
+            f"The round ends at trainer.global_step={now}, where it began, though its optimizer stepped: Lightning "
+            "counts the steps of its own optimizers only. In training_step use `self.optimizers()`, not "
+            "`self.optimizers(use_pl_optimizer=False)`."
         )
 
 
@@ -139,6 +149,11 @@ def check_state_name(name: str, trainer: Trainer, checkpoint: dict[str, Any]) ->
 
 
 def clips_gradients(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether gradients are clipped, by the Trainer or by the module's own hook."""
-    own = type(module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+    """Whether gradients may be clipped before the step, by the Trainer or by the module's own hooks."""
+    own = overrides(module, "configure_gradient_clipping") or overrides(module, "on_before_optimizer_step")
     return own or bool(trainer.gradient_clip_val)
+
+
+def overrides(module: LightningModule, hook: str) -> bool:
+    """Whether the module has a hook of its own."""
+    return getattr(type(module), hook) is not getattr(LightningModule, hook)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -88,13 +88,12 @@ def warn_of_lost(options: Options, plan: RoundPlan) -> None:
         )
 
 
-def warn_of_frozen(options: Options, frozen: list[str]) -> None:
-    """Warn that a target is met by the other weights only."""
-    if options.target_remaining is not None:
-        rank_zero_warn(
-            f"{options.name}: frozen now, and pruned no further: {_listed(frozen)}. target_remaining="
-            f"{options.target_remaining} is met by the other weights alone."
-        )
+def warn_of_frozen(options: Options, frozen: Sequence[str]) -> None:
+    """Warn that frozen weights hold more than the target, which is met by the others only."""
+    rank_zero_warn(
+        f"{options.name}: frozen now, and pruned no further: {_listed(list(frozen))}. These hold more than "
+        f"target_remaining={options.target_remaining} leaves, which is met by the other weights alone."
+    )
 
 
 def warn_of_adapters(options: Options, adapters: list[str]) -> None:

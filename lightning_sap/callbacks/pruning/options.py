@@ -101,12 +101,15 @@ class Options:
         """How many weights survive at the end, where there is a target."""
         return round((self.target_remaining or 0.0) * sum(sizes.values()))
 
-    def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None) -> Limits:
-        """What the next pruning must keep to: sizes of the parameters, survivors of all, prunings left with it."""
+    def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None, target: int | None = None) -> Limits:
+        """What the next pruning must keep to, from the sizes of the parameters, their survivors and prunings left.
+
+        Args: ``target``: how many survive at the end; None: that fraction of the sizes.
+        """
         floors = self.floors(sizes)
         if self.target_remaining is None or prunings_left is None or alive == 0:
             return Limits(floors)
-        target = min(alive, self.target(sizes))
+        target = min(alive, self.target(sizes) if target is None else target)
         share = (target / alive) ** (1 / max(1, prunings_left))
         most_kept = max(target, int(floor(_exact(alive * share))))
         return Limits(floors, least=alive - most_kept, most=alive - target)

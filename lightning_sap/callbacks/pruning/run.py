@@ -33,6 +33,7 @@ class Run:
         self.state = RunState()
         self.weights: dict[str, PrunableWeight] = {}
         self._memories: dict[str, Memory] = {}
+        self._stepped = False  # the first optimizer, in this round
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights."""
@@ -86,7 +87,7 @@ class Run:
                 rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
-        weights = self.live()
+        weights, self._stepped = self.live(), False
         state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
         checks.check_target(options, state, self.frozen())
         self.state = state
@@ -148,6 +149,8 @@ class Run:
         is_first_round = state.round == 0 and state.plan.rounds != 0
         if is_first_round and wanted is not None and completed >= wanted and state.first_weights is None:
             state.first_weights = take_weights(module)
+        if state.plan.due(epoch) > state.round and self._stepped:
+            checks.check_steps(trainer.global_step, state.round_step)
         if state.is_due(epoch, trainer.global_step):
             self.save_round(trainer)  # where a resumed run did not see its last epoch end
             self.prune_(trainer, module, schedules, beside)
@@ -175,6 +178,7 @@ class Run:
         state.history.append(record)
         state.masks, state.count, state.index_after = step.masks, step.count, after.overall
         state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
+        self._stepped = False
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
 
@@ -197,13 +201,23 @@ class Run:
         trained = {name: piece for name, piece in pieces.items() if name not in frozen}
         sizes = {name: piece.weight.numel() for name, piece in trained.items()}
         alive = sum(count for name, count in state.masks.survivors.items() if name in trained)
-        limits = options.limits(sizes, alive, state.prunings_left())
+        limits = options.limits(sizes, alive, state.prunings_left(), self._target(frozen))
         step = prune_step(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
         if frozen:  # they stay as they are, under their masks
-            messages.warn_of_frozen(options, frozen)
             masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
             step = Step(self.measure(module), masks, step.count)
         return ranks.of_rank_zero(trainer, step, self.live())
+
+    def _target(self, frozen: Sequence[str]) -> int | None:
+        """How many of the trained weights survive at the end; None: that fraction of them, or no target."""
+        options, masks = self.options, self.state.masks
+        if options.target_remaining is None or not frozen:
+            return None
+        whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
+        if (left := whole - sum(masks.survivors[name] for name in frozen)) > 0:
+            return left
+        messages.warn_of_frozen(options, frozen)
+        return None
 
     def record(self, trainer: Trainer, before: Measure) -> RoundRecord:
         """The round that ends now, as it was trained."""
@@ -237,6 +251,7 @@ class Run:
 
     def note_rate(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the learning rate of this step: schedules move on before the round's record is made."""
+        self._stepped = True
         if optimizer.param_groups:  # a module without optimizers gets one from Lightning that has none
             rate = optimizer.param_groups[0]["lr"]
             self.state.lr = rate.clone() if isinstance(rate, Tensor) else rate

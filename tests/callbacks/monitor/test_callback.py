@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from helpers import BAREBONES, BATCHES, PRUNABLE, Net, Watch, fit, loader, parameters, quiet_trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
@@ -82,6 +82,22 @@ class TestValues:
         for seen, expected in zip(look.seen, look.expected, strict=True):
             assert seen["pqi/global"] == close(expected["pqi/global"])
             assert seen["pqi/layer_mean"] == close(expected["pqi/layer_mean"])
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_beside_an_averaging_callback_they_are_those_of_the_model(self, order):
+        watched = {"on_validation_start": [], "on_validation_end": []}
+
+        def measure(trainer, module):
+            watched["on_validation_start"].append(by_hand(module)["gini/global"])
+
+        def read(trainer, module):
+            watched["on_validation_end"].append(float(trainer.callback_metrics["gini/global"]))
+
+        monitor, average = PQIMonitor(stop_on=None, gini=True), EMAWeightAveraging(decay=0.5)
+        look = Watch(on_validation_start=measure, on_validation_end=read)
+        fit(Net(), look, *[monitor, average][::order], val=loader(), num_sanity_val_steps=0)
+        assert watched["on_validation_end"] == [close(gini) for gini in watched["on_validation_start"]]
+        assert len(watched["on_validation_end"]) == 4
 
     def test_without_a_pruner_all_prunable_weights_count(self):
         look = Expecting()

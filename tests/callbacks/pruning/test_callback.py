@@ -242,13 +242,26 @@ class ClipsByItself(OneLayer):
         self.clip_gradients(optimizer, 2.5, "norm")
 
 
+class ClipsBeforeTheStep(OneLayer):
+    def on_before_optimizer_step(self, optimizer):
+        nn.utils.clip_grad_norm_(self.parameters(), 2.5)
+
+
+class ClipsAfterTheBackward(OneLayer):
+    def on_after_backward(self):
+        nn.utils.clip_grad_norm_(self.parameters(), 2.5)
+
+
 class TestClipping:
     """The gradient (3, 4, 12) has norm 13; without the pruned weight, (3, 4, 0) has norm 5."""
 
     @pytest.mark.parametrize(
         ("build", "options"),
-        [(OneLayer, {"gradient_clip_val": 2.5}), (OneLayerByHand, {}), (ClipsByItself, {})],
-        ids=["by the Trainer", "by hand", "by the module's hook"],
+        [
+            (OneLayer, {"gradient_clip_val": 2.5}),
+            *[(build, {}) for build in (OneLayerByHand, ClipsByItself, ClipsBeforeTheStep, ClipsAfterTheBackward)],
+        ],
+        ids=["by the Trainer", "by hand", "by the module's hook", "before the step", "after the backward"],
     )
     def test_pruned_weights_take_no_part_in_the_norm(self, build, options):
         module = build()
@@ -880,12 +893,48 @@ def test_a_target_beside_frozen_weights_is_met_by_the_others():
     module, pruner = Net(), half(target_remaining=0.25, rounds=3)
     freeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch < 1))
     with pytest.warns(
-        UserWarning, match=r"frozen now, and pruned no further: net\.0\.weight\. target_remaining=0\.25 is"
+        UserWarning, match=r"pruned no further: net\.0\.weight\. These hold more than target_remaining=0\.25"
     ):
         fit(module, pruner, freeze)
     a, b = PRUNABLE
     assert survivors(pruner)[a] > 12
     assert survivors(pruner)[b] == 6
+
+
+def test_a_target_is_met_exactly_where_weights_frozen_on_the_way_leave_room_for_it():
+    module, pruner = Net(), half(target_remaining=0.4)
+    freeze = Watch(on_train_epoch_end=lambda t, m: m.net[3].requires_grad_(t.current_epoch < 1))
+    fit(module, pruner, freeze)
+    assert survivors(pruner)["net.3.weight"] == pruner.history[1].layers_remaining["net.3.weight"] * 24
+    assert sum(survivors(pruner).values()) == 29  # of 72
+
+
+def test_a_target_is_met_exactly_where_weights_frozen_before_leave_room_for_it():
+    module, first, pruner = Net(), half(), half(target_remaining=0.4)
+    fit(module, first, max_epochs=2)
+    module.net[3].requires_grad_(False)
+    pruner.load_state_dict(first.state_dict())
+    fit(module, pruner)
+    assert survivors(pruner)["net.3.weight"] == survivors(first)["net.3.weight"] == 12
+    assert sum(survivors(pruner).values()) == 29  # of 72
+
+
+def test_steps_that_lightning_does_not_count_are_told():
+    class Uncounted(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    pruner, seen = half(), []
+    message = "The round ends at trainer.global_step=0, where it began, though its optimizer stepped"
+    with pytest.raises(ValueError, match=message):
+        fit(Uncounted(), pruner, Watch(on_train_epoch_end=lambda trainer, _: seen.append(trainer.current_epoch)))
+    assert seen == [0]
+    assert pruner.remaining == 1.0
 
 
 def test_nothing_is_pruned_where_all_is_frozen():

@@ -241,8 +241,10 @@ class TestNonFiniteWeights:
             fit(module, pruner, *beside, Watch(on_train_batch_end=diverge))
         assert pruner.remaining == 0.125
 
-    def test_a_training_that_was_stopped_for_them_ends_with_a_warning(self):
+    @pytest.mark.parametrize("beside", [False, True])
+    def test_a_training_that_was_stopped_for_them_ends_with_a_warning(self, beside):
         module, pruner = Net(), half(every_n_epochs=2)
+        monitors = [PQIMonitor(stop_on=None, verbose=False)] if beside else []
 
         def diverge(trainer, module):
             if trainer.current_epoch == 2:
@@ -251,7 +253,7 @@ class TestNonFiniteWeights:
 
         stop = EarlyStopping("val_loss", check_finite=True, patience=99)
         with pytest.warns(UserWarning, match="Training was stopped with weights that are not finite"):
-            fit(module, pruner, Watch(on_train_batch_end=diverge), stop, val=loader(seed=3))
+            fit(module, pruner, *monitors, Watch(on_train_batch_end=diverge), stop, val=loader(seed=3))
         assert pruner.current_round() == 1
 
     def test_fast_dev_run_checks_nothing(self):
