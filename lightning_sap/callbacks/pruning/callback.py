@@ -228,6 +228,7 @@ class PruningCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         self._advance(trainer, pl_module)
+        self._run.note_epoch(trainer)
         self._fit.schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

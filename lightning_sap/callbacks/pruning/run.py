@@ -34,14 +34,15 @@ class Run:
         self.weights: dict[str, PrunableWeight] = {}
         self._memories: dict[str, Memory] = {}
         self._stepped = False  # the first optimizer, in this round
+        self._earlier: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights."""
-        return {**vars(self), "weights": {}, "_memories": {}}
+        return {**vars(self), "weights": {}, "_memories": {}, "_earlier": {}}
 
     def forget_weights(self) -> None:
         """Let go of the module."""
-        self.weights, self._memories = {}, {}
+        self.weights, self._memories, self._earlier = {}, {}, {}
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
 
@@ -260,10 +261,14 @@ class Run:
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
         """Every metric logged in this round; after a resume Lightning does not know those of before, the state does."""
-        state = self.state
-        known = state.metrics | {key: float(value) for key, value in trainer.callback_metrics.items()}
+        state, known = self.state, trainer.callback_metrics
         stale = state.validation_keys if state.validated != state.round else []
-        return {key: value for key, value in known.items() if key not in stale}
+        stale = [key for key in stale if known.get(key) is self._earlier.get(key)]  # not logged in training since
+        return state.metrics | {key: float(value) for key, value in known.items() if key not in stale}
+
+    def note_epoch(self, trainer: Trainer) -> None:
+        """Remember the metrics with which an epoch begins: what is logged in it is another tensor."""
+        self._earlier = dict(trainer.callback_metrics)
 
     def note_validation(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
         """Lightning keeps old metrics: remember which ones validation logs, and in which round it did."""

@@ -672,3 +672,4 @@ def test_a_round_without_validation_knows_no_metric_of_validation():
     assert ["val_loss" in record.metrics for record in pruner.history] == [False, True, True, False]
     assert all("train_loss" in record.metrics for record in pruner.history)
     assert pruner.history.best("val_loss", "min").round in (1, 2)
+    assert [record.metrics["sap/remaining"] for record in pruner.history] == [1.0, 0.5, 0.25, 0.125]
