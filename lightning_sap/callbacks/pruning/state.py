@@ -93,7 +93,8 @@ class RunState:
 
     def reopen(self) -> None:
         """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
-        if closed := [record for record in self.history if record.round >= self.round]:
+        closed = [record for record in self.history if record.round >= self.round]
+        if closed and self.history.restored is None:
             self.history = History(record for record in self.history if record.round < self.round)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
 

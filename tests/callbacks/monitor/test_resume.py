@@ -85,7 +85,9 @@ def test_a_process_that_is_killed(tmp_path, whole):
 def test_resumed_without_anything_to_stop_on_it_goes_on(tmp_path, whole):
     _, folder = whole("collapse", 1)
     file = folder / "train-epoch-end" / "epoch=5.ckpt"
-    found = run(tmp_path, monitor=PQIMonitor(monitor="val_acc", stop_on=None, verbose=False), ckpt_path=file)
+    monitor = PQIMonitor(monitor="val_acc", stop_on=None, verbose=False)
+    with pytest.warns(UserWarning, match="training now ends before 3 of the 10 prunings planned"):
+        found = run(tmp_path, monitor=monitor, ckpt_path=file)
     assert found.monitor.verdict is None
     assert found.trainer.current_epoch == 8
     assert [record.phase for record in found.pruner.history] == ["regularization"] * 5 + ["collapse"] * 3
