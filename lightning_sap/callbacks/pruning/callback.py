@@ -169,6 +169,8 @@ class PruningCallback(Callback):
         run.open_archive(trainer, fit.archives)
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = fit.schedules.choose(trainer, pl_module, run.state.plan, wanted)
+        if fit.pending is None and trainer.global_step > 0:
+            fit.schedules.rewind_()  # where training goes on from a checkpoint that was not pruned
         fit.stage, fit.pending, fit.waits = "train", None, False
         run.state.masks.apply_(run.live())
         self._remove_hooks()

@@ -14,12 +14,15 @@ class RoundPlan:
         epochs: Length of a round.
         first_epoch: Epoch at which the first round starts.
         last_epoch: End of training (exclusive) when the plan was made; None if training is not limited by epochs.
+        schedules_from: Epoch at which the learning-rate schedules begin: before ``first_epoch`` where training goes on
+            from a checkpoint that was not pruned.
     """
 
     rounds: int | None
     epochs: int
     first_epoch: int = 0
     last_epoch: int | None = None
+    schedules_from: int = 0
 
     def due(self, epoch: int) -> int:
         """How many prunings lie before an epoch."""

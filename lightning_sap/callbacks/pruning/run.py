@@ -78,7 +78,8 @@ class Run:
         options, masks, found = self.options, self.state.masks, dict(self.weights)
         plan = RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            plan = _plan(trainer, options)
+            began = trainer.current_epoch if trainer.ckpt_path is None else 0
+            plan = replace(_plan(trainer, options), schedules_from=began)
             checks.check_plan(options, plan)
         if plan.rounds != 0:
             neighbours.check_averaging(trainer)

@@ -162,7 +162,7 @@ def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
 
 
 def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
-    epochs = None if plan.last_epoch is None else plan.last_epoch - plan.first_epoch
+    epochs = None if plan.last_epoch is None else plan.last_epoch - plan.schedules_from
     if interval == "epoch":
         return Ticks(plan.epochs, epochs, frequency)
     steps = None if epochs is None else _steps(trainer, epochs)

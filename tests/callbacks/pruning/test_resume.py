@@ -1,6 +1,7 @@
 """Killed and resumed, compared bit for bit with the run that never stopped."""
 
 import functools
+import math
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_a_checkpoint_without_pruning_state_starts_dense(tmp_path):
     fit(Scheduled("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
     assert [(record.first_epoch, record.last_epoch) for record in sap.history] == [(2, 3), (4, 5)]
     assert 0 < sap.remaining < 1
+
+
+@pytest.mark.parametrize(("schedule", "ends"), [("auto", 5), ("restart", 1), ("keep", None)])
+def test_rounds_after_a_dense_checkpoint_replay_the_whole_schedule(tmp_path, schedule, ends):
+    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    sap, rates = SAPCallback(rounds=1, lr_schedule=schedule), []
+    look = Watch(on_train_batch_start=lambda trainer, _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
+    fit(Scheduled("SGD-cosine"), sap, look, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
+    places = [2, 3, 4, 5] if ends is None else [0, ends, 0, ends]  # of the schedule's six epochs
+    cosine = [0.05 * (1 + math.cos(math.pi * place / 6)) for place in places]
+    assert rates[::3] == pytest.approx(cosine)
 
 
 def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):

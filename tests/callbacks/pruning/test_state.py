@@ -405,7 +405,8 @@ class TestFile:
         state = file["callbacks"][STATE]
         assert set(state) == KEYS
         assert state["round"] == 4
-        assert state["plan"] == {"rounds": 5, "epochs": 1, "first_epoch": 0, "last_epoch": 6}
+        plan = {"rounds": 5, "epochs": 1, "first_epoch": 0, "last_epoch": 6, "schedules_from": 0}
+        assert state["plan"] == plan
         assert same(state["first_weights"], copied(Net().state_dict()))
         assert [record["remaining"] for record in state["history"]] == [1.0, 0.5, 0.25, 0.125]
         assert {type(key) for key in state} == {str}
