@@ -150,6 +150,6 @@ class TestCheckpointKeys:
             "schedules", "options", "validated", "validation_keys", "folder", "lr", "note",
             "waiting",
         }  # fmt: skip
-        assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch"}
+        assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch", "schedules_from"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}
         assert set(state["options"]) == {*COMMON, "policy"}

@@ -26,5 +26,5 @@ def scratch(size: int, device: torch.device = CPU) -> Tensor:
     if device != CPU or size > SIZE:
         return torch.empty(size, dtype=torch.uint8, device=device)
     if not hasattr(_OWN, "memory"):  # kept by NumPy: a tensor made in inference mode could not be used outside of it
-        _OWN.memory = torch.empty(SIZE, dtype=torch.uint8).numpy()
+        _OWN.memory = torch.empty(SIZE, dtype=torch.uint8, device=CPU).numpy()
     return torch.from_numpy(_OWN.memory[:size])

@@ -44,3 +44,16 @@ def test_what_inference_mode_made_serves_outside_of_it():
     thread.start()
     thread.join()
     assert found == [True]
+
+
+def test_it_is_on_the_cpu_whatever_the_default_device_is():
+    found = []
+
+    def ask():
+        with torch.device("meta"):
+            found.append(scratch(10).device.type)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == ["cpu"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -77,10 +78,24 @@ def tidy(trainer: Trainer, options: Options, folder: str, state: RunState) -> No
     if keep is None or isinstance(keep, bool):
         return
     for record in [record for record in state.history if record.path and record.round <= state.round - keep]:
-        path = Path(str(record.path))
         if trainer.is_global_zero:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _delete(Path(str(record.path)))
         state.history.note(record.round, path=None)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; one that cannot be deleted, as of a run that began elsewhere, stays."""
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        rank_zero_warn(f"The old round {str(path)!r} could not be deleted: {error}")
+
+
+def release(trainer: Trainer, folder: str) -> None:
+    """Give up a folder that no round was saved in."""
+    if trainer.is_global_zero and os.path.isdir(folder) and os.listdir(folder) == [TAKEN]:
+        Path(folder, TAKEN).unlink()
+        os.rmdir(folder)
 
 
 def read_round(path: str, module: nn.Module) -> dict[str, Any]:

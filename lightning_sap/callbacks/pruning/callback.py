@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -148,8 +149,10 @@ class PruningCallback(Callback):
         self._run.forget_weights()
         checks.check_strategy(trainer)
         neighbours.check_neighbours(trainer)
-        archives = bool(self.options.save_rounds)
-        self._fit = Fit(stage, weakref.ref(trainer), weakref.ref(pl_module), waits=True, archives=archives)
+        self._fit = Fit(
+            stage, weakref.ref(trainer), weakref.ref(pl_module), waits=True, schedules_from=trainer.current_epoch,
+            archives=bool(self.options.save_rounds),
+        )  # fmt: skip
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
@@ -162,13 +165,13 @@ class PruningCallback(Callback):
         fit, run = self._fit, self._run
         reshard(pl_module)
         if fit.pending is None:
-            run.begin(trainer, pl_module)
+            run.begin(trainer, pl_module, fit.schedules_from)
         else:
             run.resume(trainer, pl_module, fit.pending)
             fit.schedules.load(run.state.schedules)
-        run.open_archive(trainer, fit.archives)
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = fit.schedules.choose(trainer, pl_module, run.state.plan, wanted)
+        run.open_archive(trainer, fit.archives, self._shared_folder(trainer))
         if fit.pending is None and trainer.global_step > 0:
             fit.schedules.rewind_()  # where training goes on from a checkpoint that was not pruned
         fit.stage, fit.pending, fit.waits = "train", None, False
@@ -189,6 +192,12 @@ class PruningCallback(Callback):
     def _leads(self, trainer: Trainer) -> bool:
         """Whether the schedules follow these rounds: of several callbacks that prune, those of the first."""
         return next((other for other in _pruners(trainer) if other.prunes()), self) is self
+
+    def _shared_folder(self, trainer: Trainer) -> str | None:
+        """Where the callbacks before this one save their rounds, if they were given the same."""
+        before = itertools.takewhile(lambda other: other is not self, _pruners(trainer))
+        folders = (other._run.state.folder for other in before if other.options.dirpath == self.options.dirpath)
+        return next(filter(None, folders), None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
@@ -221,6 +230,8 @@ class PruningCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close(None)
+        if self._run.state.folder is not None:
+            archive.release(trainer, self._run.state.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close(None)
@@ -304,7 +315,7 @@ class PruningCallback(Callback):
         for pruner, state in zip(pruners, states, strict=True):  # from now on they only hold the masks
             history = pruner.history
             pruner._run.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=None, history=history)
-        self.history.mark_restored(round)
+            history.mark_restored(state.round)
         return self.history.of_round(round)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -380,12 +391,14 @@ class PruningCallback(Callback):
             fit.schedules.load(self._run.state.schedules)
         elif fit.stage == "trained" or (fit.stage == "fit" and not state_dict.get("waiting")):
             fit.pending = state_dict
-        elif fit.stage is None:
+        elif fit.stage is None or (fit.stage == "fit" and self._run.state.masks.is_dense):  # there may be earlier masks
             self._run.state = RunState.unpack(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             checks.check_state_name(self.options.name, trainer, checkpoint)
+            if self.state_key not in checkpoint.get("callbacks", {}):
+                self._fit.schedules_from = 0  # a dense training goes on
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""

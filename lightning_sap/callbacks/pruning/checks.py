@@ -93,9 +93,10 @@ def check_target(options: Options, state: RunState, frozen: Collection[str]) -> 
         return
     alive, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
     target, total = options.target(sizes), sum(alive.values())
-    held = sum(alive[name] for name in frozen)
+    held, trained = sum(alive[name] for name in frozen), {n: size for n, size in sizes.items() if n not in frozen}
+    least = max(min(1, total - held), sum(options.floors(trained).values()))
     found = {
-        f"{held} of frozen parameters stay": held > target or held == target < total,
+        f"{held} of frozen parameters stay": bool(frozen) and held + least > target,
         f"only {total} survive already": total < target,
         "there are no prunings left": state.prunings_left() == 0 and total != target,
     }

@@ -26,6 +26,7 @@ class Fit:
         trainer: Weak reference to the Trainer of the latest fit.
         module: Weak reference to its module.
         waits: Whether it has not begun to train yet.
+        schedules_from: Epoch at which its learning-rate schedules begin.
         archives: Whether each round is saved.
         pending: What a checkpoint brought, until training starts.
         schedules: Its schedules and optimizers.
@@ -38,6 +39,7 @@ class Fit:
     trainer: Callable[[], Trainer | None] = _nothing
     module: Callable[[], LightningModule | None] = _nothing
     waits: bool = False
+    schedules_from: int = 0
     archives: bool = False
     pending: dict[str, Any] | None = None
     schedules: Schedules = field(default_factory=Schedules)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RoundPlan:
     epochs: int
     first_epoch: int = 0
     last_epoch: int | None = None
-    schedules_from: int = 0
+    schedules_from: int = field(default=0, repr=False)
 
     def due(self, epoch: int) -> int:
         """How many prunings lie before an epoch."""

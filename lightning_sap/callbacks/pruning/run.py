@@ -73,13 +73,12 @@ class Run:
 
     # -- its beginnings -----------------------------------------------------------------------------------------------
 
-    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, module: LightningModule, schedules_from: int) -> None:
         """Plan the rounds and start them, under the masks of an earlier fit where they belong to this module."""
         options, masks, found = self.options, self.state.masks, dict(self.weights)
         plan = RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            began = trainer.current_epoch if trainer.ckpt_path is None else 0
-            plan = replace(_plan(trainer, options), schedules_from=began)
+            plan = replace(_plan(trainer, options), schedules_from=schedules_from)
             checks.check_plan(options, plan)
         if plan.rounds != 0:
             neighbours.check_averaging(trainer)
@@ -104,7 +103,7 @@ class Run:
             state.first_weights = None
         state.reopen()
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
-            whole = state.plan.first_epoch == 0  # what steps an earlier fit took is not known
+            whole = state.plan.schedules_from == 0  # what steps an earlier fit took is not known
             state.plan = replace(state.plan, last_epoch=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
         if options.changed("dirpath", state.options):
             state.folder = None
@@ -114,13 +113,13 @@ class Run:
         messages.tell_changes(options, state.options)
         messages.warn_of_lost(options, state.plan)
 
-    def open_archive(self, trainer: Trainer, wanted: bool) -> None:
+    def open_archive(self, trainer: Trainer, wanted: bool, shared: str | None) -> None:
         """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
         state = self.state
         if not wanted or state.plan.rounds == 0:
             state.folder = None
         elif state.folder is None or not archive.can_save(trainer, state.folder):
-            state.folder = archive.choose_folder(trainer, self.options.dirpath)
+            state.folder = shared or archive.choose_folder(trainer, self.options.dirpath)
 
     def take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on with the state of a checkpoint, placed where the module's tensors are."""
@@ -216,7 +215,9 @@ class Run:
         if options.target_remaining is None or not frozen:
             return None
         whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
-        if (left := whole - sum(masks.survivors[name] for name in frozen)) > 0:
+        left = whole - sum(masks.survivors[name] for name in frozen)
+        trained = {name: mask.numel() for name, mask in masks.pruned.items() if name not in frozen}
+        if left >= max(1, sum(options.floors(trained).values())):
             return left
         messages.warn_of_frozen(options, frozen)
         return None

@@ -135,6 +135,7 @@ class TestFiles:
         assert [Path(record.path).name for record in a.history] == [f"a-round-0{t}.ckpt" for t in range(3)]
         assert [Path(record.path).name for record in b.history] == [f"b-round-0{t}.ckpt" for t in range(2)]
         assert all(Path(record.path).is_file() for record in [*a.history, *b.history])
+        assert {Path(record.path).parent for record in [*a.history, *b.history]} == {tmp_path / "rounds"}
 
     def test_the_plan_says_what_is_kept_and_where(self, tmp_path, caplog):
         with caplog.at_level("INFO"):
@@ -178,6 +179,24 @@ class TestFolder:
         pruner = half()
         fit(Decaying(), pruner, max_epochs=6, default_root_dir=tmp_path / "here", ckpt_path=tmp_path / "moved.ckpt")
         assert [Path(record.path).parent for record in pruner.history[1:]] == [tmp_path / "here" / "rounds"] * 2
+
+    def test_old_rounds_that_cannot_be_deleted_stay(self, tmp_path):
+        _, pruner, _, _ = archived(tmp_path / "there")
+        checkpoint = torch.load(pruner.history[1].path, weights_only=True)
+        (tmp_path / "no folder").touch()
+        state = checkpoint["callbacks"][STATE]
+        state["folder"] = str(tmp_path / "no folder" / "rounds")
+        state["history"][0]["path"] = state["folder"] + "/sap-round-00.ckpt"
+        torch.save(checkpoint, tmp_path / "moved.ckpt")
+        pruner, options = half(save_rounds=1), {"default_root_dir": tmp_path / "here"}
+        with pytest.warns(UserWarning, match=r"sap-round-00\.ckpt' could not be deleted: "):
+            fit(Decaying(), pruner, max_epochs=6, ckpt_path=tmp_path / "moved.ckpt", **options)
+        assert os.listdir(tmp_path / "here" / "rounds") == ["sap-round-02.ckpt"]
+
+    def test_one_that_nothing_was_saved_in_is_given_up(self, tmp_path):
+        with pytest.raises(ZeroDivisionError):
+            archived(tmp_path, None, None, Watch(on_train_batch_end=lambda *_: 1 / 0))
+        assert not (tmp_path / "rounds").exists()
 
     def test_a_relative_one_is_noted_in_full(self):
         _, pruner, _, _ = archived(None, Net(), half(dirpath="mine"))
@@ -276,6 +295,11 @@ class TestRestoreRound:
             assert same(b.masks, rounds.masks[round][1])
         assert b.current_round() == 5
         assert trainer.lightning_module is module
+        trainer.save_checkpoint(tmp_path / "back.ckpt")
+        before = [len(pruner.history) for pruner in (a, b)]
+        a, b = half(name="a", include="net.0.*"), half(name="b", include="net.3.*")
+        fit(Net(), *[a, b][::order], max_epochs=7, ckpt_path=tmp_path / "back.ckpt", default_root_dir=tmp_path)
+        assert [len(pruner.history) for pruner in (a, b)] == [count + 1 for count in before]
 
     @pytest.mark.parametrize("order", [1, -1])
     @pytest.mark.parametrize("validate", [False, True])

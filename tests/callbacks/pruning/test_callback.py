@@ -919,6 +919,14 @@ def test_a_target_is_met_exactly_where_weights_frozen_before_leave_room_for_it()
     assert sum(survivors(pruner).values()) == 29  # of 72
 
 
+def test_floors_of_the_others_limit_what_frozen_weights_may_hold_of_a_target():
+    module, pruner = Net(), half(target_remaining=0.4, min_remaining=0.3)
+    freeze = Watch(on_train_epoch_end=lambda t, m: m.net[3].requires_grad_(t.current_epoch < 0))
+    with pytest.warns(UserWarning, match=r"pruned no further: net\.3\.weight\. These hold more than target_rem"):
+        fit(module, pruner, freeze)
+    assert survivors(pruner) == {"net.0.weight": 19, "net.3.weight": 24}  # two fifths of the first
+
+
 def test_steps_that_lightning_does_not_count_are_told():
     class Uncounted(Net):
         automatic_optimization = False

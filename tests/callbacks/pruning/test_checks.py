@@ -99,6 +99,14 @@ class TestRounds:
         refused(message, pruner, module=module, whole=False)
         assert list(pruner.history) == history
 
+    def test_a_target_below_what_is_frozen_and_the_floors_of_the_others(self):
+        module, first, pruner = Net(), half(), half(target_remaining=0.4, min_remaining=0.4)
+        fit(module, first, max_epochs=2)
+        module.net[3].requires_grad_(False)  # 12 are left, and 20 of 48 stay at least
+        pruner.load_state_dict(first.state_dict())
+        message = "target_remaining=0.4 cannot be met: that is 29 of 72 weights, and 12 of frozen parameters stay."
+        refused(message, pruner, module=module, whole=False)
+
     def test_a_target_that_rounded_floors_lie_above_is_met_but_for_these(self):
         pruner = half(target_remaining=0.1, min_remaining=0.1)
         fit(Net(), pruner)

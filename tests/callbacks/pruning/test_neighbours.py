@@ -220,3 +220,12 @@ def test_what_a_finder_finds_holds_in_every_round(tmp_path, finder, pruner_first
         assert pruner.remaining < remaining
         remaining = pruner.remaining
     assert (module.lr, module.batch_size) != (0.1, 2)
+
+
+def test_a_finder_leaves_the_schedules_of_a_second_fit_where_they_begin(tmp_path):
+    pruner, module = sap(), Tuned()
+    trainer = quiet_trainer(pruner, find_rate(), max_epochs=6, default_root_dir=tmp_path)
+    for epochs in (6, 12):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module)
+        assert pruner.state_dict()["plan"]["schedules_from"] == epochs - 6

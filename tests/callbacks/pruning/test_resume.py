@@ -201,6 +201,16 @@ def test_rounds_after_a_dense_checkpoint_replay_the_whole_schedule(tmp_path, sch
     assert rates[::3] == pytest.approx(cosine)
 
 
+def test_a_run_limited_by_steps_that_began_at_a_dense_checkpoint_ends_with_them_when_resumed(tmp_path):
+    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    steps, file = {"max_epochs": 100, "max_steps": 15}, tmp_path / "plain.ckpt"
+    saver = Saves(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(Scheduled("SGD-cosine"), SAPCallback(rounds=2), saver, **steps, enable_checkpointing=True, ckpt_path=file)
+    sap = SAPCallback(rounds=2)
+    fit(Scheduled("SGD-cosine"), sap, **steps, ckpt_path=tmp_path / "step=10.ckpt")
+    assert sap.state_dict()["plan"]["last_epoch"] == 5  # of three steps each
+
+
 def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1)
@@ -226,11 +236,15 @@ def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target,
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 @pytest.mark.parametrize(
-    ("options", "error"),
-    [({"exclude": "net.0.*"}, ValueError), ({"lr_schedule": "keep"}, ValueError), ({}, Crash)],
+    ("options", "error", "message"),
+    [
+        ({"exclude": "net.0.*"}, ValueError, "surplus \\[.net.0.weight.\\]"),
+        ({"lr_schedule": "keep"}, ValueError, "lr_schedule='keep' cannot take the place of 'squeeze'"),
+        ({}, Crash, None),
+    ],
     ids=["another selection", "another schedule", "a crash of another callback"],
 )
-def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, error):
+def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, error, message):
     def begin(*callbacks, **options):
         saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1, **options)
         going_on = {"max_epochs": 6, "enable_checkpointing": True, "ckpt_path": file if file.exists() else None}
@@ -244,8 +258,9 @@ def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, err
         begin(Watch(on_train_batch_end=lambda trainer, _: crash() if trainer.global_step == 10 else None))
     before, bits = saved(), saved()["masks"]["net.0.weight"]["bits"]
     assert before["round"] == 3
-    with pytest.raises(error):
-        begin(*([] if options else [Watch(on_train_start=lambda *_: crash())]), **options)
+    forget = Watch(on_exception=lambda *_: file.unlink())  # what is there afterwards is new
+    with pytest.raises(error, match=message):
+        begin(forget, *([] if options else [Watch(on_train_start=lambda *_: crash())]), **options)
     after = saved()
     assert torch.equal(after["masks"]["net.0.weight"]["bits"], bits)
     assert [after[key] for key in ("round", "plan", "history", "metrics", "options")] == [
@@ -265,6 +280,18 @@ def test_a_run_that_fails_before_it_begins_can_begin_from_its_file(tmp_path):
     fit(Scheduled("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "end.ckpt")
     assert len(sap.history) == 5
     assert 0 < sap.remaining < 0.9
+
+
+@pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
+def test_a_second_fit_that_fails_before_it_begins_keeps_the_masks_of_the_first(tmp_path):
+    module, sap, file = Scheduled("SGD-cosine"), SAPCallback(scope="global", eta_r=0.1), tmp_path / "end.ckpt"
+    fit(module, sap, max_epochs=6)
+    saver, die = OnExceptionCheckpoint(tmp_path, "end"), Watch(on_train_start=lambda *_: crash())
+    with pytest.raises(Crash):
+        fit(module, die, sap, saver, max_epochs=6, enable_checkpointing=True)
+    again = SAPCallback(scope="global", eta_r=0.1)
+    fit(Scheduled("SGD-cosine"), again, max_epochs=6, ckpt_path=file)
+    assert again.history[0].remaining == sap.remaining < 0.9
 
 
 def test_a_run_that_only_holds_masks_has_one_record_however_often_it_is_resumed(tmp_path):
