@@ -102,6 +102,7 @@ class Run:
         if options.changed("rewind_weights", state.options):
             state.first_weights = None
         state.reopen()
+        self._stepped = False
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
             whole = state.plan.schedules_from == 0  # what steps an earlier fit took is not known
             state.plan = replace(state.plan, last_epoch=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
