@@ -41,8 +41,8 @@ class Run:
         return {**vars(self), "weights": {}, "_memories": {}, "_earlier": {}}
 
     def forget_weights(self) -> None:
-        """Let go of the module."""
-        self.weights, self._memories, self._earlier = {}, {}, {}
+        """Let go of the module, and of what was seen of its fit."""
+        self.weights, self._memories, self._earlier, self._stepped = {}, {}, {}, False
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Run:
                 rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
-        weights, self._stepped = self.live(), False
+        weights = self.live()
         state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
         checks.check_target(options, state, self.frozen())
         self.state = state
@@ -102,7 +102,6 @@ class Run:
         if options.changed("rewind_weights", state.options):
             state.first_weights = None
         state.reopen()
-        self._stepped = False
         if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
             whole = state.plan.schedules_from == 0  # what steps an earlier fit took is not known
             state.plan = replace(state.plan, last_epoch=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)

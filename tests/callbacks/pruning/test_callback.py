@@ -945,6 +945,24 @@ def test_steps_that_lightning_does_not_count_are_told():
     assert pruner.remaining == 1.0
 
 
+def test_a_second_fit_without_any_step_is_no_error():
+    class Resting(Net):
+        automatic_optimization, rests = False, False
+
+        def training_step(self, batch, batch_idx):
+            if not self.rests:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    module, pruner = Resting(), half()
+    fit(module, pruner)
+    module.rests, before = True, pruner.remaining
+    fit(module, pruner)
+    assert pruner.remaining == before < 1
+
+
 def test_nothing_is_pruned_where_all_is_frozen():
     module, pruner = Net(), half()
     freeze = Watch(on_train_epoch_end=lambda t, m: [m.net[i].requires_grad_(t.current_epoch < 1) for i in (0, 3)])

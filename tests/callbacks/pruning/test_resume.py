@@ -201,6 +201,16 @@ def test_rounds_after_a_dense_checkpoint_replay_the_whole_schedule(tmp_path, sch
     assert rates[::3] == pytest.approx(cosine)
 
 
+def test_a_second_fit_from_a_dense_checkpoint_replays_the_whole_schedule_too(tmp_path):
+    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    module, sap = Scheduled("SGD-cosine"), SAPCallback(rounds=1)
+    trainer = fit(module, sap, max_epochs=4)
+    trainer.fit_loop.max_epochs = 6
+    with pytest.warns(UserWarning, match="starting afresh"):
+        trainer.fit(module, loader(), ckpt_path=tmp_path / "plain.ckpt")
+    assert sap.state_dict()["plan"]["schedules_from"] == 0
+
+
 def test_a_run_limited_by_steps_that_began_at_a_dense_checkpoint_ends_with_them_when_resumed(tmp_path):
     fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
     steps, file = {"max_epochs": 100, "max_steps": 15}, tmp_path / "plain.ckpt"
