@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_sap import FixedFraction, SparsityInformed, prune_masks
-from lightning_sap.weights import prunable_weights
+from lightning_sap.engine.weights import prunable_weights
 
 POLICIES = {"by the index": SparsityInformed(p=0.5, q=1.0), "half": FixedFraction(0.5)}
 NOTES = """One pruning of freshly initialised float32 weights: as many as their index says (p = 0.5, q = 1), or half.

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from common import publish, table
 
-from lightning_sap.phases import PhaseDetector
+from lightning_sap.rounds.phases import PhaseDetector
 
 GRID = {
     "rise": [0.15, 0.2, 0.25, 0.3, 0.4],

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import FixedFraction, PruningCallback
-from lightning_sap.weights import prunable_weights
+from lightning_sap.engine.weights import prunable_weights
 
 NOTES = """Training steps of `Trainer.fit` with SGD and momentum, 90 % of the weights of every layer pruned.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_sap.history import RoundRecord
+from lightning_sap.rounds.history import RoundRecord
 
 
 def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> str:

@@ -26,11 +26,11 @@ FILES = [f"{hook}/epoch={epoch}" for hook in ("validation-end", "train-epoch-end
 FILES += [f"step/step={step}" for step in range(1, STEPS)]
 
 STEPS_OF_A_PRUNING = {
-    "decide": "lightning_sap.callbacks.pruning.run.prune_step",
-    "measure": "lightning_sap.callbacks.pruning.run.summary",
-    "rewind weights": "lightning_sap.callbacks.pruning.run.restore_weights_",
-    "mask": "lightning_sap.masks.MaskSet.apply_",
-    "rewind schedules": "lightning_sap.rewind.schedules.Replay.rewind_",
+    "decide": "lightning_sap.callbacks.pruning.session.decide",
+    "measure": "lightning_sap.callbacks.pruning.session.summary",
+    "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
+    "mask": "lightning_sap.engine.masks.MaskSet.apply_",
+    "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
     "warn": "lightning_sap.callbacks.pruning.messages.warn_of_dead",
 }
 

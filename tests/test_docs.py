@@ -71,5 +71,5 @@ def test_the_tests_named_in_the_compatibility_table_exist():
     page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and line.endswith("` |")]
     named = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
-    assert {"callbacks/monitor/test_stop.py", "distributed/test_stop.py", "test_weights.py"} <= named
+    assert {"callbacks/monitor/test_stop.py", "distributed/test_stop.py", "engine/test_weights.py"} <= named
     assert [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []

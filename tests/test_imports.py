@@ -11,44 +11,179 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_sap"
 NAME = PACKAGE.name
 
-# What each room may import besides the standard library and torch. A room is a file or a folder of that name;
-# "functional" alone stands for all rooms in that folder.
-INNER = {"sharding", "functional", "sums", "weights", "masks", "pruner", "rewind", "phases", "history", "metric"}
-MAY_IMPORT = {
-    "sharding": set(),
-    "functional": {"functional"},  # its __init__.py gathers the folder
-    "functional/scratch": set(),
-    "functional/pqi": {"functional/scratch", "numpy"},
+# The rings of the house, innermost first: a file imports from its own ring and from those before it.
+RINGS = (
+    "sharding",
+    "functional",
+    "policies",
+    "engine",
+    "rounds",
+    "rewind",
+    "metric",
+    "plot",
+    "report",
+    "callbacks",
+    "",
+)
+# Packages besides the standard library, torch and NumPy that a ring may import.
+PACKAGES = {"callbacks": {"lightning"}, "metric": {"torchmetrics"}, "plot": {"matplotlib"}, "report": {"rich"}}
+LAZY = {"plot", "matplotlib", "rich"}  # what is imported inside functions only
+# What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
+ARROWS: dict[str, set[str]] = {
+    "functional": {"functional/amount", "functional/pqi", "functional/select"},
     "functional/amount": {"functional/pqi"},
-    "functional/select": {"functional/pqi", "functional/scratch", "sharding", "numpy"},
-    "sums": {"functional/pqi", "functional/scratch", "sharding"},
-    "weights": {"sharding"},
-    "masks": {"functional/pqi", "sharding", "sums", "numpy"},
-    "pruner": {"functional", "sums", "weights", "masks", "sharding", "history"},
-    "rewind": {"sharding", "weights"},
-    "phases": {"numpy"},
-    "history": {"numpy"},
-    "metric": {"functional", "torchmetrics"},
-    "callbacks": {"callbacks"},  # its __init__.py gathers the folder
-    "callbacks/pruning": {"lightning"} | INNER,
-    "callbacks/monitor": {
-        "lightning",
-        "functional",
-        "pruner",
+    "functional/fingerprint": {"functional/pqi", "functional/scratch"},
+    "functional/pqi": {"functional/scratch"},
+    "functional/select": {"sharding", "functional/pqi", "functional/scratch"},
+    "policies": {"policies/amounts", "policies/base"},
+    "policies/amounts": {"functional/amount", "functional/pqi", "policies/base"},
+    "policies/base": {"functional/pqi"},
+    "engine/decision": {
         "sharding",
-        "weights",
-        "phases",
-        "history",
+        "functional/amount",
+        "functional/pqi",
+        "functional/select",
+        "policies/base",
+        "engine/groups",
+        "engine/masks",
+        "engine/measure",
+    },
+    "engine/groups": {"sharding", "functional/pqi", "engine/weights"},
+    "engine/masks": {"sharding", "functional/fingerprint", "functional/pqi"},
+    "engine/measure": {"sharding", "functional/fingerprint", "functional/pqi", "engine/groups"},
+    "engine/weights": {"sharding"},
+    "rounds/protocol": {"engine/groups", "rounds/history"},
+    "rewind": {"rewind/replay", "rewind/weights"},
+    "rewind/weights": {"sharding", "engine/weights"},
+    "metric": {"functional/pqi"},
+    "report": {"rounds/history"},
+    "callbacks": {"callbacks/monitor", "callbacks/pruning"},
+    "callbacks/monitor": {"callbacks/monitor/callback"},
+    "callbacks/monitor/callback": {
+        "rounds/history",
+        "rounds/phases",
+        "rounds/protocol",
         "plot",
         "report",
+        "callbacks/monitor/curve",
+        "callbacks/monitor/loggers",
+        "callbacks/monitor/meter",
+        "callbacks/monitor/stopping",
     },
-    "plot": {"matplotlib", "phases", "history"},
-    "report": {"rich", "history"},
-    "": INNER | {"callbacks", "plot", "report"},  # lightning_sap/__init__.py
+    "callbacks/monitor/curve": {"engine/measure"},
+    "callbacks/monitor/meter": {
+        "sharding",
+        "functional/pqi",
+        "engine/groups",
+        "engine/measure",
+        "engine/weights",
+        "rounds/protocol",
+    },
+    "callbacks/monitor/stopping": {"rounds/history", "rounds/phases"},
+    "callbacks/pruning": {"callbacks/pruning/callback", "callbacks/pruning/sap"},
+    "callbacks/pruning/agreement": {
+        "sharding",
+        "functional/fingerprint",
+        "functional/pqi",
+        "engine/decision",
+        "engine/groups",
+        "engine/masks",
+    },
+    "callbacks/pruning/archive": {"engine/weights", "rewind", "callbacks/pruning/options", "callbacks/pruning/state"},
+    "callbacks/pruning/callback": {
+        "sharding",
+        "policies/base",
+        "engine/groups",
+        "engine/weights",
+        "rounds/history",
+        "rounds/plan",
+        "rounds/protocol",
+        "callbacks/pruning/archive",
+        "callbacks/pruning/checks",
+        "callbacks/pruning/compatibility",
+        "callbacks/pruning/fit",
+        "callbacks/pruning/messages",
+        "callbacks/pruning/options",
+        "callbacks/pruning/schedules",
+        "callbacks/pruning/session",
+        "callbacks/pruning/state",
+    },
+    "callbacks/pruning/checks": {
+        "sharding",
+        "engine/measure",
+        "engine/weights",
+        "rounds/plan",
+        "callbacks/pruning/options",
+        "callbacks/pruning/state",
+    },
+    "callbacks/pruning/fit": {"callbacks/pruning/schedules"},
+    "callbacks/pruning/messages": {
+        "engine/groups",
+        "engine/masks",
+        "rounds/plan",
+        "callbacks/pruning/options",
+        "callbacks/pruning/state",
+    },
+    "callbacks/pruning/options": {
+        "functional/amount",
+        "policies/base",
+        "engine/decision",
+        "engine/groups",
+        "engine/weights",
+    },
+    "callbacks/pruning/sap": {
+        "policies/amounts",
+        "engine/groups",
+        "engine/weights",
+        "callbacks/pruning/callback",
+        "callbacks/pruning/options",
+    },
+    "callbacks/pruning/schedules": {
+        "rounds/plan",
+        "rewind",
+        "callbacks/pruning/compatibility",
+        "callbacks/pruning/options",
+        "callbacks/pruning/state",
+    },
+    "callbacks/pruning/session": {
+        "engine/decision",
+        "engine/groups",
+        "engine/masks",
+        "engine/measure",
+        "engine/weights",
+        "rounds/history",
+        "rounds/plan",
+        "rewind",
+        "callbacks/pruning/agreement",
+        "callbacks/pruning/archive",
+        "callbacks/pruning/checks",
+        "callbacks/pruning/compatibility",
+        "callbacks/pruning/messages",
+        "callbacks/pruning/options",
+        "callbacks/pruning/schedules",
+        "callbacks/pruning/state",
+    },
+    "callbacks/pruning/state": {
+        "sharding",
+        "engine/masks",
+        "engine/measure",
+        "rounds/history",
+        "rounds/plan",
+        "rewind",
+    },
+    "": {
+        "functional/amount",
+        "functional/pqi",
+        "policies/amounts",
+        "policies/base",
+        "engine/decision",
+        "rounds/history",
+        "rounds/phases",
+        "metric",
+        "callbacks/monitor",
+        "callbacks/pruning",
+    },
 }
-FOLDERS_OF_ROOMS = {(room.split("/")[0],) for room in MAY_IMPORT if "/" in room}
-# Imports that must stand inside a function: (room, what is imported).
-LAZY = {("", "plot"), ("callbacks/monitor", "plot"), ("plot", "matplotlib"), ("report", "rich")}
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring
 LONGEST_FILE = 350
@@ -70,9 +205,9 @@ def sources(package: Path) -> Iterator[tuple[Path, ast.Module]]:
         yield path.relative_to(package), ast.parse(path.read_text(encoding="utf-8"))
 
 
-def room_of(parts: tuple[str, ...]) -> str:
-    """The room that a module inside the package belongs to, in the table or not."""
-    return "/".join(parts[:2] if parts[:1] in FOLDERS_OF_ROOMS else parts[:1])
+def ring_of(file: str) -> str:
+    """The ring that a file of the package belongs to; "" is the package itself."""
+    return file.split("/", maxsplit=1)[0]
 
 
 def module_parts(path: Path) -> tuple[str, ...]:
@@ -119,22 +254,24 @@ def is_module(base: str, name: str, package: Path) -> bool:
     return folder.with_suffix(".py").is_file() or folder.is_dir()
 
 
-def forbidden_arrow(room: str, arrow: Arrow) -> str | None:
-    """Why a room must not import this, or None where it may."""
+def forbidden_arrow(file: str, arrow: Arrow, table: dict[str, set[str]]) -> str | None:
+    """Why a file must not import this, or None where it may."""
     top, *inner = arrow.target.split(".")
     top = "lightning" if top == "pytorch_lightning" else top
-    target = room_of(tuple(inner)) if top == NAME else top
-    if room not in MAY_IMPORT:
-        return f"the room {room!r} has no row in the table"
-    allowed = MAY_IMPORT[room]
-    if top == NAME:
-        known = target == room or target in allowed or target.startswith(tuple(f"{name}/" for name in allowed))
-    else:
-        known = top in sys.stdlib_module_names or top == "torch" or top in allowed
-    if not known:
-        return f"{room or '__init__'} must not import {target or 'the package itself'}"
-    if (room, target) in LAZY and not arrow.lazy:
-        return f"{room or '__init__'} imports {target} inside functions only"
+    target = "/".join(inner) if top == NAME else top
+    if ring_of(file) not in RINGS:
+        return f"{file!r} belongs to no ring"
+    if top == NAME and ring_of(target) not in RINGS:
+        return f"{target!r} belongs to no ring"
+    if top == NAME and (not target or RINGS.index(ring_of(target)) > RINGS.index(ring_of(file))):
+        return f"{file or '__init__'} must not import {target or 'the package itself'}, which lies further out"
+    if top == NAME and target not in table.get(file, set()):
+        return f"{file or '__init__'} imports {target}, an arrow that is not in the table"
+    free = top in sys.stdlib_module_names or top in {NAME, "torch", "numpy"}
+    if not free and top not in PACKAGES.get(ring_of(file), set()):
+        return f"{file or '__init__'} must not import {target}"
+    if target in LAZY and not arrow.lazy:
+        return f"{file or '__init__'} imports {target} inside functions only"
     return None
 
 
@@ -170,13 +307,25 @@ def body_length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
-def broken_rules(package: Path) -> list[str]:
+def drawn(package: Path) -> dict[str, set[str]]:
+    """The files of the package that each file imports, where it imports any."""
+    found = {}
+    for path, tree in sources(package):
+        targets_of = [arrow.target.split(".") for arrow in arrows(path, tree, package)]
+        inner = {"/".join(parts[1:]) for parts in targets_of if parts[0] == NAME}
+        if inner:
+            found["/".join(module_parts(path))] = inner
+    return found
+
+
+def broken_rules(package: Path, table: dict[str, set[str]] | None = None) -> list[str]:
     """Every place in the package that breaks a rule of this file, as `path:line: what is wrong`."""
     found = []
+    table = drawn(package) if table is None else table
     for path, tree in sources(package):
-        room = room_of(module_parts(path))
+        file = "/".join(module_parts(path))
         for arrow in arrows(path, tree, package):
-            if reason := forbidden_arrow(room, arrow):
+            if reason := forbidden_arrow(file, arrow, table):
                 found.append(f"{path}:{arrow.line}: {reason}")
         for line, name in private_attributes_of_trainers(tree):
             found.append(f"{path}:{line}: {name} is private to Lightning's trainer")
@@ -190,8 +339,18 @@ def broken_rules(package: Path) -> list[str]:
 
 
 def test_the_package_keeps_the_house_rules():
-    broken = broken_rules(PACKAGE)
+    broken = broken_rules(PACKAGE, ARROWS)
     assert not broken, "\n".join(broken)
+
+
+def test_the_table_holds_exactly_the_arrows_that_are_drawn():
+    assert drawn(PACKAGE) == ARROWS
+
+
+def test_an_arrow_that_is_not_in_the_table_is_found(tmp_path):
+    package = lay_out(tmp_path, "callbacks/pruning/checks.py", "from lightning_sap.callbacks.pruning.state import x")
+    (found,) = broken_rules(package, {})
+    assert "callbacks/pruning/checks imports callbacks/pruning/state, an arrow that is not in the table" in found
 
 
 def test_no_exception_outlives_its_file():
@@ -202,24 +361,36 @@ def test_no_exception_outlives_its_file():
 LONG_BODY = "\n".join(["    x = 0"] * (LONGEST_FUNCTION + 1))
 
 BROKEN = {
-    "upwards": ("masks.py", "from lightning_sap.pruner import Pruner", "masks must not import pruner"),
-    "upwards by a relative name": ("masks.py", "from . import pruner", "masks must not import pruner"),
-    "upwards from a folder": ("rewind/weights.py", "from ..masks import MaskSet", "rewind must not import masks"),
-    "upwards under TYPE_CHECKING": (
-        "weights.py",
-        "if x:\n    import lightning_sap.masks",
-        "weights must not import masks",
+    "upwards": (
+        "engine/masks.py",
+        "from lightning_sap.rounds.plan import x",
+        "engine/masks must not import rounds/plan, which lies further out",
     ),
-    "upwards at run time": ("masks.py", "import_module('lightning_sap.pruner')", "masks must not import pruner"),
+    "upwards by a relative name": (
+        "engine/masks.py",
+        "from ..rounds import plan",
+        "engine/masks must not import rounds/plan",
+    ),
+    "upwards under TYPE_CHECKING": (
+        "functional/pqi.py",
+        "if x:\n    import lightning_sap.engine.masks",
+        "functional/pqi must not import engine/masks",
+    ),
+    "upwards at run time": (
+        "functional/pqi.py",
+        "import_module('lightning_sap.engine.masks')",
+        "functional/pqi must not import engine/masks",
+    ),
     "from the package itself": (
-        "pruner.py",
+        "callbacks/pruning/state.py",
         "from lightning_sap import SAPCallback",
         "must not import the package itself",
     ),
-    "between measures": ("functional/pqi.py", "from .amount import floor", "must not import functional/amount"),
-    "between callbacks": ("callbacks/monitor.py", "from .pruning import x", "must not import callbacks/pruning"),
-    "monitor to masks": ("callbacks/monitor.py", "from lightning_sap.masks import x", "must not import masks"),
-    "the outlet": ("history.py", "def f():\n    from lightning_sap.plot import draw", "history must not import plot"),
+    "the outlet": (
+        "rounds/history.py",
+        "def f():\n    from lightning_sap.plot import draw",
+        "rounds/history must not import plot",
+    ),
     "eager outlet": (
         "__init__.py",
         "from lightning_sap.plot import draw",
@@ -227,69 +398,46 @@ BROKEN = {
     ),
     "eager matplotlib": ("plot.py", "import matplotlib.pyplot as plt", "plot imports matplotlib inside functions only"),
     "lightning": (
-        "rewind.py",
+        "rewind/weights.py",
         "def f():\n    from lightning.pytorch import Trainer",
-        "rewind must not import lightning",
+        "rewind/weights must not import lightning",
     ),
     "its other name": ("metric.py", "import pytorch_lightning as pl", "metric must not import lightning"),
-    "functional to the rooms": (
-        "functional/pqi.py",
-        "from lightning_sap.sharding import x",
-        "must not import sharding",
+    "shards know no room": (
+        "sharding.py",
+        "from lightning_sap.engine.masks import x",
+        "sharding must not import engine/masks",
     ),
-    "shards know no room": ("sharding.py", "from lightning_sap.masks import x", "sharding must not import masks"),
-    "a stranger": ("weights.py", "import numpy as np", "weights must not import numpy"),
-    "a room without a row": ("utils.py", "import math", "the room 'utils' has no row"),
-    "a stray file between the callbacks": (
-        "callbacks/tools.py",
-        "import math",
-        "the room 'callbacks/tools' has no row",
-    ),
-    "private": ("callbacks/pruning.py", "trainer._results", "_results is private"),
-    "private, of the module": ("callbacks/pruning.py", "self.x.trainer._results", "_results is private"),
-    "private, of a loop": ("callbacks/pruning.py", "trainer.fit_loop.epochs[0]._batches", "_batches is private"),
-    "private, by name": ("callbacks/pruning.py", "getattr(trainer, '_results', None)", "_results is private"),
-    "a long function": ("weights.py", f"def f():\n    '''Doc.'''\n{LONG_BODY}", "f has 41 lines"),
-    "a long file": ("weights.py", "\n" * (LONGEST_FILE + 1), "351 lines"),
+    "a stranger": ("engine/weights.py", "import scipy", "engine/weights must not import scipy"),
+    "a file without a ring": ("utils.py", "import math", "'utils' belongs to no"),
+    "private": ("callbacks/pruning/session.py", "trainer._results", "_results is private"),
+    "private, of the module": ("callbacks/pruning/session.py", "self.x.trainer._results", "_results is private"),
+    "private, of a loop": ("callbacks/curve.py", "trainer.fit_loop.epochs[0]._batches", "_batches is private"),
+    "private, by name": ("callbacks/curve.py", "getattr(trainer, '_results', None)", "_results is private"),
+    "a long function": ("engine/weights.py", f"def f():\n    '''Doc.'''\n{LONG_BODY}", "f has 41 lines"),
+    "a long file": ("engine/weights.py", "\n" * (LONGEST_FILE + 1), "351 lines"),
 }
 
 KEPT = {
-    "pruner": ("pruner.py", "from lightning_sap.functional.pqi import x\nfrom . import masks, weights"),
-    "a room's own folder": ("rewind/__init__.py", "from .weights import x\nfrom lightning_sap.rewind import weights"),
-    "a callback's own folder": ("callbacks/pruning/__init__.py", "from .rounds import x\nimport lightning.pytorch"),
-    "functional gathers": ("functional/__init__.py", "from .amount import x\nfrom .pqi import y"),
-    "callbacks gather": (
-        "callbacks/__init__.py",
-        "from .monitor import x\nfrom lightning_sap.callbacks.pruning import y",
-    ),
+    "inwards": ("engine/decision.py", "from lightning_sap.functional.pqi import x\nfrom . import masks, weights"),
+    "a ring's own folder": ("rewind/__init__.py", "from .weights import x\nfrom lightning_sap.rewind import weights"),
     "the map": ("__init__.py", "from .callbacks import x\ndef __getattr__(name):\n    from .plot import y"),
-    "drawing": ("plot.py", "from .history import x\ndef f():\n    import matplotlib.pyplot"),
+    "drawing": ("plot.py", "from .rounds.history import x\ndef f():\n    import matplotlib.pyplot"),
     "types of a drawing": ("plot.py", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes"),
-    "select": (
-        "functional/select.py",
-        "import heapq\nimport numpy\nimport torch\nfrom lightning_sap.sharding import x",
-    ),
-    "public attributes": ("callbacks/pruning.py", "trainer.optimizers\nself._trainer\ntrainer.__class__"),
-    "a long docstring": ("weights.py", "def f():\n    '''" + "\n" * 99 + "'''\n    return 0"),
+    "libraries for all": ("functional/select.py", "import heapq\nimport numpy\nimport torch"),
+    "public attributes": ("callbacks/pruning/state.py", "trainer.optimizers\nself._trainer\ntrainer.__class__"),
+    "a long docstring": ("engine/weights.py", "def f():\n    '''" + "\n" * 99 + "'''\n    return 0"),
 }
 
 
 def lay_out(folder: Path, path: str, text: str) -> Path:
     """A package of empty rooms with one file written."""
     package = folder / NAME
-    rooms = [
-        "sharding",
-        "weights",
-        "masks",
-        "pruner",
-        "phases",
-        "history",
-        "metric",
-        "plot",
-        "callbacks/pruning",
-        "callbacks/monitor",
-    ]
-    for file in [*(f"{room}.py" for room in rooms if not path.startswith(f"{room}/")), "__init__.py", path]:
+    files = [
+        "sharding", "metric", "plot", "functional/pqi", "engine/masks", "engine/weights", "rounds/plan",
+        "rounds/history", "rewind/weights", "callbacks/pruning/state",
+    ]  # fmt: skip
+    for file in [*(f"{file}.py" for file in files), "__init__.py", path]:
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).touch()
     (package / path).write_text(text)

@@ -146,7 +146,7 @@ class TestCheckpointKeys:
         assert {"lightning_sap/sap", "lightning_sap.monitor/pqi"} <= set(states)
         state = states["lightning_sap/sap"]
         assert set(state) == {
-            "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
+            "masks", "plan", "round", "round_step", "count", "pqi_after_pruning", "first_weights", "history", "metrics",
             "schedules", "options", "validated", "validation_keys", "folder", "lr", "note",
             "waiting",
         }  # fmt: skip

@@ -1,6 +1,6 @@
 """The mathematics, tensors only: MEASURE (pqi), DECIDE (amount), PICK (select)."""
 
-from lightning_sap.functional.amount import FixedFraction, Policy, SparsityInformed, prune_count, retained_lower_bound
+from lightning_sap.functional.amount import prune_count, retained_lower_bound
 from lightning_sap.functional.pqi import (
     PowerSums,
     concatenate,
@@ -14,10 +14,7 @@ from lightning_sap.functional.pqi import (
 from lightning_sap.functional.select import smallest, smallest_of_rows
 
 __all__ = [
-    "FixedFraction",
-    "Policy",
     "PowerSums",
-    "SparsityInformed",
     "concatenate",
     "gini_index",
     "index_of",

@@ -1,15 +1,13 @@
-"""DECIDE: how many weights go; the policies (Diao et al., ICLR 2023, arXiv 2302.05601)."""
+"""AMOUNT: how many weights go, in numbers alone (Diao et al., ICLR 2023, arXiv 2302.05601)."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.pqi import PowerSums, check_orders
+from lightning_sap.functional.pqi import check_orders
 
 TOLERANCE = 1e-9  # of the number rounded, but never so much that a whole number would turn into its neighbour
 LARGEST_SLACK = 0.25
@@ -64,7 +62,7 @@ def retained_lower_bound(index: Tensor | float, d: Tensor | int, p: float, q: fl
         tensor(1., dtype=torch.float64)
     """
     check_orders(p, q)
-    _check_at_least_zero("eta_r", eta_r)
+    check_at_least_zero("eta_r", eta_r)
     index, d = _groups(index, d)
     slack: float = (1 + eta_r) ** (-q / (q - p))
     return d * slack * torch.pow((1 - index).clamp(min=0.0), p * q / (q - p))
@@ -107,114 +105,10 @@ def prune_count(
         >>> prune_count(0.99, 100, p=0.5, q=1.0)
         tensor(90)
     """
-    _check_at_least_zero("gamma", gamma)
-    _check_fraction("beta", beta)
+    check_at_least_zero("gamma", gamma)
+    check_fraction("beta", beta)
     kept = retained_lower_bound(index, d, p, q, eta_r)
-    return _count(kept, torch.as_tensor(d).to(kept), gamma, beta)
-
-
-class Policy(ABC):
-    """How many weights each group loses: called with the power sums of the groups and the number of the round.
-
-    Attributes:
-        p: Order of the smaller norm of the power sums it is called with.
-        q: Order of the larger norm.
-    """
-
-    p: float = 0.5
-    q: float = 1.0
-
-    def __repr__(self) -> str:
-        """Its class; what it was made with, a subclass says by its own (a dataclass does)."""
-        return f"{type(self).__name__}()"
-
-    @abstractmethod
-    def __call__(self, sums: PowerSums, round: int) -> Tensor:
-        """Number of weights to prune from each group: int64, the shape of the groups."""
-
-
-def check_policy(policy: object) -> None:
-    """Raise unless it is a policy."""
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {policy!r}.")
-
-
-@dataclass(frozen=True)
-class SparsityInformed(Policy):
-    r"""The paper's policy: prune what the PQ Index says a group can spare, see :func:`prune_count`.
-
-    Args:
-        p: Order of the smaller norm, ``0 < p < q``.
-        q: Order of the larger norm.
-        eta_r: Slack in the bound on how many weights to keep, at least 0.
-        gamma: Scale of the amount, at least 0.
-        beta: Largest fraction of a group pruned at once, in ``[0, 1)``.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Source: Diao et al., ICLR 2023, Algorithm 1.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sap.functional import power_sums
-        >>> SparsityInformed(p=0.5, q=1.0)(power_sums(torch.tensor([0.0, 0.0, 1.0, 1.0]), 0.5, 1.0), 1)
-        tensor(2)
-    """
-
-    p: float = 0.5
-    q: float = 1.0
-    eta_r: float = 0.0
-    gamma: float = 1.0
-    beta: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        check_orders(self.p, self.q)
-        _check_at_least_zero("eta_r", self.eta_r)
-        _check_at_least_zero("gamma", self.gamma)
-        _check_fraction("beta", self.beta)
-
-    def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
-        """Number of weights to prune from each group: int64, the shape of the groups."""
-        p, q = self.p, self.q
-        d = sums.count.to(torch.float64)
-        # r straight from the sums: d and the scale cancel, and nothing is lost where the index is close to 1
-        kept = torch.exp((q * torch.log(sums.sum_p) - p * torch.log(sums.sum_q)) / (q - p))
-        kept = torch.where(sums.sum_q == 0, d, kept * (1 + self.eta_r) ** (-q / (q - p)))
-        return _count(kept, d, self.gamma, self.beta)
-
-
-@dataclass(frozen=True)
-class FixedFraction(Policy):
-    """Prune the same fraction of the survivors in every round, ``floor(f · d)``: the lottery ticket's policy.
-
-    Of a group that is all zero nothing goes.
-
-    Args:
-        fraction: Fraction ``f`` of a group's surviving weights, in ``[0, 1)``.
-
-    Raises:
-        ValueError: If the fraction is out of its range.
-
-    Source: Frankle and Carbin, *The Lottery Ticket Hypothesis*, ICLR 2019.
-
-    Example:
-        >>> import torch
-        >>> from lightning_sap.functional import power_sums
-        >>> FixedFraction(0.2)(power_sums(torch.ones(10), 0.5, 1.0), 1)
-        tensor(2)
-    """
-
-    fraction: float
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        _check_fraction("fraction", self.fraction)
-
-    def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
-        """Number of weights to prune from each group: int64, the shape of the groups."""
-        return floor(self.fraction * sums.count.to(torch.float64)).masked_fill(sums.sum_q == 0, 0)
+    return count_to_prune(kept, torch.as_tensor(d).to(kept), gamma, beta)
 
 
 def spread(total: int, shares: Tensor, room: Tensor) -> Tensor:
@@ -262,16 +156,19 @@ def _groups(index: Tensor | float, d: Tensor | int) -> tuple[Tensor, Tensor]:
     return index, torch.as_tensor(d).to(index)
 
 
-def _count(kept: Tensor, d: Tensor, gamma: float, beta: float) -> Tensor:
+def count_to_prune(kept: Tensor, d: Tensor, gamma: float, beta: float) -> Tensor:
+    """How many of ``d`` weights go where ``kept`` of them are to be kept: whole numbers, at least 0."""
     spare = gamma * (d - ceil(kept).to(torch.float64))
     return torch.minimum(floor(spare), floor(beta * d)).clamp(min=0)
 
 
-def _check_at_least_zero(name: str, value: float) -> None:
+def check_at_least_zero(name: str, value: float) -> None:
+    """Raise unless the value is finite and not negative."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number of at least 0, got {value}.")
 
 
-def _check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless the value is in ``[0, 1)``."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}; 0.2 takes a fifth.")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_sap.engine.weights import COMPILE_PREFIX, parameter_names
 from lightning_sap.sharding import local, placed_like
-from lightning_sap.weights import COMPILE_PREFIX, parameter_names
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:

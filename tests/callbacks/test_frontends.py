@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sap import PQIMonitor, SAPCallback
-from lightning_sap.callbacks.pruning.neighbours import accumulation
+from lightning_sap.callbacks.pruning.compatibility import accumulation
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning", "ignore:.*LeafSpec")
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import FixedFraction, PQIMonitor, SAPCallback, SparsityInformed
-from lightning_sap.pruner import Limits, Piece, dead_units, prune_step
+from lightning_sap.engine.decision import Limits, decide
+from lightning_sap.engine.groups import PrunableTensor, dead_units
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
 RUNS = {
@@ -173,13 +174,13 @@ def fault_of_decision(case, mesh):
         # few magnitudes, and so ties on both sides of the cut and of the border between the processes
         weight = (torch.randint(-3, 4, shape) / 4).to(torch.bfloat16 if case % 5 else torch.float32)
         pruned = (torch.rand(shape) < 0.2) if case % 7 else None
-        plain[name] = Piece(weight, pruned)
+        plain[name] = PrunableTensor(weight, pruned)
         placed = distribute_tensor(weight, mesh, [Shard(0)])
-        sharded[name] = Piece(placed, None if pruned is None else placed_like(pruned, placed))
+        sharded[name] = PrunableTensor(placed, None if pruned is None else placed_like(pruned, placed))
     floors = {name: int(piece.weight.numel() * (case % 4) / 5) for name, piece in plain.items()}
     most = int(torch.randint(0, 60, ()))
     limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)
-    one, many = (prune_step(p, policy=policy, scope=scope, round=1, limits=limits) for p in (plain, sharded))
+    one, many = (decide(p, policy=policy, scope=scope, round=1, limits=limits) for p in (plain, sharded))
     same = all(torch.equal(whole(many.masks.pruned[name]), mask) for name, mask in one.masks.pruned.items())
     dead = [
         dead_units({name: piece._replace(pruned=step.masks.pruned[name]) for name, piece in pieces.items()})

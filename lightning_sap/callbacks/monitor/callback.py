@@ -10,14 +10,14 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sap.callbacks.monitor import tensorboard
+from lightning_sap.callbacks.monitor import loggers
 from lightning_sap.callbacks.monitor.curve import Curve
-from lightning_sap.callbacks.monitor.gauge import Gauge, leader, pruners
-from lightning_sap.callbacks.monitor.judge import Judge, StopOn, Verdict
-from lightning_sap.history import RoundRecord
-from lightning_sap.phases import Layers, Phase, PhaseDetector
-from lightning_sap.pruner import MonitoredPruner
+from lightning_sap.callbacks.monitor.meter import IndexMeter, leader, pruners
+from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.report import markdown, show
+from lightning_sap.rounds.history import RoundRecord
+from lightning_sap.rounds.phases import Layers, Phase, PhaseDetector
+from lightning_sap.rounds.protocol import MonitoredPruner
 
 PHASES = list(Phase)  # logged as their positions
 
@@ -89,7 +89,7 @@ class PQIMonitor(Callback):
         self.restore = restore
         self.verbose = verbose
         self.name = name
-        self._gauge = Gauge(p, q, gini=gini, log_layers=log_layers, name=name)
+        self._gauge = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
         self.p, self.q, self.gini, self.log_layers = p, q, gini, self._gauge.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
@@ -98,7 +98,7 @@ class PQIMonitor(Callback):
     def _begin(self) -> None:
         """What a run must not lose, at its start."""
         self._curve = Curve(self.monitor)
-        self._judge = Judge(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
+        self._judge = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
 
     @property
     def phase(self) -> Phase:
@@ -150,8 +150,8 @@ class PQIMonitor(Callback):
                 f"PQIMonitor: Trainer(barebones=True) silences logging: {self.name}/global and the other values reach "
                 "no logger and no callback; rows() and plot() have them all the same, without a monitored metric."
             )
-        for writer in tensorboard.writers(trainer):
-            writer.add_custom_scalars(tensorboard.layout(self.name, self._gauge.layers(trainer, pl_module)))
+        for writer in loggers.writers(trainer):
+            writer.add_custom_scalars(loggers.layout(self.name, self._gauge.layers(trainer, pl_module)))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._curve.finish(trainer)
@@ -190,7 +190,7 @@ class PQIMonitor(Callback):
         self._curve.add(trainer.current_epoch, round, phase, self._gauge.measure(trainer, module), sizes)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the last round too, where it was shorter than planned."""
+        """StoppingRule the last round too, where it was shorter than planned."""
         self._curve.finish(trainer)
         pruner, rows = leader(trainer), self._curve.rows
         if pruner is not None and rows and rows[-1]["round"] == pruner.current_round():
@@ -200,7 +200,7 @@ class PQIMonitor(Callback):
         """Put the last sound round back, now that no callback writes any more, and show what happened."""
         pruner = leader(trainer)
         for other in pruners(trainer):
-            other.close_run(pl_module)
+            other.adopt_finished_run(pl_module)
         if pruner is not None:
             self._go_back(pruner)
             self._records = list(pruner.history)
@@ -216,7 +216,7 @@ class PQIMonitor(Callback):
         layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
         return trainer.strategy.broadcast((measure.overall, layers, self._curve.metric(trainer, round)))
 
-    def _take_in(self, judge: Judge, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
+    def _take_in(self, judge: StoppingRule, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
         """Take in the round that ends now, and those before it that were not seen."""
         sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
         missed = judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
@@ -255,7 +255,7 @@ class PQIMonitor(Callback):
             f"{record.path}"
         )
 
-    def _log(self, trainer: Trainer, module: LightningModule, judge: Judge, *, logger: bool) -> None:
+    def _log(self, trainer: Trainer, module: LightningModule, judge: StoppingRule, *, logger: bool) -> None:
         if trainer.barebones:
             return
         values = self._gauge.values(trainer, module)
@@ -307,7 +307,7 @@ class PQIMonitor(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""
-        for writer in tensorboard.writers(trainer):
+        for writer in loggers.writers(trainer):
             if self._curve.rows and importlib.util.find_spec("matplotlib") is not None:
                 for kind in ("rounds", "layers"):
                     writer.add_figure(f"{self.name}/{kind}", self.plot(kind), global_step=trainer.global_step)

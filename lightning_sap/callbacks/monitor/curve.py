@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_sap.pruner import Measure
+from lightning_sap.engine.measure import Measure
 
 
 class Curve:

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.state import RunState
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.weights import COMPILE_PREFIX, parameter_names
 from lightning_sap.rewind import place_weights, restore_weights_
-from lightning_sap.weights import COMPILE_PREFIX, parameter_names
 
 TAKEN = ".taken"  # an empty file in a folder that a run has chosen, until there is a round in it
 METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
@@ -70,7 +70,7 @@ def path_of(folder: str, name: str, round: int) -> str:
     return os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
 
 
-def tidy(trainer: Trainer, options: Options, folder: str, state: RunState) -> None:
+def tidy(trainer: Trainer, options: Options, folder: str, state: PruningState) -> None:
     """Once the round that ends now is saved: delete the mark, and the checkpoints of rounds too old to be kept."""
     if trainer.is_global_zero:
         Path(folder, TAKEN).unlink(missing_ok=True)
@@ -116,13 +116,13 @@ def read_round(path: str, module: nn.Module) -> dict[str, Any]:
     return {**checkpoint, "state_dict": weights}
 
 
-def state_in(checkpoint: dict[str, Any], key: str, module: nn.Module) -> RunState:
+def state_in(checkpoint: dict[str, Any], key: str, module: nn.Module) -> PruningState:
     """A pruning callback's state at the time of a checkpoint, its masks where the module's weights are.
 
     Raises:
         ValueError: If the masks do not belong to the module.
     """
-    state = RunState.unpack(checkpoint["callbacks"][key])
+    state = PruningState.unpack(checkpoint["callbacks"][key])
     live = parameter_names(module)
     weights = {name: live[name].detach() for name in state.masks.pruned if name in live}
     return replace(state, masks=state.masks.like(weights))

@@ -14,18 +14,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.callbacks.pruning.run import Run
 from lightning_sap.callbacks.pruning.schedules import Schedules
-from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.functional.amount import Policy
-from lightning_sap.history import History, RoundRecord
-from lightning_sap.pruner import Piece, RoundWitness, Scope
+from lightning_sap.callbacks.pruning.session import PruningSession
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.groups import PrunableTensor, Scope
+from lightning_sap.engine.weights import Selection, low_rank_adapters
+from lightning_sap.policies.base import Policy
+from lightning_sap.rounds.history import History, RoundRecord
+from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.protocol import RoundListener
 from lightning_sap.sharding import reshard
-from lightning_sap.weights import Selection, low_rank_adapters
 
 
 class PruningCallback(Callback):
@@ -100,31 +101,31 @@ class PruningCallback(Callback):
             policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
             min_remaining, include, exclude, keep_zeros, save_rounds, None if dirpath is None else str(dirpath), name,
         )  # fmt: skip
-        self._run = Run(self.options)
+        self._session = PruningSession(self.options)
         self._fit = Fit()
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """By prunable parameter a bool tensor, sharded as it is, True where a weight survives; empty before any fit."""
-        return self._run.state.masks.kept
+        return self._session.state.masks.kept
 
     @property
     def remaining(self) -> float:
         """Fraction of the prunable weights that survives."""
-        return self._run.state.masks.remaining
+        return self._session.state.masks.remaining
 
     @property
     def history(self) -> History:
         """One record for each round that ended."""
-        return self._run.state.history
+        return self._session.state.history
 
     def orders(self) -> tuple[float, float]:
         """Orders p and q of the policy's index."""
         return self.options.policy.p, self.options.policy.q
 
-    def pieces(self, module: nn.Module) -> dict[str, Piece]:
+    def pieces(self, module: nn.Module) -> dict[str, PrunableTensor]:
         """The prunable weights, live, with their masks."""
-        return self._run.pieces(module)
+        return self._session.pieces(module)
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
@@ -132,23 +133,23 @@ class PruningCallback(Callback):
 
     def current_round(self) -> int:
         """Number of prunings so far in this fit."""
-        return self._run.state.round
+        return self._session.state.round
 
     def ends_round(self, epoch: int) -> bool:
         """Whether that epoch is planned to be the last of a round."""
-        return self._run.state.plan.ends_round(epoch)
+        return self._session.state.plan.ends_round(epoch)
 
-    def index_after_pruning(self) -> float | None:
+    def pqi_after_pruning(self) -> float | None:
         """PQ Index of all weights right after the latest pruning, or at the start of training."""
-        return self._run.state.index_after
+        return self._session.state.pqi_after_pruning
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             self._fit.stage = stage
             return
-        self._run.forget_weights()
+        self._session.forget_weights()
         checks.check_strategy(trainer)
-        neighbours.check_neighbours(trainer)
+        compatibility.check_callbacks(trainer)
         self._fit = Fit(
             stage, weakref.ref(trainer), weakref.ref(pl_module), waits=True, schedules_from=trainer.current_epoch,
             archives=bool(self.options.save_rounds),
@@ -156,13 +157,13 @@ class PruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
-        self._run.weights = self._run.select(pl_module)
+        self._session.weights = self._session.select(pl_module)
         checks.check_disjoint(self.options, trainer, pl_module)
         self._fit.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up what a checkpoint brought, or begin; then say what is going to happen."""
-        fit, run = self._fit, self._run
+        fit, run = self._fit, self._session
         reshard(pl_module)
         if fit.pending is None:
             run.begin(trainer, pl_module, fit.schedules_from)
@@ -179,10 +180,10 @@ class PruningCallback(Callback):
         self._remove_hooks()
         optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_post_hook")]
         fit.hooks = [optimizer.register_step_post_hook(run.enforce) for optimizer in optimizers]
-        fit.hooks += [optimizer.register_step_post_hook(run.note_rate) for optimizer in optimizers[:1]]
+        fit.hooks += [optimizer.register_step_post_hook(run.record_lr) for optimizer in optimizers[:1]]
         fit.hooked = len(optimizers) == len(trainer.optimizers)
-        if run.state.index_after is None:
-            run.state.index_after = run.measure(pl_module).overall
+        if run.state.pqi_after_pruning is None:
+            run.state.pqi_after_pruning = run.measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, run.state, schedules))
         if run.state.plan.rounds != 0:
             messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, run.weights))
@@ -196,53 +197,53 @@ class PruningCallback(Callback):
     def _shared_folder(self, trainer: Trainer) -> str | None:
         """Where the callbacks before this one save their rounds, if they were given the same."""
         before = itertools.takewhile(lambda other: other is not self, _pruners(trainer))
-        folders = (other._run.state.folder for other in before if other.options.dirpath == self.options.dirpath)
+        folders = (other._session.state.folder for other in before if other.options.dirpath == self.options.dirpath)
         return next(filter(None, folders), None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
-        if trainer.global_step > self._run.state.round_step:
-            measure = self._run.measure(pl_module)
-            if self._run.state.plan.rounds != 0 and not _of_kind(trainer, RoundWitness):  # which may go back
+        if trainer.global_step > self._session.state.round_step:
+            measure = self._session.measure(pl_module)
+            if self._session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):  # which may go back
                 checks.check_ending(trainer, measure)
-            self._run.save_round(trainer)  # where it was shorter than planned
-            self._run.state.history.append(self._run.record(trainer, measure))
-        rank_zero_info(messages.farewell(self.options, self._run.state, stopped=trainer.should_stop))
+            self._session.save_round(trainer)  # where it was shorter than planned
+            self._session.state.history.append(self._session.record(trainer, measure))
+        rank_zero_info(messages.farewell(self.options, self._session.state, stopped=trainer.should_stop))
         self._close("trained")
 
-    def close_run(self, module: LightningModule) -> None:
+    def adopt_finished_run(self, module: LightningModule) -> None:
         """Take up the checkpoint of a run that was over: Lightning then trains nothing, and calls no hook of it."""
         trainer, pending = self._fit.trainer(), self._fit.pending
         if pending is None or trainer is None:
             return
-        self._run.take_up(module, pending)
-        state, self._fit.pending = self._run.state, None
+        self._session.restore_state(module, pending)
+        state, self._fit.pending = self._session.state, None
         if trainer.global_step > state.round_step and state.round not in [record.round for record in state.history]:
-            state.history.append(self._run.record(trainer, self._run.measure(module)))
+            state.history.append(self._session.record(trainer, self._session.measure(module)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""
         reshard(pl_module)
-        self.close_run(pl_module)
+        self.adopt_finished_run(pl_module)
         # by now Lightning has moved the module back to the CPU
-        self._run.state.masks = self._run.state.masks.moved(self._run.live())
-        self._run.state.masks.apply_(self._run.live())
+        self._session.state.masks = self._session.state.masks.moved(self._session.live())
+        self._session.state.masks.apply_(self._session.live())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close(None)
-        if self._run.state.folder is not None:
-            archive.release(trainer, self._run.state.folder)
+        if self._session.state.folder is not None:
+            archive.release(trainer, self._session.state.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close(None)
-        self._run.forget_weights()
+        self._session.forget_weights()
         self._fit = Fit(None, self._fit.trainer, self._fit.module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         self._advance(trainer, pl_module)
-        self._run.note_epoch(trainer)
-        self._fit.schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=False)
+        self._session.note_epoch(trainer)
+        self._fit.schedules.advance_(trainer, pl_module, self._session.state, epoch_ended=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Advance here too: after some resumes an epoch starts without its hook."""
@@ -251,7 +252,7 @@ class PruningCallback(Callback):
 
     def _advance(self, trainer: Trainer, module: LightningModule) -> None:
         """Prune if a round ended since the last call."""
-        self._run.advance(trainer, module, self._fit.schedules, [other._run for other in _pruners(trainer)])
+        self._session.advance(trainer, module, self._fit.schedules, [other._session for other in _pruners(trainer)])
 
     def archive_rounds(self) -> None:
         """Save each round of the coming training; to be called before it starts.
@@ -268,10 +269,10 @@ class PruningCallback(Callback):
 
     def note_phase(self, round: int, phase: str, reason: str) -> None:
         """Take into the history how the round that just ended was judged."""
-        if round == self._run.state.round and round not in [record.round for record in self.history]:
-            self._run.state.note = {**self._run.state.note, "phase": phase, "reason": reason}
+        if round == self._session.state.round and round not in [record.round for record in self.history]:
+            self._session.state.note = {**self._session.state.note, "phase": phase, "reason": reason}
         else:
-            self._run.state.history.note(round, phase=phase, reason=reason)
+            self._session.state.history.note(round, phase=phase, reason=reason)
 
     def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
         """Put the trained weights and the masks of a round back, in all copies that other callbacks keep too.
@@ -311,29 +312,29 @@ class PruningCallback(Callback):
         states = [archive.state_in(checkpoint, pruner.state_key, module) for pruner in pruners]
         archive.restore_model_(module, checkpoint)
         if trainer is not None and fitted is not None:
-            neighbours.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
+            compatibility.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
         for pruner, state in zip(pruners, states, strict=True):  # from now on they only hold the masks
             history = pruner.history
-            pruner._run.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=None, history=history)
+            pruner._session.state = replace(state, plan=RoundPlan(0, 1), note={}, first_weights=None, history=history)
             history.mark_restored(state.round)
         return self.history.of_round(round)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
         if pl_module.automatic_optimization and checks.clips_gradients(trainer, pl_module):
-            self._run.mask_gradients()
+            self._session.mask_gradients()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization the module clips by itself, at any time after this; else it may in its own hook."""
         if not pl_module.automatic_optimization or checks.overrides(pl_module, "on_after_backward"):
-            self._run.mask_gradients()
+            self._session.mask_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._fit.hooked:
-            self._run.enforce()
-        self._fit.schedules.advance_(trainer, pl_module, self._run.state, epoch_ended=trainer.is_last_batch)
+            self._session.enforce()
+        self._fit.schedules.advance_(trainer, pl_module, self._session.state, epoch_ended=trainer.is_last_batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning keeps old metrics: what is new afterwards was logged by validation."""
@@ -341,7 +342,7 @@ class PruningCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._run.note_validation(self._fit.before_validation, trainer.callback_metrics)
+            self._session.note_validation(self._fit.before_validation, trainer.callback_metrics)
         self._fit.before_validation = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -352,15 +353,15 @@ class PruningCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the round that ends: from a checkpoint of this hook Lightning resumes."""
         self._log(trainer, pl_module, logger=True)
-        if self._run.state.plan.ends_round(trainer.current_epoch):
-            for witness in _of_kind(trainer, RoundWitness):
+        if self._session.state.plan.ends_round(trainer.current_epoch):
+            for witness in _of_kind(trainer, RoundListener):
                 witness.see_epoch(trainer, pl_module)
-            self._run.save_round(trainer)
+            self._session.save_round(trainer)
 
     def _log(self, trainer: Trainer, module: LightningModule, *, logger: bool) -> None:
         if not trainer.barebones:
             to = None if logger else False  # True would warn where there is no logger
-            state, name = self._run.state, self.options.name
+            state, name = self._session.state, self.options.name
             values = {"round": state.round, "remaining": self.remaining, "pruned": state.count}
             named = {f"{name}/{key}": float(value) for key, value in values.items()}
             # all ranks have the same numbers, and the most of equal numbers is exactly each of them
@@ -376,9 +377,9 @@ class PruningCallback(Callback):
         if self._fit.pending is not None:  # it has not gone on yet
             return dict(self._fit.pending)
         if self._fit.stage == "train":
-            self._run.state.schedules = self._fit.schedules.state()
-        self._run.state.options = self.options.plain()
-        return {**self._run.state.pack(), "waiting": self._fit.waits}
+            self._session.state.schedules = self._fit.schedules.state()
+        self._session.state.options = self.options.plain()
+        return {**self._session.state.pack(), "waiting": self._fit.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of training; while it goes on, or outside of a Trainer, take it up at once.
@@ -387,12 +388,14 @@ class PruningCallback(Callback):
         """
         fit, module = self._fit, self._fit.module()
         if fit.stage == "train" and module is not None:
-            self._run.take_up(module, state_dict)
-            fit.schedules.load(self._run.state.schedules)
+            self._session.restore_state(module, state_dict)
+            fit.schedules.load(self._session.state.schedules)
         elif fit.stage == "trained" or (fit.stage == "fit" and not state_dict.get("waiting")):
             fit.pending = state_dict
-        elif fit.stage is None or (fit.stage == "fit" and self._run.state.masks.is_dense):  # there may be earlier masks
-            self._run.state = RunState.unpack(state_dict)
+        elif fit.stage is None or (
+            fit.stage == "fit" and self._session.state.masks.is_dense
+        ):  # there may be earlier masks
+            self._session.state = PruningState.unpack(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
@@ -403,7 +406,7 @@ class PruningCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
         if self._fit.pending is None:
-            checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._run.metrics(trainer)
+            checkpoint.get("callbacks", {}).get(self.state_key, {})["metrics"] = self._session.metrics(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""
@@ -413,7 +416,7 @@ class PruningCallback(Callback):
     def _close(self, stage: str | None) -> None:
         """Training is over: keep where the schedules stand, for files that are saved from now on."""
         if self._fit.stage == "train":
-            self._run.state.schedules = self._fit.schedules.state()
+            self._session.state.schedules = self._fit.schedules.state()
         self._fit.stage = stage
         self._remove_hooks()
 

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.pruner import Measure, check_finite
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.measure import Measure, check_finite
+from lightning_sap.engine.weights import PrunableWeight, prunable_weights
+from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
-from lightning_sap.weights import PrunableWeight, prunable_weights
 
 STATE_PREFIX = "lightning_sap/"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
@@ -73,7 +73,7 @@ def check_plan(options: Options, plan: RoundPlan) -> None:
         )
 
 
-def check_changes(options: Options, state: RunState, epoch: int, global_step: int) -> None:
+def check_changes(options: Options, state: PruningState, epoch: int, global_step: int) -> None:
     """Raise if a resumed run is to go back to weights that are gone."""
     k, old = options.snapshot_epoch, state.options
     if k is None or not options.changed("rewind_weights", old) or state.plan.rounds == 0 or state.prunings_left() == 0:
@@ -87,7 +87,7 @@ def check_changes(options: Options, state: RunState, epoch: int, global_step: in
         )
 
 
-def check_target(options: Options, state: RunState, frozen: Collection[str]) -> None:
+def check_target(options: Options, state: PruningState, frozen: Collection[str]) -> None:
     """Raise if the target cannot be met exactly by what is left of the run."""
     if options.target_remaining is None or not state.plan.rounds:
         return

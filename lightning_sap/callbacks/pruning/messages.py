@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Piece, dead_units
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.groups import PrunableTensor, dead_units
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.rounds.plan import RoundPlan
 
 
-def announcement(options: Options, state: RunState, schedules: list[str]) -> str:
+def announcement(options: Options, state: PruningState, schedules: list[str]) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
     rounds = "prunings after every round" if plan.rounds is None else _counted(plan.rounds, "pruning")
@@ -48,7 +48,7 @@ def _kept(options: Options, plan: RoundPlan) -> str:
     return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
 
 
-def farewell(options: Options, state: RunState, *, stopped: bool) -> str:
+def farewell(options: Options, state: PruningState, *, stopped: bool) -> str:
     """What a run has reached, and, unless it was stopped, how to go further."""
     masks, prunings = state.masks, _counted(state.round, "pruning")
     reached = f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {prunings}."
@@ -56,7 +56,7 @@ def farewell(options: Options, state: RunState, *, stopped: bool) -> str:
     return reached if stopped else f"{reached} {further}"
 
 
-def warn_of_dead(options: Options, pieces: Mapping[str, Piece], masks: MaskSet) -> None:
+def warn_of_dead(options: Options, pieces: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
     """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few alive."""
     pruned = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
     emptied = [name for name, count in masks.survivors.items() if count == 0]

@@ -10,9 +10,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from lightning_sap.functional.amount import Policy, ceil, check_policy, floor
-from lightning_sap.pruner import Limits, Scope, check_scope
-from lightning_sap.weights import Selection, check_selection
+from lightning_sap.engine.decision import Limits
+from lightning_sap.engine.groups import Scope, check_scope
+from lightning_sap.engine.weights import Selection, check_selection
+from lightning_sap.functional.amount import ceil, floor
+from lightning_sap.policies.base import Policy, check_policy
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lightning_sap.callbacks.pruning.callback import PruningCallback
 from lightning_sap.callbacks.pruning.options import RewindWeights, Schedule
-from lightning_sap.functional.amount import SparsityInformed
-from lightning_sap.pruner import Scope
-from lightning_sap.weights import Selection
+from lightning_sap.engine.groups import Scope
+from lightning_sap.engine.weights import Selection
+from lightning_sap.policies.amounts import SparsityInformed
 
 
 class SAPCallback(PruningCallback):

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning.neighbours import accumulation
+from lightning_sap.callbacks.pruning.compatibility import accumulation
 from lightning_sap.callbacks.pruning.options import Schedule
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.callbacks.pruning.state import RunState
+from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rewind import Mode, Replay, Ticks
+from lightning_sap.rounds.plan import RoundPlan
 
 NEVER = sys.maxsize
 
@@ -82,7 +82,7 @@ class Schedules:
             optimizer.state.clear()
             optimizer.state.update(_copied(first))
 
-    def advance_(self, trainer: Trainer, module: LightningModule, state: RunState, *, epoch_ended: bool) -> None:
+    def advance_(self, trainer: Trainer, module: LightningModule, state: PruningState, *, epoch_ended: bool) -> None:
         """Step each replayed schedule to where its round stands.
 
         To be called after every batch, and at the start of an epoch for one before that was cut short.

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.history import History, RoundRecord
-from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Measure
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.measure import Measure
 from lightning_sap.rewind import place_weights
+from lightning_sap.rounds.history import History, RoundRecord
+from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.sharding import whole
 
 
 @dataclass
-class RunState:
+class PruningState:
     """The state of a pruning run, declared in this one place.
 
     Attributes:
@@ -26,7 +26,7 @@ class RunState:
         round: Number of prunings so far.
         round_step: ``trainer.global_step`` when the round started.
         count: Weights that the latest pruning took.
-        index_after: PQ Index of all weights right after it, or at the start of training.
+        pqi_after_pruning: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         history: The rounds that ended.
         lr: Learning rate of the first parameter group in the latest step.
@@ -44,7 +44,7 @@ class RunState:
     round: int = 0
     round_step: int = 0
     count: int = 0
-    index_after: float | None = None
+    pqi_after_pruning: float | None = None
     first_weights: dict[str, Tensor] | None = None
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
@@ -69,7 +69,7 @@ class RunState:
         }
 
     @classmethod
-    def unpack(cls, packed: Mapping[str, Any]) -> RunState:
+    def unpack(cls, packed: Mapping[str, Any]) -> PruningState:
         """The state from :meth:`pack`; what an older version did not store keeps its default."""
         known = {key: packed[key] for key in cls.__dataclass_fields__ if key in packed}
         return cls(

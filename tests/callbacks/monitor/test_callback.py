@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, gini_index, pq_index
-from lightning_sap.masks import MaskSet
+from lightning_sap.engine.masks import MaskSet
 
 STEPS_PER_LOG = {"log_every_n_steps": 1}
 

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from stopping import COLLAPSING, STEADY, TURNING, Scripted, pruner_of, run
 
 from lightning_sap import PQIMonitor, SAPCallback
-from lightning_sap.callbacks.monitor.judge import Verdict
+from lightning_sap.callbacks.monitor.stopping import Verdict
 
 COLLAPSE = Verdict("collapse", 5, "Since round 4 the metric is far from its best: 0.5 after 0.95.", 3)
 LINE = "pqi: Stopped after round 5: collapse. Since round 4 the metric is far from its best: 0.5 after 0.95."

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from lightning_sap import FixedFraction, PruningCallback, SAPCallback
-from lightning_sap.functional.amount import Policy
+from lightning_sap.policies.base import Policy
 
 FIX = "Give min_remaining (now 0.0) to keep a fraction of every parameter, or exclude these."
 

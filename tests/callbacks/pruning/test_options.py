@@ -9,7 +9,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_sap import FixedFraction, Policy, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
-from lightning_sap.pruner import Limits
+from lightning_sap.engine.decision import Limits
 
 
 def pruning(**options):

@@ -36,14 +36,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
-from lightning_sap.callbacks.pruning.rounds import RoundPlan
-from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.history import History, RoundRecord
-from lightning_sap.masks import MaskSet
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.rounds.history import History, RoundRecord
+from lightning_sap.rounds.plan import RoundPlan
 
 STATE = "lightning_sap/sap"
 KEYS = {
-    "masks", "plan", "round", "round_step", "count", "index_after", "first_weights", "history", "metrics",
+    "masks", "plan", "round", "round_step", "count", "pqi_after_pruning", "first_weights", "history", "metrics",
     "validated", "validation_keys", "folder", "lr", "note", "schedules", "options", "waiting",
 }  # fmt: skip
 
@@ -601,7 +601,7 @@ class TestRunState:
     def state(self):
         pruned = {"w": torch.tensor([[True, False, True], [False, False, True]])}
         record = RoundRecord(0, 0, 1, 1.0, {"w": 1.0}, 0.25, {"w": 0.25}, 3, 0.5, 0.1, 0.01, {"val_acc": 0.5})
-        return RunState(
+        return PruningState(
             MaskSet(pruned),
             RoundPlan(3, 2, 1, 9),
             1,
@@ -616,18 +616,18 @@ class TestRunState:
 
     def test_packing_and_unpacking_gives_it_back(self):
         state = self.state()
-        twin = RunState.unpack(state.pack())
+        twin = PruningState.unpack(state.pack())
         assert same(dict(twin.masks.pruned), dict(state.masks.pruned))
         assert same(twin.first_weights, state.first_weights)
         assert list(twin.history) == list(state.history)
-        for key in ("plan", "round", "round_step", "count", "index_after", "lr", "metrics"):
+        for key in ("plan", "round", "round_step", "count", "pqi_after_pruning", "lr", "metrics"):
             assert getattr(twin, key) == getattr(state, key)
 
     def test_what_an_older_version_did_not_store_keeps_its_default(self):
         packed = self.state().pack()
-        del packed["metrics"], packed["index_after"]
-        twin = RunState.unpack({**packed, "not_known_yet": 1})
-        assert (twin.metrics, twin.index_after) == ({}, None)
+        del packed["metrics"], packed["pqi_after_pruning"]
+        twin = PruningState.unpack({**packed, "not_known_yet": 1})
+        assert (twin.metrics, twin.pqi_after_pruning) == ({}, None)
 
     def test_a_pruning_is_due_once_a_round_was_trained(self):
         state = self.state()  # rounds of two epochs from epoch 1; one pruning so far, at step 12
@@ -636,7 +636,7 @@ class TestRunState:
         assert state.prunings_left() == 2
 
     def test_no_end_of_rounds(self):
-        assert RunState(plan=RoundPlan(None, 2)).prunings_left() is None
+        assert PruningState(plan=RoundPlan(None, 2)).prunings_left() is None
 
 
 class TestRunsThatAreOver:

@@ -12,25 +12,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, checks, messages, neighbours, ranks
+from lightning_sap.callbacks.pruning import agreement, archive, checks, compatibility, messages
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
 from lightning_sap.callbacks.pruning.schedules import Schedules, last_epoch
-from lightning_sap.callbacks.pruning.state import RunState
-from lightning_sap.history import RoundRecord
-from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Measure, Piece, Step, prune_step, summary, sums_of
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.decision import Decision, decide
+from lightning_sap.engine.groups import Memory, PrunableTensor
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.measure import Measure, summary, sums_of
+from lightning_sap.engine.weights import PrunableWeight, parameter_names, prunable_weights
 from lightning_sap.rewind import restore_weights_, take_weights
-from lightning_sap.sums import Memory
-from lightning_sap.weights import PrunableWeight, parameter_names, prunable_weights
+from lightning_sap.rounds.history import RoundRecord
+from lightning_sap.rounds.plan import RoundPlan, plan_rounds
 
 
-class Run:
+class PruningSession:
     """The state of a run, and the live weights that it is about; these are neither copied nor pickled."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.state = RunState()
+        self.state = PruningState()
         self.weights: dict[str, PrunableWeight] = {}
         self._memories: dict[str, Memory] = {}
         self._stepped = False  # the first optimizer, in this round
@@ -63,11 +64,13 @@ class Run:
         """Those that are not trained now."""
         return [name for name, weight in self.weights.items() if not weight.parameter.requires_grad]
 
-    def pieces(self, module: nn.Module) -> dict[str, Piece]:
+    def pieces(self, module: nn.Module) -> dict[str, PrunableTensor]:
         """The weights with their masks."""
         pruned, weights = self.state.masks.pruned, self.weights or self.select(module)
         return {
-            name: Piece(w.parameter.detach(), pruned.get(name), w.units, self._memories.setdefault(name, Memory()))
+            name: PrunableTensor(
+                w.parameter.detach(), pruned.get(name), w.units, self._memories.setdefault(name, Memory())
+            )
             for name, w in weights.items()
         }
 
@@ -81,7 +84,7 @@ class Run:
             plan = replace(_plan(trainer, options), schedules_from=schedules_from)
             checks.check_plan(options, plan)
         if plan.rounds != 0:
-            neighbours.check_averaging(trainer)
+            compatibility.check_averaging(trainer)
         self._take_in_frozen(module, masks)
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
@@ -89,14 +92,14 @@ class Run:
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
-        state = RunState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+        state = PruningState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
         checks.check_target(options, state, self.frozen())
         self.state = state
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
         before, options = self.state, self.options
-        self.take_up(module, packed)
+        self.restore_state(module, packed)
         state, self.state = self.state, before  # until all is found to be right
         checks.check_changes(options, state, trainer.current_epoch, trainer.global_step)
         if options.changed("rewind_weights", state.options):
@@ -121,9 +124,9 @@ class Run:
         elif state.folder is None or not archive.can_save(trainer, state.folder):
             state.folder = shared or archive.choose_folder(trainer, self.options.dirpath)
 
-    def take_up(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
+    def restore_state(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on with the state of a checkpoint, placed where the module's tensors are."""
-        state = RunState.unpack(packed)
+        state = PruningState.unpack(packed)
         self._take_in_frozen(module, state.masks)
         state.place(module, self.live())
         self.state = state
@@ -143,7 +146,9 @@ class Run:
             pieces = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
         return summary(sums_of(pieces, policy.p, policy.q), policy.p, policy.q)
 
-    def advance(self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[Run]) -> None:
+    def advance(
+        self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[PruningSession]
+    ) -> None:
         """Take the weights to rewind to when it is time, and prune if a round ended."""
         state, epoch = self.state, trainer.current_epoch
         completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
@@ -156,7 +161,9 @@ class Run:
             self.save_round(trainer)  # where a resumed run did not see its last epoch end
             self.prune_(trainer, module, schedules, beside)
 
-    def prune_(self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[Run]) -> None:
+    def prune_(
+        self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[PruningSession]
+    ) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
         state, started = self.state, time.perf_counter()
         step = self.decide(trainer, module)
@@ -172,18 +179,18 @@ class Run:
         messages.warn_of_dead(self.options, self.pieces(module), step.masks)
         # from here on things change
         self._mask_(module, step.masks, beside)
-        neighbours.in_averages_(trainer, module, lambda: self._mask_(module, step.masks, beside))
+        compatibility.in_averages_(trainer, module, lambda: self._mask_(module, step.masks, beside))
         schedules.rewind_()
         if self.options.reset_optimizer:
             schedules.forget_()
         state.history.append(record)
-        state.masks, state.count, state.index_after = step.masks, step.count, after.overall
+        state.masks, state.count, state.pqi_after_pruning = step.masks, step.count, after.overall
         state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
         self._stepped = False
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
 
-    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Sequence[Run]) -> None:
+    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Sequence[PruningSession]) -> None:
         """Rewind the weights, where there are some to go back to, and mask them."""
         if self.state.first_weights is not None:
             restore_weights_(module, self.state.first_weights)
@@ -191,23 +198,23 @@ class Run:
                 run.enforce()
         masks.apply_(self.live())
 
-    def decide(self, trainer: Trainer, module: LightningModule) -> Step:
+    def decide(self, trainer: Trainer, module: LightningModule) -> Decision:
         """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
         options, state = self.options, self.state
         self.weights = self.select(module)
         checks.check_disjoint(options, trainer, module)
         state.masks = state.masks.extended(self.live())
         pieces, frozen = self.pieces(module), self.frozen()
-        ranks.check_agreement(trainer, pieces)
+        agreement.check_agreement(trainer, pieces)
         trained = {name: piece for name, piece in pieces.items() if name not in frozen}
         sizes = {name: piece.weight.numel() for name, piece in trained.items()}
         alive = sum(count for name, count in state.masks.survivors.items() if name in trained)
         limits = options.limits(sizes, alive, state.prunings_left(), self._target(frozen))
-        step = prune_step(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
+        step = decide(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
         if frozen:  # they stay as they are, under their masks
             masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
-            step = Step(self.measure(module), masks, step.count)
-        return ranks.of_rank_zero(trainer, step, self.live())
+            step = Decision(self.measure(module), masks, step.count)
+        return agreement.broadcast_decision(trainer, step, self.live())
 
     def _target(self, frozen: Sequence[str]) -> int | None:
         """How many of the trained weights survive at the end; None: that fraction of them, or no target."""
@@ -252,7 +259,7 @@ class Run:
             gradients = {name: w.parameter.grad for name, w in self.weights.items() if w.parameter.grad is not None}
             self.state.masks.apply_(gradients)
 
-    def note_rate(self, optimizer: Optimizer, *_: Any) -> None:
+    def record_lr(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the learning rate of this step: schedules move on before the round's record is made."""
         self._stepped = True
         if optimizer.param_groups:  # a module without optimizers gets one from Lightning that has none

@@ -9,13 +9,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.engine.groups import PrunableTensor, dense_pieces
+from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
+from lightning_sap.engine.weights import check_patterns
 from lightning_sap.functional.pqi import check_orders, gini_index
-from lightning_sap.pruner import Measure, MonitoredPruner, Piece, check_finite, dense_pieces, summary, sums_of
+from lightning_sap.rounds.protocol import MonitoredPruner
 from lightning_sap.sharding import check_placements, is_sharded
-from lightning_sap.weights import check_patterns
 
 
-class Gauge:
+class IndexMeter:
     """Measures what the pruners of a Trainer prune; without one, what a pruner would prune by default."""
 
     def __init__(
@@ -54,7 +56,7 @@ class Gauge:
                 raise
             rank_zero_warn("Training was stopped with weights that are not finite.")
 
-    def pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, Piece]:
+    def pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, PrunableTensor]:
         """The weights that are watched, live, with their masks."""
         pruned = [pruner.pieces(module) for pruner in pruners(trainer)]
         return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
@@ -80,7 +82,7 @@ class Gauge:
         measure, pieces = self.measure(trainer, module), self.pieces(trainer, module)
         values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
         match pruners(trainer):  # of several, or in other orders, none was taken
-            case [only] if only.orders() == self._orders(trainer) and (after := only.index_after_pruning()) is not None:
+            case [only] if only.orders() == self._orders(trainer) and (after := only.pqi_after_pruning()) is not None:
                 values[f"{self.name}/global_pruned"] = after
         if self._latest is not None and self._latest[2] is not None:
             values["gini/global"] = self._latest[2]
@@ -94,7 +96,7 @@ class Gauge:
         return (p, q) if self.p is None or self.q is None else (self.p, self.q)
 
 
-def _gini(pieces: dict[str, Piece]) -> float:
+def _gini(pieces: dict[str, PrunableTensor]) -> float:
     """Gini index of the weights that survive, as one vector."""
     alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
     return float(gini_index(torch.cat(alive)))

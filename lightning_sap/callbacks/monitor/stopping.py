@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lightning_sap.history import RoundRecord
-from lightning_sap.phases import Layers, Phase, PhaseDetector
+from lightning_sap.rounds.history import RoundRecord
+from lightning_sap.rounds.phases import Layers, Phase, PhaseDetector
 
 StopOn = Literal["collapse", "compression"] | None
 STOPS = {None: (), "collapse": (Phase.COLLAPSE,), "compression": (Phase.COMPRESSION, Phase.COLLAPSE)}
@@ -34,7 +34,7 @@ class Verdict:
         return f"Stopped after round {self.round}: {self.phase}. {self.reason}"
 
 
-class Judge:
+class StoppingRule:
     """Tells the phase of each round once, and comes to a verdict in the phase to stop on."""
 
     def __init__(self, stop_on: StopOn, detector: PhaseDetector) -> None:

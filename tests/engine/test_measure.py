@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import Net, fit
 
-from lightning_sap import PQIMonitor, SAPCallback, pruner
-from lightning_sap.pruner import Piece, sums_of
-from lightning_sap.sums import Memory, fingerprints
+from lightning_sap import PQIMonitor, SAPCallback
+from lightning_sap.engine import measure
+from lightning_sap.engine.groups import Memory, PrunableTensor
+from lightning_sap.engine.measure import sums_of
+from lightning_sap.functional.fingerprint import fingerprints
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -14,19 +16,19 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 @pytest.fixture
 def taken(monkeypatch):
     """How many weights were measured."""
-    sizes, power_sums = [], pruner.power_sums
+    sizes, power_sums = [], measure.power_sums
 
     def counted(weight, *arguments, **options):
         sizes.append(weight.numel())
         return power_sums(weight, *arguments, **options)
 
-    monkeypatch.setattr(pruner, "power_sums", counted)
+    monkeypatch.setattr(measure, "power_sums", counted)
     return sizes
 
 
 class TestMemory:
     def piece(self, pruned=None):
-        return {"w": Piece(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), pruned, None, Memory())}
+        return {"w": PrunableTensor(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), pruned, None, Memory())}
 
     def test_the_same_is_measured_once(self, taken):
         pieces = self.piece()

@@ -10,11 +10,12 @@ import torch.distributed
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_sap.engine.decision import Decision
+from lightning_sap.engine.groups import PrunableTensor
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.functional.fingerprint import fingerprints
 from lightning_sap.functional.pqi import count_true
-from lightning_sap.masks import MaskSet
-from lightning_sap.pruner import Piece, Step
 from lightning_sap.sharding import is_sharded
-from lightning_sap.sums import fingerprints
 
 
 class Fingerprint(NamedTuple):
@@ -27,7 +28,7 @@ class Fingerprint(NamedTuple):
     weights: int
 
 
-def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
+def check_agreement(trainer: Trainer, pieces: Mapping[str, PrunableTensor]) -> None:
     """Raise on every rank unless all ranks hold the same weights and masks; a collective where they are replicated.
 
     Compared are the bits, from which the power sums follow: sums of the same bits may still differ in their last digit
@@ -50,12 +51,12 @@ def check_agreement(trainer: Trainer, pieces: Mapping[str, Piece]) -> None:
         )
 
 
-def of_rank_zero(trainer: Trainer, step: Step, weights: Mapping[str, Tensor]) -> Step:
+def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, Tensor]) -> Decision:
     """The decision of rank 0, on every rank; a collective where they are replicated."""
     if not _replicated(trainer, weights.values()):
         return step
     before, masks, count = trainer.strategy.broadcast((step.before, step.masks.pack(), step.count))
-    return Step(before, MaskSet.unpack(masks).like(weights), count)
+    return Decision(before, MaskSet.unpack(masks).like(weights), count)
 
 
 def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
@@ -64,7 +65,7 @@ def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
     return several and not any(map(is_sharded, weights))
 
 
-def _fingerprints(pieces: Mapping[str, Piece]) -> dict[str, Fingerprint]:
+def _fingerprints(pieces: Mapping[str, PrunableTensor]) -> dict[str, Fingerprint]:
     dead = {name: piece.weight.new_zeros(1, dtype=torch.bool) for name, piece in pieces.items()}
     dead |= {name: piece.pruned for name, piece in pieces.items() if piece.pruned is not None}
     gone = count_true(list(dead.values())).tolist()

@@ -1,4 +1,4 @@
-"""Judge: one verdict, in the phase to stop on, and the round to go back to."""
+"""StoppingRule: one verdict, in the phase to stop on, and the round to go back to."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lightning_sap import Phase, PhaseDetector, RoundRecord
-from lightning_sap.callbacks.monitor.judge import Judge, Verdict
+from lightning_sap.callbacks.monitor.stopping import StoppingRule, Verdict
 
 TURNING = [0.20, 0.13, 0.09, 0.07, 0.06, 0.055, 0.06, 0.07, 0.08, 0.10, 0.12]  # seen to turn in round 8
 LOSING = [0.90, 0.95, 0.94, 0.60, 0.50, 0.40]
@@ -14,7 +14,7 @@ LOSING = [0.90, 0.95, 0.94, 0.60, 0.50, 0.40]
 
 def judged(stop_on, curve=TURNING, metric=None, **options):
     """A judge that was told of all rounds."""
-    judge = Judge(stop_on, PhaseDetector(**options))
+    judge = StoppingRule(stop_on, PhaseDetector(**options))
     for t, index in enumerate(curve):
         judge.update(index, {"w": (index, 1000)}, None if metric is None else metric[t])
     return judge
@@ -67,13 +67,13 @@ class TestVerdict:
     def test_nothing_else_can_be_stopped_on(self, value):
         message = f"stop_on must be 'collapse', 'compression' or None, got {value!r}."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            Judge(value, PhaseDetector())
+            StoppingRule(value, PhaseDetector())
 
 
 class TestCatchUp:
     def test_it_takes_in_the_records_as_if_it_had_seen_the_rounds(self):
         records = [record(t, 0.2, metric) for t, metric in enumerate(LOSING[:4])]
-        late, seen = Judge("collapse", PhaseDetector()), Judge("collapse", PhaseDetector())
+        late, seen = StoppingRule("collapse", PhaseDetector()), StoppingRule("collapse", PhaseDetector())
         late.catch_up(records, 4, {"w": 1000}, "val_acc")
         for metric in LOSING[:4]:
             seen.update(0.2, {"w": (0.2, 500)}, metric)
@@ -90,24 +90,24 @@ class TestCatchUp:
         assert (judge.detector.round, judge.phase) == (7, Phase.REGULARIZATION)
 
     def test_it_leaves_out_the_round_that_is_judged_next_though_it_is_recorded(self):
-        judge = Judge("collapse", PhaseDetector())
+        judge = StoppingRule("collapse", PhaseDetector())
         judge.catch_up([record(t, index, 0.9) for t, index in enumerate(TURNING)], 10, {"w": 1000}, "val_acc")
         assert judge.detector.round == 9
 
     def test_it_comes_to_no_verdict(self):
         """That is for a round that ends, whose phase is then known to be reached."""
-        judge = Judge("compression", PhaseDetector())
+        judge = StoppingRule("compression", PhaseDetector())
         judge.catch_up([record(t, index, 0.9) for t, index in enumerate(TURNING)], 11, {"w": 1000}, "val_acc")
         assert (judge.phase, judge.verdict) == (Phase.COMPRESSION, None)
 
     @pytest.mark.parametrize(("monitor", "phase"), [("val_acc", "collapse"), (None, "regularization")])
     def test_only_the_monitored_metric_counts(self, monitor, phase):
-        judge = Judge("collapse", PhaseDetector())
+        judge = StoppingRule("collapse", PhaseDetector())
         judge.catch_up([record(t, 0.2, metric) for t, metric in enumerate(LOSING)], 6, {"w": 1000}, monitor)
         assert judge.phase == phase
 
     def test_shares_of_the_weights_become_numbers(self):
-        judge = Judge("collapse", PhaseDetector())
+        judge = StoppingRule("collapse", PhaseDetector())
         judge.catch_up([record(0, 0.2, 0.9, left=1.0), record(1, 0.2, 0.9, left=0.0)], 2, {"w": 1000}, None)
         assert judge.detector.reason == "In round 1 w lost its last weight."
 
@@ -115,7 +115,7 @@ class TestCatchUp:
 class TestState:
     @pytest.mark.parametrize("rounds", range(1, 11))
     def test_it_travels_and_goes_on_alike(self, rounds):
-        judge, other = judged("compression", TURNING[:rounds]), Judge("compression", PhaseDetector())
+        judge, other = judged("compression", TURNING[:rounds]), StoppingRule("compression", PhaseDetector())
         other.load_state_dict(json.loads(json.dumps(judge.state_dict())))
         assert (other.verdict, other.detector) == (judge.verdict, judge.detector)
         for index in TURNING[rounds:]:
@@ -125,12 +125,12 @@ class TestState:
     def test_a_verdict_does_not_count_where_nothing_is_to_be_stopped_on_any_more(self):
         state = judged("compression").state_dict()
         assert state["verdict"]["round"] == 8
-        other = Judge(None, PhaseDetector())
+        other = StoppingRule(None, PhaseDetector())
         other.load_state_dict(state)
         assert (other.phase, other.verdict) == (Phase.COMPRESSION, None)
 
     def test_what_is_stopped_on_since_is_seen_in_the_next_round(self):
-        other = Judge("compression", PhaseDetector())
+        other = StoppingRule("compression", PhaseDetector())
         other.load_state_dict(judged(None).state_dict())
         assert other.verdict is None
         other.update(0.12, {"w": (0.12, 1000)}, None)

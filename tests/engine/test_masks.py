@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sap.masks import MaskSet
+from lightning_sap.engine.masks import MaskSet
 
 A = torch.tensor([[True, False, True], [False, False, True]])
 B = torch.tensor([False, False])

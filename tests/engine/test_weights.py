@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from lightning_sap import FixedFraction, PruningCallback
-from lightning_sap.weights import low_rank_adapters, parameter_names, prunable_weights
+from lightning_sap.engine.weights import low_rank_adapters, parameter_names, prunable_weights
 
 
 def names(module, include=None, exclude=None):

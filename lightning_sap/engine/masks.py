@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sap.functional.fingerprint import INTEGERS
 from lightning_sap.functional.pqi import count_true
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
-from lightning_sap.sums import INTEGERS
 
 CHUNK = 1 << 16  # weights masked at a time: what that takes stays in the cache, and is not given back to the system
 

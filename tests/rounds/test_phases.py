@@ -12,8 +12,8 @@ import sys
 import pytest
 
 import lightning_sap
-from lightning_sap import phases
-from lightning_sap.phases import Phase, PhaseDetector
+from lightning_sap.rounds import phases
+from lightning_sap.rounds.phases import Phase, PhaseDetector
 
 FALLING = [0.20, 0.13, 0.09, 0.07, 0.06, 0.055]
 RISING = [0.06, 0.07, 0.08, 0.10, 0.12]

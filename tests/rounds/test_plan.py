@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from lightning_sap.callbacks.pruning.rounds import RoundPlan, plan_rounds
+from lightning_sap.rounds.plan import RoundPlan, plan_rounds
 
 
 class TestPlanRounds:

@@ -19,19 +19,11 @@ from lightning_sap import (
     pq_index,
     prune_masks,
 )
-from lightning_sap.pruner import (
-    Limits,
-    Measure,
-    MonitoredPruner,
-    Piece,
-    RoundWitness,
-    dead_units,
-    dense_pieces,
-    prune_step,
-    summary,
-    sums_of,
-)
-from lightning_sap.weights import prunable_weights
+from lightning_sap.engine.decision import Limits, decide
+from lightning_sap.engine.groups import PrunableTensor, dead_units, dense_pieces
+from lightning_sap.engine.measure import Measure, summary, sums_of
+from lightning_sap.engine.weights import prunable_weights
+from lightning_sap.rounds.protocol import MonitoredPruner, RoundListener
 
 SMALL = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
 LARGE = torch.tensor([[10.0, 20.0, -30.0], [-40.0, 50.0, 60.0]])
@@ -40,11 +32,11 @@ HALF = FixedFraction(0.5)
 
 
 def pieces(**pruned):
-    return {"small": Piece(SMALL, pruned.get("small")), "large": Piece(LARGE, pruned.get("large"))}
+    return {"small": PrunableTensor(SMALL, pruned.get("small")), "large": PrunableTensor(LARGE, pruned.get("large"))}
 
 
 def step(scope="layer", policy=HALF, limits=None, **pruned):
-    return prune_step(pieces(**pruned), policy=policy, scope=scope, round=1, limits=limits)
+    return decide(pieces(**pruned), policy=policy, scope=scope, round=1, limits=limits)
 
 
 def gone(found, name):
@@ -234,37 +226,40 @@ class TestRefusals:
 
 class TestPiece:
     def test_rows_and_back(self):
-        piece = Piece(LARGE)
+        piece = PrunableTensor(LARGE)
         assert torch.equal(piece.from_rows(piece.rows(LARGE > 25)), LARGE > 25)
 
     @pytest.mark.parametrize("groups", [1, 2])
     def test_rows_of_a_transposed_convolution_and_back(self, groups):
         weight = prunable_weights(nn.ConvTranspose2d(4, 6, (2, 3), groups=groups))["weight"]
-        piece = Piece(weight.parameter.detach(), None, weight.units)
+        piece = PrunableTensor(weight.parameter.detach(), None, weight.units)
         mask = torch.rand(weight.parameter.shape) < 0.5
         assert torch.equal(piece.from_rows(piece.rows(mask)), mask)
 
     def test_one_dimension(self):
         vector = torch.tensor([3.0, 1.0, 2.0])
-        assert Piece(vector).rows(vector).shape == (3, 1)
+        assert PrunableTensor(vector).rows(vector).shape == (3, 1)
         assert prune_masks({"v": vector}, policy=FixedFraction(0.4))["v"].tolist() == [True, False, True]
 
 
 class TestDeadUnits:
     def test_rows_without_a_weight_are_counted(self):
         pruned = torch.tensor([[True, True], [True, False], [True, True], [False, False]])
-        found = dead_units({"a": Piece(torch.ones(4, 2), pruned), "b": Piece(torch.ones(3, 2))})
+        found = dead_units({"a": PrunableTensor(torch.ones(4, 2), pruned), "b": PrunableTensor(torch.ones(3, 2))})
         assert found == {"a": (2, 4), "b": (0, 0)}
 
     def test_nothing_is_pruned(self):
-        assert dead_units({"a": Piece(torch.ones(4, 2)), "b": Piece(torch.ones(4))}) == {"a": (0, 0), "b": (0, 0)}
+        assert dead_units({"a": PrunableTensor(torch.ones(4, 2)), "b": PrunableTensor(torch.ones(4))}) == {
+            "a": (0, 0),
+            "b": (0, 0),
+        }
         assert dead_units({}) == {}
 
     def test_the_filters_of_a_convolution(self):
         pruned = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
         pruned[1] = True
         pruned[2, 0] = True
-        assert dead_units({"conv": Piece(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
+        assert dead_units({"conv": PrunableTensor(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
 
     @pytest.mark.parametrize(("groups", "dead"), [(1, 1), (2, 2)])
     def test_the_units_of_a_transposed_convolution(self, groups, dead):
@@ -272,14 +267,18 @@ class TestDeadUnits:
         weight = prunable_weights(nn.ConvTranspose2d(4, 6, 2, groups=groups))["weight"]
         pruned = torch.zeros(weight.parameter.shape, dtype=torch.bool)
         pruned[:, 1] = True
-        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead, 6)}
+        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead, 6)}
         pruned[: 4 // groups, 0] = True
-        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead + 1, 6)}
+        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
+            "w": (dead + 1, 6)
+        }
         pruned[0, 2] = True  # one input of several
-        assert dead_units({"w": Piece(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead + 1, 6)}
+        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
+            "w": (dead + 1, 6)
+        }
 
     def test_each_entry_of_a_vector_is_a_unit(self):
-        assert dead_units({"v": Piece(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
+        assert dead_units({"v": PrunableTensor(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
 
 
 class TestProtocol:
@@ -287,8 +286,8 @@ class TestProtocol:
         for pruner in (PruningCallback(FixedFraction(0.5)), SAPCallback(p=0.3, q=2.0)):
             assert isinstance(pruner, MonitoredPruner)
         assert not isinstance(PQIMonitor(), MonitoredPruner)
-        assert isinstance(PQIMonitor(), RoundWitness)
-        assert not isinstance(SAPCallback(), RoundWitness)
+        assert isinstance(PQIMonitor(), RoundListener)
+        assert not isinstance(SAPCallback(), RoundListener)
         assert SAPCallback(p=0.3, q=2.0).orders() == (0.3, 2.0)
         assert PruningCallback(FixedFraction(0.5)).orders() == (0.5, 1.0)
 
@@ -296,13 +295,13 @@ class TestProtocol:
         pruner, module = SAPCallback(), Net()
         assert list(pruner.pieces(module)) == ["net.0.weight", "net.3.weight"]
         assert pruner.current_round() == 0
-        assert pruner.index_after_pruning() is None
+        assert pruner.pqi_after_pruning() is None
         assert (pruner.masks, pruner.remaining, len(pruner.history)) == ({}, 1.0, 0)
 
     def test_anything_that_answers_them_is_one(self):
         answers = (
-            "orders", "pieces", "prunes", "current_round", "ends_round", "index_after_pruning", "archive_rounds",
-            "close_run", "note_phase", "history", "restore_round",
+            "orders", "pieces", "prunes", "current_round", "ends_round", "pqi_after_pruning", "archive_rounds",
+            "adopt_finished_run", "note_phase", "history", "restore_round",
         )  # fmt: skip
         assert isinstance(type("Other", (), {name: len for name in answers})(), MonitoredPruner)
         assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), MonitoredPruner)

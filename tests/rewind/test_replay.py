@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_sap.rewind import Replay, Ticks
-from lightning_sap.rewind.schedules import restore_groups_, take_groups
+from lightning_sap.rewind.replay import restore_groups_, take_groups
 
 
 def sgd(lr=1.0, **options):

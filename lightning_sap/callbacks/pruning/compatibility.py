@@ -10,7 +10,7 @@ import lightning.pytorch.callbacks
 from lightning.pytorch import LightningModule, Trainer
 
 
-def check_neighbours(trainer: Trainer) -> None:
+def check_callbacks(trainer: Trainer) -> None:
     """Raise for callbacks beside which pruning never works."""
     if _of_kind(trainer, "ModelPruning"):
         raise ValueError(

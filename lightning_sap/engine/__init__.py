@@ -1,0 +1,1 @@
+"""One step, without a trainer: which weights, measure, decide, mask."""

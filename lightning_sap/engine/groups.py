@@ -1,0 +1,103 @@
+"""GROUPS: a weight to measure and prune, and what of it forms one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sap.engine.weights import prunable_weights
+from lightning_sap.functional.pqi import PowerSums
+from lightning_sap.sharding import Shards, local, shards_of
+
+Scope = Literal["neuron", "layer", "global"]
+
+
+@dataclass
+class Memory:
+    """The latest power sums of one weight and of what they were taken, for whoever asks next.
+
+    Monitor and pruner ask for the same ones at the end of a round. Other callbacks may have written to the weight in
+    between, in ways that leave no trace, so that its bits are looked at: a third of the time that the sums take.
+    """
+
+    orders: tuple[float, float] | None = None
+    pruned: Tensor | None = None
+    bits: int = 0
+    sums: PowerSums | None = None
+
+    def recall(self, orders: tuple[float, float], pruned: Tensor | None, bits: int) -> PowerSums | None:
+        """The sums, where they are of these orders, this very mask and these bits."""
+        same = self.orders == orders and self.pruned is pruned and self.bits == bits
+        return self.sums if same else None
+
+    def keep(self, orders: tuple[float, float], pruned: Tensor | None, bits: int, sums: PowerSums) -> None:
+        """Remember these instead."""
+        self.orders, self.pruned, self.bits, self.sums = orders, pruned, bits, sums
+
+
+class PrunableTensor(NamedTuple):
+    """A weight to measure and prune.
+
+    Attributes:
+        weight: The weights, any shape and floating dtype, sharded or not.
+        pruned: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
+        units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
+        memory: Where its power sums are kept, so that they are not taken twice; None: nowhere.
+    """
+
+    weight: Tensor
+    pruned: Tensor | None = None
+    units: Callable[[Tensor], Tensor] | None = None
+    memory: Memory | None = None
+
+    def local(self) -> PrunableTensor:
+        """What this process holds of it."""
+        return self._replace(weight=local(self.weight), pruned=None if self.pruned is None else local(self.pruned))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as ``(units, weights of a unit)``."""
+        if self.units is not None:
+            return self.units(tensor)
+        return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Undo :meth:`rows`."""
+        if self.units is None:
+            return rows.reshape(self.weight.shape)
+        position = self.rows(torch.arange(rows.numel(), device=rows.device).reshape(self.weight.shape))
+        return (
+            torch.empty_like(rows).view(-1).scatter(0, position.reshape(-1), rows.reshape(-1)).view(self.weight.shape)
+        )
+
+
+def check_scope(scope: str) -> None:
+    """Raise unless the scope is known."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"Unknown scope {scope!r}; it must be one of 'neuron', 'layer' and 'global'.")
+
+
+def dense_pieces(module: nn.Module) -> dict[str, PrunableTensor]:
+    """The weights of a module that are prunable by default, live, nothing of them pruned."""
+    return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
+
+
+def dead_units(pieces: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:
+    """For each tensor how many of its output units have no weights left, and how many it has; of all its shards."""
+    here = {name: piece.local() for name, piece in pieces.items()}
+    dead = {name: piece.rows(piece.pruned).all(1) for name, piece in here.items() if piece.pruned is not None}
+    if not dead:
+        return dict.fromkeys(pieces, (0, 0))
+    device = next(iter(dead.values())).device
+    counts = torch.stack([units.sum().to(device) for units in dead.values()]).cpu()
+    both = torch.stack([counts, torch.tensor([len(units) for units in dead.values()])])
+    of_shards = zip(*held_by(pieces).sum(both).tolist(), strict=True)
+    return dict.fromkeys(pieces, (0, 0)) | dict(zip(dead, of_shards, strict=True))
+
+
+def held_by(pieces: Mapping[str, PrunableTensor]) -> Shards:
+    """The processes over which these weights are sharded."""
+    return shards_of(piece.weight for piece in pieces.values())

@@ -1,0 +1,100 @@
+"""MEASURE: indices of several weights, wherever these lie: on a device, in several processes, or measured before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lightning_sap.engine.groups import PrunableTensor, held_by
+from lightning_sap.functional.fingerprint import fingerprints
+from lightning_sap.functional.pqi import PowerSums, concatenate, index_of, merge, power_sums, total
+from lightning_sap.sharding import Shards
+
+
+@dataclass(frozen=True)
+class Measure:
+    """PQ Indices of a set of weights: of all as one vector, of each, and how many survive in each."""
+
+    overall: float
+    layers: dict[str, float]
+    survivors: dict[str, int]
+
+    @property
+    def layer_mean(self) -> float:
+        """Mean of the indices of the weights; 0 where there are none."""
+        return sum(self.layers.values()) / len(self.layers) if self.layers else 0.0
+
+
+def check_finite(measure: Measure) -> None:
+    """Raise if a weight was not finite."""
+    if bad := [name for name, index in measure.layers.items() if not math.isfinite(index)]:
+        raise ValueError(
+            f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
+            "diverged; lower the learning rate or clip the gradients."
+        )
+
+
+def sums_of(pieces: Mapping[str, PrunableTensor], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
+    """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``; on the CPU."""
+    shards, orders = held_by(pieces), (p, q)
+    remembering = {} if by_unit else {name: piece for name, piece in pieces.items() if piece.memory is not None}
+    here = fingerprints([piece.local().weight for piece in remembering.values()])
+    bits = shards.sum(torch.tensor(here, dtype=torch.int64)).tolist()
+    known = {}
+    for (name, piece), now in zip(remembering.items(), bits, strict=True):
+        if piece.memory and (sums := piece.memory.recall(orders, piece.pruned, now)):
+            known[name] = sums
+    fresh = {name: _sums_here(piece.local(), p, q, by_unit) for name, piece in pieces.items() if name not in known}
+    fresh = over_shards(on_cpu(fresh), shards, p, q, by_unit)
+    for (name, piece), now in zip(remembering.items(), bits, strict=True):
+        if piece.memory and name in fresh:
+            piece.memory.keep(orders, piece.pruned, now, fresh[name])
+    return {name: known.get(name) or fresh[name] for name in pieces}
+
+
+def _sums_here(piece: PrunableTensor, p: float, q: float, by_unit: bool) -> PowerSums:
+    mask = None if piece.pruned is None else ~piece.pruned
+    if not by_unit:
+        return concatenate([power_sums(piece.weight, p, q, mask=mask)])
+    return power_sums(piece.rows(piece.weight), p, q, mask=None if mask is None else piece.rows(mask), dim=1)
+
+
+def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
+    """Indices of all weights as one vector and of each tensor, from power sums of any grouping."""
+    if not sums:
+        return Measure(0.0, {}, {})
+    layers = concatenate([total(part, p, q) for part in sums.values()])
+    index = index_of(layers, p, q).tolist()
+    overall = float(index_of(total(layers, p, q), p, q))
+    return Measure(overall, dict(zip(sums, index, strict=True)), dict(zip(sums, layers.count.tolist(), strict=True)))
+
+
+def on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:
+    """The same on the CPU, in one transfer, which waits for all that is under way on the device."""
+    devices = [part.count.device for part in sums.values()]
+    if all(device.type == "cpu" for device in devices):
+        return sums
+    # all integers here are below 2^53
+    tables = [torch.stack([field.to(devices[0], torch.float64) for field in part]) for part in sums.values()]
+    parts = torch.split(torch.cat(tables, dim=1).cpu(), [len(part.count) for part in sums.values()], dim=1)
+    return {
+        name: PowerSums(count.to(torch.int64), exponent.to(torch.int64), sum_p, sum_q)
+        for name, (count, exponent, sum_p, sum_q) in zip(sums, parts, strict=True)
+    }
+
+
+def over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, by_unit: bool) -> dict[str, PowerSums]:
+    """Power sums with those of other processes: units one process after the other, whole tensors added."""
+    if shards.mesh is None or not sums:
+        return sums
+    lengths = shards.gather(torch.tensor([len(part.count) for part in sums.values()]))
+    fields = [shards.gather(field) for field in concatenate(list(sums.values()))]
+    of_ranks = [
+        [PowerSums(*parts) for parts in zip(*(field.split(length.tolist()) for field in of_rank), strict=True)]
+        for length, of_rank in zip(lengths, zip(*fields, strict=True), strict=True)
+    ]
+    of_names = zip(sums, zip(*of_ranks, strict=True), strict=True)
+    return {name: concatenate(parts) if by_unit else merge(parts, p, q) for name, parts in of_names}
