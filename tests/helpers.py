@@ -1,4 +1,4 @@
-"""What tests of whole fits share: small networks, fixed data, a quiet Trainer, and a callback made of functions."""
+"""What tests of whole fits share: small networks, fixed data, a pruner, a quiet Trainer, and callbacks of functions."""
 
 from functools import partial
 
@@ -6,12 +6,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sap.callbacks.pruning import PruningCallback
+from lightning_sap import FixedFraction, PruningCallback
 
 BATCHES = 3  # in an epoch: 22 samples, 8 at a time
 PRUNABLE = {"net.0.weight": 48, "net.3.weight": 24}  # of `mlp()` inside a Net
+N = sum(PRUNABLE.values())
 
 # What `quiet_trainer` needs besides barebones=True, which wants to set these itself.
 BAREBONES = {"barebones": True} | dict.fromkeys(
@@ -64,6 +66,31 @@ class Net(LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Scheduled(Net):
+    """With a cosine over `period` epochs; `load_from_checkpoint` loads it too."""
+
+    period = 6
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters())
+        return [optimizer], [CosineAnnealingLR(optimizer, self.period)]
+
+
+class Checked(Net):
+    """Looks at the weights after every optimizer step."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.steps = []
+
+    def look(self):
+        self.steps.append((all_masked_are_zero(self.trainer, self), zeros_of(self)))
+
+    def optimizer_step(self, *arguments, **options):
+        super().optimizer_step(*arguments, **options)
+        self.look()
+
+
 class Watch(Callback):
     """Calls functions of (trainer, module) in hooks: ``Watch(on_train_epoch_start=lambda trainer, module: ...)``."""
 
@@ -71,6 +98,18 @@ class Watch(Callback):
         for hook, function in hooks.items():
             assert hasattr(Callback, hook)
             setattr(self, hook, lambda trainer, module, *_, function=function, **__: function(trainer, module))
+
+
+class Crash(Exception):
+    """The end of a run that is to be resumed."""
+
+
+def crash():
+    raise Crash
+
+
+def crash_in(hook, epoch):
+    return Watch(**{hook: lambda trainer, module: crash() if trainer.current_epoch == epoch else None})
 
 
 class Rounds(Watch):
@@ -108,6 +147,11 @@ def fit(module, *callbacks, train=None, val=None, ckpt_path=None, **options):
     return trainer
 
 
+def half(**options):
+    """A pruning by half after every epoch."""
+    return PruningCallback(FixedFraction(0.5), **{"every_n_epochs": 1, **options})
+
+
 def pruners(trainer):
     return [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]
 
@@ -126,6 +170,10 @@ def all_masked_are_zero(trainer, module):
 
 def copied(state):
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def zeros_of(module):
+    return sum(int((parameters(module)[name] == 0).sum()) for name in PRUNABLE)
 
 
 def survivors(pruner):

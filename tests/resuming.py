@@ -6,7 +6,7 @@ import signal
 import helpers
 import pytest
 import torch
-from helpers import Net, Watch, fit, loader
+from helpers import Crash, Net, Watch, crash, fit, loader, quiet_trainer
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -24,6 +24,12 @@ EPOCHS, STEPS = 6, 18  # two prunings in three rounds of two epochs, three batch
 KINDS = [(kind, rewind) for kind in ("SGD-cosine", "AdamW-OneCycle") for rewind in (None, "init", 1)]
 FILES = [f"{hook}/epoch={epoch}" for hook in ("validation-end", "train-epoch-end") for epoch in range(EPOCHS - 1)]
 FILES += [f"step/step={step}" for step in range(1, STEPS)]
+
+STATE = "lightning_sap/sap"
+STATE_KEYS = {
+    "masks", "plan", "round", "round_step", "count", "pqi_after_pruning", "first_weights", "history", "metrics",
+    "validated", "validation_keys", "folder", "lr", "note", "schedules", "options", "waiting",
+}  # fmt: skip
 
 STEPS_OF_A_PRUNING = {
     "decide": "lightning_sap.callbacks.pruning.session.decide",
@@ -48,7 +54,7 @@ class Alike(Dataset):
         return self.data[index % 8]
 
 
-class Scheduled(Net):
+class Resumable(Net):
     def __init__(self, kind, sharded=False):
         super().__init__()
         self.kind, self.sharded = kind, sharded
@@ -113,7 +119,7 @@ def run(folder, kind, rewind, alike, ckpt_path=None, extra=(), engine="one proce
     watch = Watch(
         on_before_optimizer_step=lambda t, _: rates.update({t.global_step: t.optimizers[0].param_groups[0]["lr"]})
     )
-    module = Scheduled(kind, sharded=engine == "fsdp2")
+    module = Resumable(kind, sharded=engine == "fsdp2")
     # replicas see different data; shards the same, for nothing keeps their buffers in step
     rank = int(os.environ["RANK"]) if engine == "ddp" else 0
     trainer = fit(
@@ -141,6 +147,23 @@ def run(folder, kind, rewind, alike, ckpt_path=None, extra=(), engine="one proce
     }
 
 
+def run_saving_epochs(build_module, build_pruner, folder, *, killed=None, ckpt_path=None, validate=False, max_epochs=6):
+    """A run that saves every epoch; `killed` ends it after that epoch's file was written."""
+    module, pruner, monitor = build_module(), build_pruner(), PQIMonitor(stop_on=None, log_layers=True)
+    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=not validate)
+    trainer = quiet_trainer(
+        pruner, monitor, saver, *([] if killed is None else [killed]), max_epochs=max_epochs, enable_checkpointing=True,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, loader(), loader() if validate else None, ckpt_path=ckpt_path)
+    return module, pruner, monitor, trainer
+
+
+def records_of(pruner):
+    """The history without how long things took."""
+    return [{**vars(record), "seconds": None} for record in pruner.history]
+
+
 def plain(found):
     """Copies of all tensors, of sharded ones all shards."""
     if isinstance(found, torch.Tensor):
@@ -148,14 +171,6 @@ def plain(found):
     if isinstance(found, dict):
         return {key: plain(value) for key, value in found.items()}
     return [plain(value) for value in found] if isinstance(found, list | tuple) else found
-
-
-class Crash(Exception):
-    """The end of a run that is to be resumed."""
-
-
-def crash():
-    raise Crash
 
 
 def kill():

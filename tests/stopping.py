@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from helpers import Net, Rounds, fit, loader, same
 from lightning.pytorch.loggers.logger import DummyLogger
 from resuming import plain, savers
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
+from lightning_sap.callbacks.monitor.stopping import Verdict
 
 # Accuracy of the rounds: far below its best since round 4, seen in round 5; the last within two hundredths of it is 3.
 COLLAPSING = (0.50, 0.90, 0.95, 0.94, 0.60, 0.50, 0.40, 0.30)
@@ -52,6 +54,10 @@ def pruner_of(fraction=0.2, **options):
     return PruningCallback(FixedFraction(fraction), **{"every_n_epochs": 1, **options})
 
 
+def monitor_of(**options):
+    return PQIMonitor(**{"monitor": "val_acc", "verbose": False, **options})
+
+
 def run(folder, *callbacks, module=None, pruner=None, monitor=None, order=1, val=True, **options):
     """Eight rounds of one epoch unless told otherwise."""
     module, pruner = module or Scripted(), pruner or pruner_of()
@@ -67,6 +73,9 @@ def run(folder, *callbacks, module=None, pruner=None, monitor=None, order=1, val
     )
     return Outcome(module, pruner, monitor, rounds, trainer)
 
+
+COLLAPSE = Verdict("collapse", 5, "Since round 4 the metric is far from its best: 0.5 after 0.95.", 3)
+LINE = "pqi: Stopped after round 5: collapse. Since round 4 the metric is far from its best: 0.5 after 0.95."
 
 KINDS = {  # of a run that is stopped: its script, and how many rounds it may have
     "collapse": {},
@@ -92,6 +101,29 @@ def stopped(folder, kind, *callbacks, module=None, **options):
         logger=DummyLogger(),
         **options,
     )
+
+
+def holds(found, round):
+    """Whether module and pruner are as they were at the end of a round."""
+    return same(found.module.state_dict(), found.rounds.states[round]) and same(
+        found.pruner.masks, found.rounds.masks[round][0]
+    )
+
+
+def stays(found, epochs=8):
+    """Whether a run came to its end, with its last round in the module."""
+    return found.trainer.current_epoch == epochs and found.monitor.verdict is None and holds(found, epochs - 1)
+
+
+def stays_in(found):
+    """Metrics of the rounds of a run that came to its end."""
+    assert found.monitor.verdict is None
+    assert found.trainer.current_epoch == 8
+    return [pytest.approx(record.metrics["val_acc"]) for record in found.pruner.history]
+
+
+def lines(caplog, text):
+    return [record.getMessage() for record in caplog.records if text in record.getMessage()]
 
 
 def outcome(found):

@@ -4,7 +4,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-from resuming import broken, crash, kill, last_file, run
+from helpers import crash
+from resuming import broken, kill, last_file, run
 
 
 class Case(NamedTuple):

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from helpers import Watch
+from helpers import Crash, Watch, crash
 from lightning.pytorch.strategies import ModelParallelStrategy
-from resuming import Crash, crash, kill, plain
+from resuming import kill, plain
 from stopping import Scripted, outcome, stopped
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor

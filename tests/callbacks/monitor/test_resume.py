@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from helpers import Watch, same
+from helpers import Crash, Watch, crash, same
 from launch import run_ranks
-from resuming import Crash, crash, savers
+from resuming import savers
 from stopping import KINDS, LAST, differences, outcome, pruner_of, run, stopped
 
 from lightning_sap import PQIMonitor

@@ -5,17 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Net, Watch, copied, fit, loader, quiet_trainer, same, survivors
+from helpers import Net, Watch, copied, fit, half, loader, quiet_trainer, same, survivors
 from lightning.pytorch import LightningModule, strategies
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
 
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
+from lightning_sap import PQIMonitor, SAPCallback
 from lightning_sap.callbacks.pruning import checks
-
-
-def half(**options):
-    return PruningCallback(FixedFraction(0.5), **{"every_n_epochs": 1, **options})
 
 
 def refused(message, *callbacks, module=None, error=ValueError, whole=True, **options):

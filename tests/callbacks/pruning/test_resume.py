@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.resumes import Case
-from helpers import Watch, fit, loader
+from helpers import Crash, Watch, crash, fit, loader
 from launch import run_ranks
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from resuming import (
     FILES,
     KINDS,
     STEPS_OF_A_PRUNING,
-    Crash,
+    Resumable,
     Saves,
-    Scheduled,
     broken,
-    crash,
     differences,
     equal,
     last_file,
@@ -148,7 +146,7 @@ def test_a_file_of_weights_only_goes_on_sparse_with_keep_zeros(tmp_path):
     whole = run(tmp_path / "first", "SGD-cosine", None, alike=False, extra=[saver])
     file = torch.load(tmp_path / "weights.ckpt", weights_only=True)
     assert "callbacks" not in file
-    module, sap = Scheduled("SGD-cosine"), SAPCallback(rounds=0, keep_zeros=True)
+    module, sap = Resumable("SGD-cosine"), SAPCallback(rounds=0, keep_zeros=True)
     module.load_state_dict(file["state_dict"])
     fit(module, sap, max_epochs=2)
     assert 0 < sap.remaining < 0.9
@@ -183,27 +181,27 @@ def unpacked(state):
 
 
 def test_a_checkpoint_without_pruning_state_starts_dense(tmp_path):
-    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    fit(Resumable("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
     sap = SAPCallback(rounds=1)
-    fit(Scheduled("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
+    fit(Resumable("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
     assert [(record.first_epoch, record.last_epoch) for record in sap.history] == [(2, 3), (4, 5)]
     assert 0 < sap.remaining < 1
 
 
 @pytest.mark.parametrize(("schedule", "ends"), [("auto", 5), ("restart", 1), ("keep", None)])
 def test_rounds_after_a_dense_checkpoint_replay_the_whole_schedule(tmp_path, schedule, ends):
-    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    fit(Resumable("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
     sap, rates = SAPCallback(rounds=1, lr_schedule=schedule), []
     look = Watch(on_train_batch_start=lambda trainer, _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
-    fit(Scheduled("SGD-cosine"), sap, look, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
+    fit(Resumable("SGD-cosine"), sap, look, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
     places = [2, 3, 4, 5] if ends is None else [0, ends, 0, ends]  # of the schedule's six epochs
     cosine = [0.05 * (1 + math.cos(math.pi * place / 6)) for place in places]
     assert rates[::3] == pytest.approx(cosine)
 
 
 def test_a_second_fit_from_a_dense_checkpoint_replays_the_whole_schedule_too(tmp_path):
-    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
-    module, sap = Scheduled("SGD-cosine"), SAPCallback(rounds=1)
+    fit(Resumable("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    module, sap = Resumable("SGD-cosine"), SAPCallback(rounds=1)
     trainer = fit(module, sap, max_epochs=4)
     trainer.fit_loop.max_epochs = 6
     with pytest.warns(UserWarning, match="starting afresh"):
@@ -212,12 +210,12 @@ def test_a_second_fit_from_a_dense_checkpoint_replays_the_whole_schedule_too(tmp
 
 
 def test_a_run_limited_by_steps_that_began_at_a_dense_checkpoint_ends_with_them_when_resumed(tmp_path):
-    fit(Scheduled("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
+    fit(Resumable("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
     steps, file = {"max_epochs": 100, "max_steps": 15}, tmp_path / "plain.ckpt"
     saver = Saves(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(Scheduled("SGD-cosine"), SAPCallback(rounds=2), saver, **steps, enable_checkpointing=True, ckpt_path=file)
+    fit(Resumable("SGD-cosine"), SAPCallback(rounds=2), saver, **steps, enable_checkpointing=True, ckpt_path=file)
     sap = SAPCallback(rounds=2)
-    fit(Scheduled("SGD-cosine"), sap, **steps, ckpt_path=tmp_path / "step=10.ckpt")
+    fit(Resumable("SGD-cosine"), sap, **steps, ckpt_path=tmp_path / "step=10.ckpt")
     assert sap.state_dict()["plan"]["last_epoch"] == 5  # of three steps each
 
 
@@ -225,7 +223,7 @@ def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1)
     file = folder / "train-epoch-end" / "epoch=2.ckpt"
-    fit(Scheduled("SGD-cosine"), sap, max_epochs=10, ckpt_path=file, val=loader(seed=3))
+    fit(Resumable("SGD-cosine"), sap, max_epochs=10, ckpt_path=file, val=loader(seed=3))
     assert [(record.first_epoch, record.last_epoch) for record in sap.history] == [(0, 1), (2, 3), (4, 9)]
 
 
@@ -236,7 +234,7 @@ def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
 )
 def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target, end):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
-    file, network = folder / "train-epoch-end" / "epoch=2.ckpt", Scheduled("SGD-cosine")
+    file, network = folder / "train-epoch-end" / "epoch=2.ckpt", Resumable("SGD-cosine")
     sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1, target_remaining=target)
     said = f"sap: training now ends before 1 of the 2 prunings {end}. For all of them it takes max_epochs=5"
     with pytest.warns(UserWarning, match=re.escape(said)):
@@ -258,7 +256,7 @@ def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, err
     def begin(*callbacks, **options):
         saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1, **options)
         going_on = {"max_epochs": 6, "enable_checkpointing": True, "ckpt_path": file if file.exists() else None}
-        fit(Scheduled("SGD-cosine"), *callbacks, sap, saver, **going_on)
+        fit(Resumable("SGD-cosine"), *callbacks, sap, saver, **going_on)
 
     def saved():
         return torch.load(file, weights_only=True)["callbacks"]["lightning_sap/sap"]
@@ -285,28 +283,28 @@ def test_a_run_that_fails_before_it_begins_can_begin_from_its_file(tmp_path):
     saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1)
     die = Watch(on_train_start=lambda *_: crash())
     with pytest.raises(Crash):
-        fit(Scheduled("SGD-cosine"), die, sap, saver, max_epochs=6, enable_checkpointing=True)
+        fit(Resumable("SGD-cosine"), die, sap, saver, max_epochs=6, enable_checkpointing=True)
     sap = SAPCallback(scope="global", eta_r=0.1)
-    fit(Scheduled("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "end.ckpt")
+    fit(Resumable("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "end.ckpt")
     assert len(sap.history) == 5
     assert 0 < sap.remaining < 0.9
 
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 def test_a_second_fit_that_fails_before_it_begins_keeps_the_masks_of_the_first(tmp_path):
-    module, sap, file = Scheduled("SGD-cosine"), SAPCallback(scope="global", eta_r=0.1), tmp_path / "end.ckpt"
+    module, sap, file = Resumable("SGD-cosine"), SAPCallback(scope="global", eta_r=0.1), tmp_path / "end.ckpt"
     fit(module, sap, max_epochs=6)
     saver, die = OnExceptionCheckpoint(tmp_path, "end"), Watch(on_train_start=lambda *_: crash())
     with pytest.raises(Crash):
         fit(module, die, sap, saver, max_epochs=6, enable_checkpointing=True)
     again = SAPCallback(scope="global", eta_r=0.1)
-    fit(Scheduled("SGD-cosine"), again, max_epochs=6, ckpt_path=file)
+    fit(Resumable("SGD-cosine"), again, max_epochs=6, ckpt_path=file)
     assert again.history[0].remaining == sap.remaining < 0.9
 
 
 def test_a_run_that_only_holds_masks_has_one_record_however_often_it_is_resumed(tmp_path):
     sap, file = SAPCallback(rounds=0, keep_zeros=True), tmp_path / "ended.ckpt"
-    fit(Scheduled("SGD-cosine"), sap, max_epochs=2).save_checkpoint(file)
+    fit(Resumable("SGD-cosine"), sap, max_epochs=2).save_checkpoint(file)
     sap = SAPCallback(rounds=0, keep_zeros=True)
-    fit(Scheduled("SGD-cosine"), sap, max_epochs=4, ckpt_path=file)
+    fit(Resumable("SGD-cosine"), sap, max_epochs=4, ckpt_path=file)
     assert [(record.round, record.first_epoch, record.last_epoch) for record in sap.history] == [(0, 0, 3)]

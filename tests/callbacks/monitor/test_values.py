@@ -1,64 +1,17 @@
 """PQIMonitor: what it logs is the PQ Index of the weights, every epoch, beside a pruner and without one."""
 
-import copy
-import csv
 import json
-import pickle
 import re
 
 import pytest
 import torch
-from helpers import BAREBONES, BATCHES, PRUNABLE, Net, Watch, fit, loader, parameters, quiet_trainer
+from helpers import BAREBONES, BATCHES, PRUNABLE, Net, Watch, fit, half, loader, quiet_trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from monitoring import Expecting, by_hand, close, logged
 from torch import nn
 
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, gini_index, pq_index
+from lightning_sap import PQIMonitor, SAPCallback, pq_index
 from lightning_sap.engine.masks import MaskSet
-
-STEPS_PER_LOG = {"log_every_n_steps": 1}
-
-
-def half(**options):
-    return PruningCallback(FixedFraction(0.5), **{"every_n_epochs": 1, **options})
-
-
-def by_hand(module, masks=None, p=0.5, q=1.0):
-    """Keys and values of an epoch, from nothing but the weights and `pq_index`."""
-    live = {name: parameters(module)[name].detach() for name in PRUNABLE}
-    alive = {name: w.flatten() if masks is None else w[masks[name]] for name, w in live.items()}
-    layers = {name: float(pq_index(w, p, q)) for name, w in alive.items()}
-    everything = torch.cat(list(alive.values()))
-    return {
-        "pqi/global": float(pq_index(everything, p, q)),
-        "pqi/layer_mean": sum(layers.values()) / len(layers),
-        "gini/global": float(gini_index(everything)),
-        **{f"pqi/{name}": index for name, index in layers.items()},
-        **{f"remaining/{name}": len(alive[name]) / w.numel() for name, w in live.items()},
-    }
-
-
-def logged(trainer, prefixes=("pqi/", "remaining/", "gini/")):
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefixes)}
-
-
-def close(values):
-    return pytest.approx(values, rel=1e-6, abs=1e-7)  # Lightning logs in float32
-
-
-class Expecting(Watch):
-    """Compares what is logged at the end of each epoch (and of each validation) with what it should be."""
-
-    def __init__(self, pruner=None, hook="on_train_epoch_end", **options):
-        self.seen, self.expected = [], []
-
-        def compare(trainer, module):
-            if trainer.sanity_checking:
-                return
-            self.seen.append(logged(trainer))
-            self.expected.append(by_hand(module, None if pruner is None else pruner.masks, **options))
-
-        super().__init__(**{hook: compare})
 
 
 class TestValues:
@@ -233,161 +186,6 @@ class TestMonitoring:
         assert [row["metric"] for row in monitor.rows()] == [None, None, float(trainer.callback_metrics["val_loss"])]
 
 
-class TestRows:
-    def test_the_last_epoch_of_each_round(self):
-        pruner, monitor, losses = half(every_n_epochs=2), PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), []
-        look = Watch(on_train_epoch_end=lambda t, m: losses.append(float(t.callback_metrics["val_loss"])))
-        expecting = Expecting(pruner)
-        fit(Net(), monitor, pruner, look, expecting, val=loader(), max_epochs=6)
-        rows = monitor.rows()
-        assert [(r["epoch"], r["round"], r["remaining"]) for r in rows] == [(1, 0, 1.0), (3, 1, 0.5), (5, 2, 0.25)]
-        assert [r["metric"] for r in rows] == losses[1::2]
-        assert [r["pqi"] for r in rows] == close([values["pqi/global"] for values in expecting.expected[1::2]])
-        assert [r["pqi"] for r in rows] == close([record.pqi for record in pruner.history])
-
-    def test_without_a_pruner_each_epoch(self):
-        monitor = PQIMonitor(stop_on=None)
-        fit(Net(), monitor)
-        assert [(r["epoch"], r["round"], r["remaining"]) for r in monitor.rows()] == [(e, None, 1.0) for e in range(4)]
-
-    def test_a_second_fit_starts_over(self):
-        monitor = PQIMonitor(stop_on=None)
-        fit(Net(), monitor)
-        fit(Net(), monitor, max_epochs=2)
-        assert [row["epoch"] for row in monitor.rows()] == [0, 1]
-
-    def test_they_survive_a_resume(self, tmp_path):
-        whole = PQIMonitor(stop_on=None, monitor="train_loss")
-        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-        fit(Net(), half(), whole, saver, enable_checkpointing=True)
-        resumed = PQIMonitor(stop_on=None, monitor="train_loss")
-        fit(Net(), half(), resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
-        assert resumed.rows() == whole.rows()
-
-    def test_copies_and_pickles(self):
-        monitor = PQIMonitor(stop_on=None, log_layers=["net.3.*"], monitor="train_loss")
-        during = []
-        look = Watch(on_train_epoch_end=lambda t, m: during.append(pickle.loads(pickle.dumps(monitor))))
-        fit(Net(), half(), monitor, look)
-        for twin in (copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor)), during[-1]):
-            fit(Net(), twin, half(), max_epochs=2)
-            assert [row["epoch"] for row in twin.rows()] == [0, 1]
-        assert [row["epoch"] for row in monitor.rows()] == [0, 1, 2, 3]
-
-
-def events(folder):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
-    found = accumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    found.Reload()
-    return found
-
-
-class TestTensorBoard:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def found(cls, tmp_path_factory):
-        torch.manual_seed(0)
-        folder = tmp_path_factory.mktemp("tensorboard")
-        logger = TensorBoardLogger(folder, name="", version="")
-        monitor, look = PQIMonitor(stop_on=None, log_layers=True, monitor="val_loss"), Expecting(pruner := half())
-        fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
-        return events(folder), look
-
-    def test_one_value_of_every_epoch(self, found):
-        file, look = found
-        for key in look.expected[0]:
-            if key != "gini/global":
-                scalars = file.Scalars(key)
-                assert [s.step for s in scalars] == [BATCHES * e - 1 for e in (1, 2, 3, 4)]
-                assert [s.value for s in scalars] == close([values[key] for values in look.expected])
-        assert [s.value for s in file.Scalars("sap/remaining")] == [1.0, 0.5, 0.25, 0.125]
-        assert [s.value for s in file.Scalars("sap/pruned")] == [0, 36, 18, 9]
-        assert len(file.Scalars("pqi/global_pruned")) == 4
-
-    def test_the_layout_names_curves_that_exist(self, found):
-        from tensorboard.plugins.custom_scalar import layout_pb2
-
-        file, _ = found
-        layout = layout_pb2.Layout()
-        (tensor,) = file.Tensors("custom_scalars__config__")
-        layout.ParseFromString(tensor.tensor_proto.string_val[0])
-        charts = {c.title: list(c.multiline.tag) for category in layout.category for c in category.chart}
-        names = [re.escape(name) for name in PRUNABLE]
-        assert {category.title for category in layout.category} == {"lightning-sap"}
-        assert charts == {
-            "PQ Index": ["pqi/global$", "pqi/layer_mean$", "pqi/global_pruned$"],
-            "PQ Index of the layers": [f"pqi/{name}$" for name in names],
-            "Remaining weights of the layers": [f"remaining/{name}$" for name in names],
-        }
-        tags = file.Tags()["scalars"]
-        for pattern in (pattern for chart in charts.values() for pattern in chart):
-            assert len([tag for tag in tags if re.match(pattern, tag)]) == 1
-
-    def test_the_figure_is_among_the_images(self, found):
-        pytest.importorskip("matplotlib")
-        file, _ = found
-        (image,) = file.Images("pqi/rounds")
-        assert image.step == 4 * BATCHES
-        assert image.encoded_image_string.startswith(b"\x89PNG")
-        assert min(image.width, image.height) > 300
-
-    def test_without_matplotlib_there_is_no_figure(self, tmp_path, monkeypatch):
-        import lightning_sap.callbacks.monitor.callback as room
-
-        monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
-        fit(
-            Net(),
-            PQIMonitor(stop_on=None),
-            half(),
-            logger=TensorBoardLogger(tmp_path, name="", version=""),
-            **STEPS_PER_LOG,
-        )
-        assert events(tmp_path).Tags()["images"] == []
-
-
-class TestOtherLoggers:
-    def test_csv(self, tmp_path):
-        look = Expecting(pruner := half())
-        logger = CSVLogger(tmp_path, name="", version="")
-        fit(Net(), pruner, PQIMonitor(stop_on=None, log_layers=True), look, logger=logger, **STEPS_PER_LOG)
-        with open(tmp_path / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["pqi/global"]]
-        for row, expected in zip(rows, look.expected, strict=True):
-            for key in ("pqi/global", "pqi/layer_mean", "pqi/net.0.weight", "remaining/net.3.weight"):
-                assert float(row[key]) == close(expected[key])
-        assert [float(row["sap/remaining"]) for row in rows] == [1.0, 0.5, 0.25, 0.125]
-
-    def test_several_at_once(self, tmp_path):
-        loggers = [TensorBoardLogger(tmp_path, name="a", version=""), CSVLogger(tmp_path, name="b", version="")]
-        fit(Net(), half(), PQIMonitor(stop_on=None), logger=loggers, **STEPS_PER_LOG)
-        assert len(events(tmp_path / "a").Scalars("pqi/global")) == 4
-        assert "pqi/global" in (tmp_path / "b" / "metrics.csv").read_text()
-
-
-class TestPlot:
-    def test_over_the_rounds(self):
-        monitor = PQIMonitor(stop_on=None, monitor="val_loss")
-        fit(Net(), half(every_n_epochs=2), monitor, val=loader(), max_epochs=6)
-        index, remaining, metric = monitor.plot().axes
-        rows = monitor.rows()
-        assert index.lines[0].get_ydata().tolist() == [row["pqi"] for row in rows]
-        assert remaining.lines[0].get_ydata().tolist() == [1.0, 0.5, 0.25]
-        assert metric.lines[0].get_ydata().tolist() == [row["metric"] for row in rows]
-        assert metric.get_ylabel() == "val_loss"
-        assert metric.get_xlabel() == "round (number of prunings)"
-
-    def test_without_a_pruner_over_the_epochs(self):
-        monitor = PQIMonitor(stop_on=None)
-        fit(Net(), monitor)
-        axes = monitor.plot().axes
-        assert axes[-1].get_xlabel() == "epoch"
-        assert axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 3]
-
-    def test_before_any_epoch_it_says_so(self):
-        with pytest.raises(ValueError, match="nothing to plot yet"):
-            PQIMonitor(stop_on=None).plot()
-
-
 class TestArguments:
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.5, float("inf"))])
     def test_orders_out_of_range(self, p, q):
@@ -431,16 +229,6 @@ def test_two_monitors_of_different_orders_and_names(tmp_path):
     expected = by_hand(trainer.lightning_module, pruner.masks, p=1.0, q=2.0)
     assert float(trainer.callback_metrics["pr/global"]) == close(expected["pqi/global"])
     assert json.loads(json.dumps(b.state_dict()))["rows"][-1]["pqi"] == close(expected["pqi/global"])
-
-
-def test_a_file_that_is_only_validated_leaves_what_is_known(tmp_path):
-    monitor, saver = PQIMonitor(stop_on=None), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    module = Net()
-    trainer = fit(module, half(), monitor, saver, val=loader(), enable_checkpointing=True)
-    before = monitor.rows()
-    trainer.validate(module, loader(), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
-    assert monitor.rows() == before
-    assert [row["round"] for row in before] == [0, 1, 2, 3]
 
 
 def test_one_glob_needs_no_list_and_one_that_matches_nothing_is_refused():

@@ -1,0 +1,103 @@
+"""What PQIMonitor writes through TensorBoard and CSV loggers."""
+
+import csv
+import re
+
+import pytest
+import torch
+from helpers import BATCHES, PRUNABLE, Net, fit, half, loader
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from monitoring import Expecting, close
+
+from lightning_sap import PQIMonitor
+
+STEPS_PER_LOG = {"log_every_n_steps": 1}
+
+
+def events(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    found = accumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+class TestTensorBoard:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def found(cls, tmp_path_factory):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("tensorboard")
+        logger = TensorBoardLogger(folder, name="", version="")
+        monitor, look = PQIMonitor(stop_on=None, log_layers=True, monitor="val_loss"), Expecting(pruner := half())
+        fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
+        return events(folder), look
+
+    def test_one_value_of_every_epoch(self, found):
+        file, look = found
+        for key in look.expected[0]:
+            if key != "gini/global":
+                scalars = file.Scalars(key)
+                assert [s.step for s in scalars] == [BATCHES * e - 1 for e in (1, 2, 3, 4)]
+                assert [s.value for s in scalars] == close([values[key] for values in look.expected])
+        assert [s.value for s in file.Scalars("sap/remaining")] == [1.0, 0.5, 0.25, 0.125]
+        assert [s.value for s in file.Scalars("sap/pruned")] == [0, 36, 18, 9]
+        assert len(file.Scalars("pqi/global_pruned")) == 4
+
+    def test_the_layout_names_curves_that_exist(self, found):
+        from tensorboard.plugins.custom_scalar import layout_pb2
+
+        file, _ = found
+        layout = layout_pb2.Layout()
+        (tensor,) = file.Tensors("custom_scalars__config__")
+        layout.ParseFromString(tensor.tensor_proto.string_val[0])
+        charts = {c.title: list(c.multiline.tag) for category in layout.category for c in category.chart}
+        names = [re.escape(name) for name in PRUNABLE]
+        assert {category.title for category in layout.category} == {"lightning-sap"}
+        assert charts == {
+            "PQ Index": ["pqi/global$", "pqi/layer_mean$", "pqi/global_pruned$"],
+            "PQ Index of the layers": [f"pqi/{name}$" for name in names],
+            "Remaining weights of the layers": [f"remaining/{name}$" for name in names],
+        }
+        tags = file.Tags()["scalars"]
+        for pattern in (pattern for chart in charts.values() for pattern in chart):
+            assert len([tag for tag in tags if re.match(pattern, tag)]) == 1
+
+    def test_the_figure_is_among_the_images(self, found):
+        pytest.importorskip("matplotlib")
+        file, _ = found
+        (image,) = file.Images("pqi/rounds")
+        assert image.step == 4 * BATCHES
+        assert image.encoded_image_string.startswith(b"\x89PNG")
+        assert min(image.width, image.height) > 300
+
+    def test_without_matplotlib_there_is_no_figure(self, tmp_path, monkeypatch):
+        import lightning_sap.callbacks.monitor.callback as room
+
+        monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+        fit(
+            Net(),
+            PQIMonitor(stop_on=None),
+            half(),
+            logger=TensorBoardLogger(tmp_path, name="", version=""),
+            **STEPS_PER_LOG,
+        )
+        assert events(tmp_path).Tags()["images"] == []
+
+
+class TestOtherLoggers:
+    def test_csv(self, tmp_path):
+        look = Expecting(pruner := half())
+        logger = CSVLogger(tmp_path, name="", version="")
+        fit(Net(), pruner, PQIMonitor(stop_on=None, log_layers=True), look, logger=logger, **STEPS_PER_LOG)
+        with open(tmp_path / "metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["pqi/global"]]
+        for row, expected in zip(rows, look.expected, strict=True):
+            for key in ("pqi/global", "pqi/layer_mean", "pqi/net.0.weight", "remaining/net.3.weight"):
+                assert float(row[key]) == close(expected[key])
+        assert [float(row["sap/remaining"]) for row in rows] == [1.0, 0.5, 0.25, 0.125]
+
+    def test_several_at_once(self, tmp_path):
+        loggers = [TensorBoardLogger(tmp_path, name="a", version=""), CSVLogger(tmp_path, name="b", version="")]
+        fit(Net(), half(), PQIMonitor(stop_on=None), logger=loggers, **STEPS_PER_LOG)
+        assert len(events(tmp_path / "a").Scalars("pqi/global")) == 4
+        assert "pqi/global" in (tmp_path / "b" / "metrics.csv").read_text()

@@ -1,0 +1,89 @@
+"""What prunes nothing: fast_dev_run, evaluation, the sanity check, epochs without a step."""
+
+import pytest
+from helpers import BATCHES, N, Net, Watch, copied, fit, half, loader, quiet_trainer, same, zeros_of
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class TestWhatPrunesNothing:
+    def test_fast_dev_run(self):
+        module, pruner = Net(), half()
+        trainer = fit(module, pruner, val=loader(), fast_dev_run=True)
+        assert trainer.global_step == 1
+        assert pruner.remaining == 1.0
+        assert zeros_of(module) == 0
+        assert pruner.current_round() == 0
+
+    def test_fast_dev_run_of_several_batches_keeps_what_was_pruned_before(self):
+        module, pruner = Net(), half()
+        fit(module, pruner)
+        masks = pruner.masks
+        fit(module, pruner, val=loader(), fast_dev_run=BATCHES)
+        assert same(pruner.masks, masks)
+        assert zeros_of(module) == N * 7 // 8
+
+    def test_fast_dev_run_checks_no_rounds(self):
+        pruner = half(rounds=50, every_n_epochs=9, target_remaining=0.1, rewind_weights=40)
+        trainer = fit(Net(), pruner, fast_dev_run=2)
+        assert trainer.global_step == 2
+        assert pruner.remaining == 1.0
+
+    @pytest.mark.parametrize("run", ["validate", "test", "predict"])
+    def test_evaluation(self, run, tmp_path):
+        module, pruner = Net(), half()
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        trainer = fit(module, pruner, saver, enable_checkpointing=True)
+        before, masks = copied(module.state_dict()), pruner.masks
+        module.forward = lambda batch: module.net(batch[0])
+        getattr(trainer, run)(module, loader())
+        assert same(module.state_dict(), before)
+        assert same(pruner.masks, masks)
+        # an early file: its denser weights are evaluated, and the live masks stay as they are
+        getattr(trainer, run)(module, loader(), ckpt_path=str(tmp_path / "epoch=1.ckpt"), weights_only=True)
+        assert zeros_of(module) == N // 2
+        assert same(pruner.masks, masks)
+        assert pruner.current_round() == 3
+
+    @pytest.mark.parametrize("run", ["validate", "test", "predict"])
+    def test_a_callback_that_never_trained(self, run):
+        module, pruner = Net(), half()
+        before = copied(module.state_dict())
+        module.forward = lambda batch: module.net(batch[0])
+        getattr(quiet_trainer(pruner), run)(module, loader())
+        assert pruner.masks == {}
+        assert same(module.state_dict(), before)
+
+    def test_sanity_check(self):
+        module, pruner, seen = Net(), half(), []
+        first = copied(module.state_dict())
+        look = Watch(on_sanity_check_end=lambda t, m: seen.append(same(m.state_dict(), first)))
+        trainer = fit(module, pruner, look, val=loader(), num_sanity_val_steps=2)
+        assert seen == [True]
+        assert trainer.callback_metrics["sap/round"] == 3
+
+    def test_sanity_check_of_a_second_fit(self):
+        module, pruner, seen = Net(), half(rounds=1, every_n_epochs=None), []
+        fit(module, pruner, val=loader())
+        before, masks = copied(module.state_dict()), pruner.masks
+        look = Watch(on_sanity_check_end=lambda t, m: seen.extend([copied(m.state_dict()), pruner.masks]))
+        fit(module, pruner, look, val=loader(), num_sanity_val_steps=2)
+        assert [same(*pair) for pair in zip(seen, [before, masks], strict=True)] == [True, True]
+        assert pruner.remaining == 0.25
+
+    def test_epochs_without_a_step(self):
+        """A round that took no optimizer step is not a round."""
+        module, pruner = Net(), half()
+        module.on_train_batch_start = lambda batch, index: -1 if module.trainer.current_epoch < 2 else None
+        trainer = fit(module, pruner)
+        assert trainer.global_step == 2 * BATCHES
+        assert pruner.current_round() == 1
+
+    def test_an_epoch_without_a_step_in_a_trainer_that_goes_on(self):
+        module, pruner = Net(), half(rounds=1, every_n_epochs=None)
+        trainer = fit(module, pruner)
+        module.on_train_batch_start = lambda batch, index: -1 if trainer.current_epoch == 4 else None
+        trainer.fit_loop.max_epochs = 6
+        trainer.fit(module, loader())
+        assert trainer.global_step == 5 * BATCHES
+        assert pruner.current_round() == 0
+        assert pruner.remaining == 0.5

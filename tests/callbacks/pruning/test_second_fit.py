@@ -1,0 +1,194 @@
+"""A callback in a second fit: of the same module, of another, after a run that failed."""
+
+import pytest
+import torch
+from helpers import (
+    Crash,
+    N,
+    Net,
+    Watch,
+    all_masked_are_zero,
+    copied,
+    crash_in,
+    fit,
+    half,
+    loader,
+    mlp,
+    quiet_trainer,
+    same,
+    seeded,
+    survivors,
+    zeros_of,
+)
+from torch import nn
+
+from lightning_sap import FixedFraction, PruningCallback
+
+
+class TestSecondFit:
+    def test_the_same_module_keeps_its_masks_and_the_rounds_start_anew(self):
+        module, pruner, seen = Net(), half(), []
+        fit(module, pruner)
+        first = pruner.masks
+        look = Watch(on_train_epoch_end=lambda t, m: seen.append((pruner.current_round(), pruner.masks)))
+        fit(module, pruner, look, max_epochs=2)
+        assert [round for round, _ in seen] == [0, 1]
+        assert same(seen[0][1], first)
+        assert all(not (mask & ~first[name]).any() for name, mask in pruner.masks.items())
+        assert survivors(pruner) == {"net.0.weight": 3, "net.3.weight": 2}  # of 6 and 3
+        assert [record.round for record in pruner.history] == [0, 1]
+
+    def test_a_trainer_that_goes_on(self):
+        module, pruner = Net(), half(rounds=1, every_n_epochs=None)
+        trainer = fit(module, pruner)
+        assert survivors(pruner) == {"net.0.weight": 24, "net.3.weight": 12}
+        trainer.fit_loop.max_epochs = 6
+        trainer.fit(module, loader())
+        assert survivors(pruner) == {"net.0.weight": 12, "net.3.weight": 6}
+        assert [(r.first_epoch, r.last_epoch) for r in pruner.history] == [(4, 4), (5, 5)]
+
+    def test_another_module_starts_afresh_and_says_so(self):
+        pruner = half()
+        fit(Net(), pruner)
+        other = Net(seeded(mlp, 5))
+        left = []
+        with pytest.warns(UserWarning, match="sap: this module is not the one that was pruned before; starting afres"):
+            fit(other, pruner, Watch(on_train_epoch_end=lambda t, m: left.append(pruner.remaining)))
+        assert left == [1.0, 0.5, 0.25, 0.125]
+        assert zeros_of(other) == N * 7 // 8
+
+    def test_another_module_of_other_shapes(self):
+        pruner = half()
+        fit(Net(), pruner)
+        other = Net(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)))
+        with pytest.warns(UserWarning, match="starting afresh"):
+            fit(other, pruner, max_epochs=2)
+        assert survivors(pruner) == {"net.0.weight": 30, "net.2.weight": 15}
+
+    def test_another_module_with_a_frozen_layer_leaves_the_first_one_alone(self):
+        first, pruner = Net(), half()
+        fit(first, pruner)
+        before = copied(first.state_dict())
+        other = Net(seeded(mlp, 5))
+        other.net[0].requires_grad_(False)
+        with pytest.warns(UserWarning, match="starting afresh"):
+            fit(other, pruner)
+        assert survivors(pruner) == {"net.3.weight": 3}
+        assert same(first.state_dict(), before)
+
+    def test_the_same_module_with_a_layer_frozen_in_between_keeps_its_masks(self):
+        module, pruner = Net(), PruningCallback(FixedFraction(0.5), rounds=1)
+        fit(module, pruner)
+        before = pruner.masks["net.0.weight"]
+        module.net[0].requires_grad_(False)
+        fit(module, pruner)
+        assert before.sum() == 24
+        assert not pruner.masks["net.0.weight"][~before].any()
+        assert not module.net[0].weight[~before].any()
+
+    def test_another_module_with_a_layer_frozen_starts_afresh_without_it(self):
+        pruner, other = PruningCallback(FixedFraction(0.5), rounds=1), Net()
+        fit(Net(), pruner)
+        other.net[0].requires_grad_(False)
+        with pytest.warns(UserWarning, match="starting afresh"):
+            fit(other, pruner)
+        assert survivors(pruner) == {"net.3.weight": 12}
+
+    def test_the_same_module_with_a_layer_unfrozen_in_between_keeps_its_masks(self):
+        module, pruner = Net(), half()
+        module.net[0].requires_grad_(False)
+        fit(module, pruner)
+        assert survivors(pruner) == {"net.3.weight": 3}
+        module.net[0].requires_grad_(True)
+        fit(module, pruner, max_epochs=2)
+        assert survivors(pruner) == {"net.0.weight": 24, "net.3.weight": 2}
+
+    def test_keep_zeros(self):
+        module = Net()
+        holes = torch.rand(8, 6, generator=torch.Generator().manual_seed(3)) < 0.3
+        with torch.no_grad():
+            module.net[0].weight[holes] = 0.0
+        pruner, left = half(keep_zeros=True), []
+        look = Watch(on_train_start=lambda t, m: left.append(pruner.masks), on_train_epoch_end=lambda t, m: None)
+        fit(module, pruner, look, max_epochs=2)
+        assert torch.equal(left[0]["net.0.weight"], ~holes)
+        assert left[0]["net.3.weight"].all()
+        alive = 48 - int(holes.sum())
+        assert survivors(pruner)["net.0.weight"] == alive - alive // 2
+        assert not module.net[0].weight[holes].any()
+
+    def test_zeros_count_as_weights_unless_told(self):
+        module, pruner, left = Net(), half(), []
+        with torch.no_grad():
+            module.net[0].weight[:4] = 0.0
+        fit(module, pruner, Watch(on_train_start=lambda t, m: left.append(pruner.remaining)), max_epochs=2)
+        assert left == [1.0]
+
+
+def test_a_second_fit_without_any_step_is_no_error():
+    class Resting(Net):
+        automatic_optimization, rests = False, False
+
+        def training_step(self, batch, batch_idx):
+            if not self.rests:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    module, pruner = Resting(), half()
+    fit(module, pruner)
+    module.rests, before = True, pruner.remaining
+    fit(module, pruner)
+    assert pruner.remaining == before < 1
+
+
+def test_a_state_is_taken_up_at_once_after_an_exception():
+    first, pruner = half(), half()
+    fit(Net(), first)
+    with pytest.raises(Crash):
+        fit(Net(), pruner, crash_in("on_train_epoch_end", 2))
+    pruner.load_state_dict(first.state_dict())
+    assert pruner.remaining == first.remaining == 0.125
+
+
+class TestOneCallbackAfterAnother:
+    def test_in_a_second_trainer(self):
+        pruner = half()
+        fit(first := Net(), pruner)
+        before = copied(first.state_dict())
+        trainer = quiet_trainer(pruner, max_epochs=2)
+        with pytest.warns(UserWarning, match="starting afresh"):
+            trainer.fit(Net(seeded(mlp, 3)), loader())
+        assert pruner.remaining == 0.5
+        assert same(first.state_dict(), before)
+
+    def test_after_a_run_that_failed(self, tmp_path):
+        pruner, module = half(), Net()
+        with pytest.raises(Crash):
+            fit(module, pruner, crash_in("on_train_batch_end", 2))
+        assert pruner.remaining == 0.25
+        fit(module, pruner, max_epochs=2)
+        assert pruner.remaining == pytest.approx(9 / 72)
+        assert all_masked_are_zero(quiet_trainer(pruner), module)
+
+    def test_a_failure_before_anything_changes_leaves_everything_as_it_was(self):
+        module, pruner = Net(), half(rewind_weights="init")
+        before, policy = [], pruner.options.policy
+
+        class Fails(type(policy)):
+            def __call__(self, sums, round):
+                if round == 2:
+                    before.append((copied(module.state_dict()), pruner.masks, len(module.trainer.optimizers[0].state)))
+                    raise Crash
+                return super().__call__(sums, round)
+
+        failing = PruningCallback(Fails(0.5), every_n_epochs=1, rewind_weights="init")
+        pruner = failing
+        with pytest.raises(Crash):
+            fit(module, failing)
+        ((state, masks, moments),) = before
+        assert same(module.state_dict(), state)
+        assert same(failing.masks, masks)
+        assert moments == 6 == len(module.optimizers(use_pl_optimizer=False).state)
+        assert len(failing.history) == 1

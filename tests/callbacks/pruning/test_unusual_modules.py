@@ -1,0 +1,113 @@
+"""Modules and optimizers out of the ordinary."""
+
+import re
+
+import pytest
+import torch
+from helpers import (
+    BATCHES,
+    OPTIMIZERS,
+    N,
+    Net,
+    Watch,
+    all_masked_are_zero,
+    fit,
+    half,
+    mlp,
+    same,
+    seeded,
+    survivors,
+    zeros_of,
+)
+from torch import nn
+
+from lightning_sap import PQIMonitor
+
+
+class WithCausalMask(Net):
+    """A user's buffer whose name looks like a pruning mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("causal_mask", torch.tril(torch.ones(6, 6)))
+
+    def loss(self, batch):
+        return (self.net(batch[0] @ self.causal_mask) - batch[1]).square().mean()
+
+
+def test_a_buffer_named_like_a_mask(tmp_path):
+    module, pruner = WithCausalMask(), half(rewind_weights="init")
+    trainer = fit(module, pruner)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    fresh = WithCausalMask()
+    fresh.load_state_dict(torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"], strict=True)
+    assert same(fresh.state_dict(), module.state_dict())
+    assert torch.equal(fresh.causal_mask, torch.tril(torch.ones(6, 6)))
+    assert zeros_of(fresh) == N * 7 // 8
+
+
+def test_a_compiled_module_goes_by_the_same_names():
+    module = Net(torch.compile(seeded(mlp), backend="eager"))
+    seen = []
+    module.loss = lambda batch: (module.net._orig_mod(batch[0]) - batch[1]).square().mean()
+    pruner = half(rewind_weights="init", include="net.0.*")
+    fit(module, pruner, Watch(on_train_batch_start=lambda t, m: seen.append(all_masked_are_zero(t, m))))
+    assert survivors(pruner) == {"net.0.weight": 6}
+    assert seen == [True] * (4 * BATCHES)
+
+
+class OtherOptimizer:
+    """What Lightning takes for an optimizer though it is none of PyTorch's."""
+
+    def __init__(self, optimizer):
+        self.inner = optimizer
+
+    param_groups = property(lambda self: self.inner.param_groups)
+    state = property(lambda self: self.inner.state)
+    defaults = property(lambda self: self.inner.defaults)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, *_, **__):
+        self.inner.zero_grad()
+
+
+def test_an_optimizer_without_hooks():
+    module, pruner, clean = Net(optimizer=lambda p: OtherOptimizer(OPTIMIZERS["Adam"](p))), half(), []
+    look = Watch(on_train_batch_end=lambda t, m: clean.append(all_masked_are_zero(t, m)))
+    fit(module, pruner, look)
+    assert clean == [True] * (4 * BATCHES)
+    assert pruner.remaining == 0.125
+
+
+def test_a_module_without_an_optimizer():
+    module, pruner = Net(optimizer=lambda p: None), half()
+    with pytest.warns(UserWarning, match="will run with no optimizer"):
+        fit(module, pruner)
+    assert pruner.remaining == 0.125
+    assert zeros_of(module) == N * 7 // 8
+
+
+def test_a_lazy_layer_has_no_first_weights():
+    network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+    message = "There are no weights to rewind to yet: ['net.0.weight', 'net.0.bias'] are not initialized before the"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(Net(network), half(rewind_weights="init"))
+    pruner = half(rewind_weights=1)
+    fit(Net(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))), pruner)
+    assert pruner.remaining == 0.125
+
+
+def test_a_weight_that_is_a_strided_view():
+    module, pruner = Net(), half()
+    module.net[0].weight = nn.Parameter(torch.randn(8, 12)[:, ::2])
+    fit(module, pruner, PQIMonitor(stop_on=None))
+    assert not module.net[0].weight.is_contiguous()
+    assert zeros_of(module) == N * 7 // 8
