@@ -1,10 +1,11 @@
-"""What each rank does in `test_ranks.py`."""
+"""What each rank does in `test_agreement.py`."""
 
 import os
 import warnings
 
+import pytest
 import torch
-from helpers import Net, seeded
+from helpers import Net, half, seeded
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import PQIMonitor, SAPCallback
+from lightning_sap.callbacks.pruning import session
 
 
 def small():
@@ -80,7 +82,26 @@ def agreeing(rank, folder):
         found["error"] = str(error)
     found["masks after the error"] = callback.masks
     found["momenta after the error"] = len(run.optimizers[0].state)
+    found["rank 1 decides otherwise"] = deciding(folder, otherwise=rank == 1, devices=2, strategy="ddp")
     return found
+
+
+def deciding(folder, otherwise=False, **options):
+    """A fit with one pruning, and the masks that this process decided on: if otherwise, the largest weights go."""
+    decided, decide = [], session.decide
+
+    def recorded(pieces, **how):
+        if otherwise:
+            pieces = {name: p._replace(weight=p.weight.abs().max() - p.weight.abs()) for name, p in pieces.items()}
+        decided.append(decide(pieces, **how))
+        return decided[-1]
+
+    module, callback = small(), half(rounds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "decide", recorded)
+        trainer(folder, callbacks=[callback], **options).fit(module, data())
+    (own,) = decided
+    return {**outcome(callback, module), "decided": dict(own.masks.kept)}
 
 
 def spawning(rank, folder):

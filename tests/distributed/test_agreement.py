@@ -24,6 +24,23 @@ def test_two_ranks_prune_as_one_process_does(ranks, tmp_path, scope):
         torch.testing.assert_close(found[scope]["weights"], alone["weights"], rtol=0, atol=0)
 
 
+def test_rank_0_decides_where_another_rank_decides_otherwise(ranks, tmp_path):
+    """Both want half of each layer to go; rank 1 wants the largest weights to go, rank 0 the smallest."""
+    alone = replicas.deciding(tmp_path, devices=1)
+    first, second = (found["rank 1 decides otherwise"] for found in ranks)
+    for name, mask in alone["masks"].items():
+        assert torch.equal(first["decided"][name], mask)
+        assert not torch.equal(second["decided"][name], mask)
+        assert second["decided"][name].sum() == mask.sum()
+    for found in (first, second):
+        torch.testing.assert_close(found["masks"], alone["masks"], rtol=0, atol=0)
+        torch.testing.assert_close(found["weights"], alone["weights"], rtol=0, atol=0)
+        assert found["history"] == alone["history"]
+        assert {name: int(mask.sum()) for name, mask in found["masks"].items()} == {
+            "net.0.weight": 27, "net.2.weight": 23, "net.4.weight": 5,
+        }  # fmt: skip
+
+
 def test_what_is_logged_draws_no_advice_on_synchronising(ranks):
     assert any(found["warnings"] for found in ranks)  # of other matters
     assert [said for found in ranks for said in found["warnings"] if "sync_dist" in said] == []

@@ -19,6 +19,7 @@ from helpers import (
     loader,
     quiet_trainer,
     seeded,
+    survivors,
     zeros_of,
 )
 from lightning.pytorch import LightningModule
@@ -145,6 +146,18 @@ class TestEnforcement:
         fit(Net(optimizer=optimizer), half(), Watch(on_train_batch_start=look))
         assert seen[::BATCHES] == [(0, 24)] * 4  # half of 48 weights
         assert all(step > 0 and total > 24 for step, total in seen[1::BATCHES])
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_masks_hold_after_another_callback_wrote_weights_in_on_train_end(self, tmp_path, order):
+        module, pruner = Net(), half()
+        write = Watch(on_train_end=lambda t, m: [nn.init.ones_(parameter) for parameter in m.parameters()])
+        trainer = fit(module, *[pruner, write][::order])
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
+        for state in (module.state_dict(), torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]):
+            for name, mask in pruner.masks.items():
+                assert torch.equal(state[name], mask.float())  # one where it is kept, zero where it is pruned
+            assert torch.equal(state["net.3.bias"], torch.ones(3))
 
     def test_hooks_are_gone_after_fit(self):
         for failing in (False, True):
