@@ -4,7 +4,7 @@ Imports point inward only; from the inside out::
 
     sharding.py            collectives over weights of which every process holds some rows
     functional/            the mathematics, tensors only: pqi, amount, select, fingerprint, scratch
-    policies/              what an algorithm is: how many weights go
+    policies/              what an algorithm is: how many weights go and come back, and by which score
     engine/                one step without a trainer: which weights, measure, decide, mask
     rounds/                when, and what came of it: plan, history, phases, the protocol between callbacks
     rewind/                snapshots and replays: weights, schedules
@@ -21,15 +21,19 @@ from lightning_sap.functional.amount import prune_count, retained_lower_bound
 from lightning_sap.functional.pqi import gini_index, pq_index
 from lightning_sap.metric import PQIndex
 from lightning_sap.policies.amounts import FixedFraction, SparsityInformed
-from lightning_sap.policies.base import Policy
+from lightning_sap.policies.base import Amounts, Importance, Policy, Standing
+from lightning_sap.policies.importance import Magnitude
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amounts",
     "FixedFraction",
     "History",
+    "Importance",
+    "Magnitude",
     "PQIMonitor",
     "PQIndex",
     "Phase",
@@ -39,6 +43,7 @@ __all__ = [
     "RoundRecord",
     "SAPCallback",
     "SparsityInformed",
+    "Standing",
     "gini_index",
     "pq_index",
     "prune_count",

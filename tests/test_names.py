@@ -52,8 +52,11 @@ def arguments(function):
 class TestPublicNames:
     def test_what_the_package_exports(self):
         assert {
+            "Amounts",
             "FixedFraction",
             "History",
+            "Importance",
+            "Magnitude",
             "PQIMonitor",
             "PQIndex",
             "Phase",
@@ -63,6 +66,7 @@ class TestPublicNames:
             "RoundRecord",
             "SAPCallback",
             "SparsityInformed",
+            "Standing",
             "gini_index",
             "pq_index",
             "prune_count",
@@ -92,7 +96,7 @@ class TestPublicNames:
         assert arguments(gini_index) == ({"x": REQUIRED}, {"mask": None, "dim": None})
         assert arguments(retained_lower_bound) == ({**groups, "eta_r": 0.0}, {})
         assert arguments(prune_count) == (groups, {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9})
-        named = {"policy": REQUIRED, "scope": "layer", "units": None}
+        named = {"policy": REQUIRED, "scope": "layer", "units": None, "round": 1, "importance": "magnitude"}
         assert arguments(prune_masks) == ({"weights": REQUIRED, "masks": None}, named)
 
     def test_policies_and_the_metric(self):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sap.engine.groups import PrunableTensor, Scope, check_scope, held_by
+from lightning_sap.engine.groups import PrunableTensor, Scope, check_scope, held_by, scores_of
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
 from lightning_sap.functional.amount import spread
 from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, total
 from lightning_sap.functional.select import smallest, smallest_of_rows
-from lightning_sap.policies.base import Policy, check_policy
+from lightning_sap.policies.base import Amounts, Importance, Policy, Standing, ask, check_policy
+from lightning_sap.policies.importance import check_importance
 from lightning_sap.sharding import Shards, local, shard_like
 
 
@@ -23,23 +25,42 @@ class Limits(NamedTuple):
     """What a step must keep to besides its policy.
 
     Attributes:
-        floors: For each name the least number of weights that must survive.
-        least: Fewest weights the step may prune.
-        most: Most weights the step may prune; None: no limit.
+        floors: For each name the least number of weights that must be kept. What comes back in the step does not make
+            room for more drops.
+        least: Fewest weights by which the step reduces the kept ones, ``dropped - grown``; None: no limit.
+        most: Most weights by which the step reduces the kept ones; None: no limit.
     """
 
     floors: Mapping[str, int] = {}
-    least: int = 0
+    least: int | None = None
     most: int | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision: what was measured, which weights are pruned after it, and how many it adds to those before it."""
+    """A decision: new masks are ``(pruned | dropped) & ~grown``.
+
+    Attributes:
+        before: What was measured before it.
+        dropped: How many weights it prunes of each parameter; a parameter that is not named loses none.
+        grown: How many pruned weights it lets come back in each parameter.
+        masks: The masks after it.
+    """
 
     before: Measure
+    dropped: dict[str, int]
+    grown: dict[str, int]
     masks: MaskSet
-    count: int
+
+    @property
+    def count(self) -> int:
+        """How many weights it prunes."""
+        return sum(self.dropped.values())
+
+    @property
+    def regrown(self) -> int:
+        """How many pruned weights it lets come back."""
+        return sum(self.grown.values())
 
 
 def prune_masks(
@@ -49,24 +70,31 @@ def prune_masks(
     policy: Policy,
     scope: Scope = "layer",
     units: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    round: int = 1,
+    importance: Importance | str = "magnitude",
 ) -> dict[str, Tensor]:
     """One pruning step as a pure function: from weights and masks to new masks; nothing it is given is changed.
 
     Args:
         weights: Weights by name; any shape, device and floating dtype.
-        masks: Bool tensors of the weights' shapes, True where a weight survives. None, or a name left out: all do.
-        policy: How many weights a group loses, such as :class:`SparsityInformed` or :class:`FixedFraction`.
+        masks: Bool tensors of the weights' shapes, True where a weight is kept. None, or a name left out: all are.
+        policy: How many weights a group loses, such as :class:`SparsityInformed` or :class:`FixedFraction`, and how
+            many pruned ones come back.
         scope: What forms a group: ``"global"`` all weights together, ``"layer"`` each tensor, ``"neuron"`` each unit.
         units: For scope ``"neuron"``, by name, a *view* of the tensor as ``(units, weights)``; default: axis 0 is the
             unit.
+        round: Number of the step, which is told to the policy.
+        importance: By which score weights go: ``"magnitude"``, or an :class:`Importance`.
 
     Returns:
-        New bool tensors by name, True where a weight survives: in each group exactly as many of the smallest magnitudes
-        go as the policy says, ties to the lower position.
+        New bool tensors by name, True where a weight is kept: in each group exactly as many of the smallest scores go
+        as the policy says, ties to the lower position. Of the pruned weights come back those at the lowest positions.
 
     Raises:
-        ValueError: If the scope is unknown, a mask does not fit its weight, or a surviving weight is not finite.
-        TypeError: If a weight is not of dtype float16, bfloat16, float32 or float64, or the policy is none.
+        ValueError: If the scope or the importance is unknown, a mask does not fit its weight, a score does not fit its
+            weight, or a kept weight or its score is not finite.
+        TypeError: If the weights are not a mapping from names to tensors of dtype float16, bfloat16, float32 or
+            float64, or the policy or the importance is none.
 
     Source: Diao et al., ICLR 2023, Algorithm 1.
 
@@ -80,55 +108,99 @@ def prune_masks(
     """
     check_scope(scope)
     check_policy(policy)
-    for what, given in (("masks", masks), ("units", units)):
-        if surplus := sorted(set(given or {}) - set(weights)):
-            raise ValueError(f"There are {what} for {surplus}, but no such weights; the weights are {sorted(weights)}.")
+    importance = check_importance(importance)
+    _check_mappings(weights, masks=masks, units=units)
     pieces = {}
     for name, weight in weights.items():
         kept = (masks or {}).get(name)
         check_tensors(weight, kept, name)
-        gone = None if kept is None else ~kept.to(weight.device)
-        pieces[name] = PrunableTensor(weight.detach(), gone, (units or {}).get(name))
-    pruned = decide(pieces, policy=policy, scope=scope, round=1).masks.pruned
-    for mask in pruned.values():
+        pruned = None if kept is None else ~kept.to(weight.device)
+        unit = (units or {}).get(name)
+        pieces[name] = PrunableTensor(weight.detach(), pruned, unit, importance=importance)
+    after = decide(pieces, policy=policy, scope=scope, round=round).masks.pruned
+    for mask in after.values():
         local(mask).logical_not_()  # in place: these masks are nobody else's
-    return dict(pruned)
+    return dict(after)
 
 
 def decide(
-    pieces: Mapping[str, PrunableTensor], *, policy: Policy, scope: Scope, round: int, limits: Limits | None = None
+    pieces: Mapping[str, PrunableTensor],
+    *,
+    policy: Policy,
+    scope: Scope,
+    round: int,
+    limits: Limits | None = None,
+    history: Sequence[Any] = (),
+    metrics: Mapping[str, float] | None = None,
 ) -> Decision:
-    """Measure the weights, decide how many go, pick exactly these, and return the new masks; nothing is changed."""
-    limits = limits or Limits()
+    """Measure the scores, decide how many weights go and come back, pick exactly these, and return the new masks.
+
+    Nothing is changed.
+
+    Args:
+        pieces: The weights; every process that holds rows of them calls this.
+        policy: What says how many.
+        scope: What forms a group.
+        round: Number of the step.
+        limits: What the step must keep to besides.
+        history: Records of the rounds before, for the policy.
+        metrics: Metrics of the round that ends, for the policy.
+    """
     if not pieces:
-        return Decision(summary({}, policy.p, policy.q), MaskSet({}), 0)
-    sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron")
+        return Decision(summary({}, policy.p, policy.q), {}, {}, MaskSet({}))
+    limits, scores = limits or Limits(), scores_of(pieces)
+    sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron", scores=scores)
     before = summary(sums, policy.p, policy.q)
-    check_finite(before)
+    check_finite(before, pieces)
     groups = concatenate(list(sums.values()))
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
+    names, sizes = _groups(pieces, sums, scope)
+    standing = Standing(
+        round=round, pruned=sizes - groups.count, names=names, history=history, metrics=dict(metrics or {})
+    )
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
-    counts = _limited(_asked(policy, groups, round), groups.count, _spare_of_groups(sums, spare, scope), limits)
-    here = {name: piece.local() for name, piece in pieces.items()}
-    picked = _pick(here, counts, scope, spare, sums, held_by(pieces))
+    of_groups = _spare_of_groups(sums, spare, scope)
+    drop, grow = _limited(ask(policy, groups, standing), groups.count, standing.pruned, of_groups, limits)
+    here, shards = {name: piece.local() for name, piece in pieces.items()}, held_by(pieces)
+    picked = _pick(here, scores, drop, scope, spare, sums, shards)
+    growth = _growth_of_tensors(grow, pieces, before, sums, scope)
     for name, piece in here.items():
         if piece.pruned is not None:
             picked[name] |= piece.pruned
+            if growth[name].any():
+                back = _first(piece, ~piece.pruned, growth[name], scope, shards)
+                picked[name] &= back.logical_not_()
     masks = MaskSet({name: shard_like(mask, pieces[name].weight) for name, mask in picked.items()})
-    return Decision(before, masks, int(counts.sum()))
+    grown = {name: int(counts.sum()) for name, counts in growth.items()}
+    dropped = {name: n - masks.survivors[name] + grown[name] for name, n in before.survivors.items()}
+    return Decision(before, dropped, grown, masks)
 
 
-def _asked(policy: Policy, groups: PowerSums, round: int) -> Tensor:
-    """What the policy wants to prune from each group."""
-    counts: Any = policy(groups, round)
-    kind = (getattr(counts, "dtype", None), getattr(counts, "shape", None))
-    if kind != (torch.int64, groups.count.shape) or (counts < 0).any():
-        raise ValueError(
-            f"{policy!r} must return how many weights each group loses: int64 of at least 0, of shape "
-            f"{tuple(groups.count.shape)}; got {counts}. Whole numbers are had by .floor().long()."
-        )
-    return torch.as_tensor(counts)
+def _check_mappings(weights: Mapping[str, Any], **others: Mapping[str, Any] | None) -> None:
+    """Raise unless these are mappings, and all but the weights of the weights' names."""
+    for what, given in {"weights": weights, **others}.items():
+        if given is None and what in others:
+            continue
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{what} must be a mapping from the names of weights, such as {{'fc.weight': ...}}, got "
+                f"{type(given).__name__}; dict(module.named_parameters()) is one of tensors."
+            )
+        if surplus := sorted(set(given) - set(weights)):
+            raise ValueError(f"There are {what} for {surplus}, but no such weights; the weights are {sorted(weights)}.")
+
+
+def _groups(
+    pieces: Mapping[str, PrunableTensor], sums: Mapping[str, PowerSums], scope: Scope
+) -> tuple[tuple[tuple[str, ...], ...], Tensor]:
+    """The names of the parameters that each group belongs to, and the sizes of the groups."""
+    numbers = {name: piece.weight.numel() for name, piece in pieces.items()}
+    if scope == "global":
+        return (tuple(numbers),), torch.tensor([sum(numbers.values())])
+    units = {name: len(part.count) for name, part in sums.items()}
+    names = tuple(chain.from_iterable(repeat((name,), n) for name, n in units.items()))
+    return names, torch.cat([torch.full((n,), numbers[name] // max(1, n)) for name, n in units.items()])
 
 
 def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], scope: Scope) -> list[tuple[int, int]]:
@@ -138,42 +210,85 @@ def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], sc
     return [(len(part.count), spare[name]) for name, part in sums.items()]
 
 
-def _limited(counts: Tensor, alive: Tensor, spare: list[tuple[int, int]], limits: Limits) -> Tensor:
-    """Counts of the groups, cut to what can be spared and to the limits; cuts and additions in proportion to them."""
-    sizes, most = [groups for groups, _ in spare], [n for _, n in spare]
-    asked = torch.split(torch.minimum(counts, alive), sizes)
-    wanted = [want if int(want.sum()) <= n else spread(n, want, want) for want, n in zip(asked, most, strict=True)]
+def _limited(wanted: Amounts, kept: Tensor, pruned: Tensor, spare: list[tuple[int, int]], limits: Limits) -> Amounts:
+    """Amounts of the groups, cut to what there is and to the limits; cuts and additions in proportion to them.
+
+    Drops make up for what comes back; where they cannot, less comes back.
+    """
+    grow = torch.minimum(wanted.grow, pruned)
+    grown = int(grow.sum())
+    least = 0 if limits.least is None else limits.least + grown
+    most = None if limits.most is None else limits.most + grown
+    drop = _limited_drop(wanted.drop, kept, spare, least, most)
+    if limits.least is not None and grown > (left := max(0, int(drop.sum()) - limits.least)):
+        grow = spread(left, grow, grow)
+    return Amounts(drop, grow)
+
+
+def _limited_drop(counts: Tensor, kept: Tensor, spare: list[tuple[int, int]], least: int, most: int | None) -> Tensor:
+    sizes, rooms = [groups for groups, _ in spare], [n for _, n in spare]
+    asked = torch.split(torch.minimum(counts, kept), sizes)
+    wanted = [want if int(want.sum()) <= n else spread(n, want, want) for want, n in zip(asked, rooms, strict=True)]
     counts = torch.cat(wanted)
     count = int(counts.sum())
-    if limits.most is not None and count > limits.most:
-        return spread(limits.most, counts, counts)
-    if count < limits.least:
-        left = zip(torch.split(alive - counts, sizes), wanted, most, strict=True)
+    if most is not None and count > most:
+        return spread(most, counts, counts)
+    if count < least:
+        left = zip(torch.split(kept - counts, sizes), wanted, rooms, strict=True)
         more = torch.cat([spread(n - int(want.sum()), room, room) for room, want, n in left])
-        return counts + spread(limits.least - count, counts, more)
+        return counts + spread(least - count, counts, more)
     return counts
 
 
 def _pick(
     pieces: Mapping[str, PrunableTensor],
+    scores: Mapping[str, Tensor],
     counts: Tensor,
     scope: Scope,
     spare: Mapping[str, int],
     sums: Mapping[str, PowerSums],
     shards: Shards,
 ) -> dict[str, Tensor]:
-    """Where weights go that are alive now and held by this process."""
+    """Which of the kept weights held by this process go."""
     if scope == "global":
-        weights, dead = [p.weight for p in pieces.values()], [p.pruned for p in pieces.values()]
-        return dict(zip(pieces, smallest(weights, dead, int(counts), list(spare.values()), shards), strict=True))
+        pruned = [piece.pruned for piece in pieces.values()]
+        rooms = list(spare.values())
+        return dict(zip(pieces, smallest(list(scores.values()), pruned, int(counts), rooms, shards), strict=True))
     if scope == "layer":
         of_layer = zip(pieces.items(), counts.tolist(), strict=True)
-        return {n: smallest([piece.weight], [piece.pruned], c, [c], shards)[0] for (n, piece), c in of_layer}
-    picked = {}
-    counts = counts.to(next(iter(pieces.values())).weight.device)  # at once, for each transfer waits for the device
+        return {name: smallest([scores[name]], [piece.pruned], c, [c], shards)[0] for (name, piece), c in of_layer}
+    counts = counts.to(next(iter(scores.values())).device)  # at once, for each transfer waits for the device
     of_units = torch.split(counts, [len(part.count) for part in sums.values()])
-    for (name, piece), c in zip(pieces.items(), of_units, strict=True):
-        dead_rows = None if piece.pruned is None else piece.rows(piece.pruned)
-        rows = piece.rows(piece.weight)
-        picked[name] = piece.from_rows(smallest_of_rows(rows, dead_rows, shards.own(c, len(rows))))
-    return picked
+    return {
+        name: _pick_of_rows(piece, scores[name], piece.pruned, c, shards)
+        for (name, piece), c in zip(pieces.items(), of_units, strict=True)
+    }
+
+
+def _pick_of_rows(
+    piece: PrunableTensor, scores: Tensor, excluded: Tensor | None, counts: Tensor, shards: Shards
+) -> Tensor:
+    rows = piece.rows(scores)
+    excluded = None if excluded is None else piece.rows(excluded)
+    return piece.from_rows(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))))
+
+
+def _growth_of_tensors(
+    grow: Tensor, pieces: Mapping[str, PrunableTensor], before: Measure, sums: Mapping[str, PowerSums], scope: Scope
+) -> dict[str, Tensor]:
+    """How many weights come back in each tensor, or in each of its units; of one group the tensors named first."""
+    if scope != "global":
+        return dict(zip(pieces, torch.split(grow, [len(part.count) for part in sums.values()]), strict=True))
+    pruned = torch.tensor([piece.weight.numel() - before.survivors[name] for name, piece in pieces.items()])
+    earlier = pruned.cumsum(0) - pruned
+    of_tensors = (grow - earlier).clamp(min=0).minimum(pruned)
+    return dict(zip(pieces, torch.split(of_tensors, 1), strict=True))
+
+
+def _first(piece: PrunableTensor, excluded: Tensor, counts: Tensor, scope: Scope, shards: Shards) -> Tensor:
+    """Where a tensor's, or each unit's, first weights are, but for those excluded: of equal scores the lower go."""
+    equal = torch.zeros((), dtype=torch.float16, device=excluded.device).expand(excluded.shape)
+    if scope == "neuron":
+        return _pick_of_rows(piece, equal, excluded, counts, shards)
+    count = int(counts)
+    return smallest([equal], [excluded], count, [count], shards)[0]

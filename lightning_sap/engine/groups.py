@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sap.engine.weights import prunable_weights
-from lightning_sap.functional.pqi import PowerSums
+from lightning_sap.functional.pqi import DTYPES, PowerSums
+from lightning_sap.policies.base import Importance
+from lightning_sap.policies.importance import Magnitude
 from lightning_sap.sharding import Shards, local, shards_of
 
 Scope = Literal["neuron", "layer", "global"]
@@ -18,10 +20,11 @@ Scope = Literal["neuron", "layer", "global"]
 
 @dataclass
 class Memory:
-    """The latest power sums of one weight and of what they were taken, for whoever asks next.
+    """The latest power sums of one weight's scores and of what they were taken, for whoever asks next.
 
     Monitor and pruner ask for the same ones at the end of a round. Other callbacks may have written to the weight in
-    between, in ways that leave no trace, so that its bits are looked at: a third of the time that the sums take.
+    between, in ways that leave no trace, so that the bits of the scores are compared: a third of the time that the sums
+    take.
     """
 
     orders: tuple[float, float] | None = None
@@ -47,12 +50,14 @@ class PrunableTensor(NamedTuple):
         pruned: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
         units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
         memory: Where its power sums are kept, so that they are not taken twice; None: nowhere.
+        importance: What scores the weights.
     """
 
     weight: Tensor
     pruned: Tensor | None = None
     units: Callable[[Tensor], Tensor] | None = None
     memory: Memory | None = None
+    importance: Importance = Magnitude()
 
     def local(self) -> PrunableTensor:
         """What this process holds of it."""
@@ -72,6 +77,27 @@ class PrunableTensor(NamedTuple):
         return (
             torch.empty_like(rows).view(-1).scatter(0, position.reshape(-1), rows.reshape(-1)).view(self.weight.shape)
         )
+
+
+def scores_of(pieces: Mapping[str, PrunableTensor]) -> dict[str, Tensor]:
+    """The scores of the weights that this process holds, checked but for being finite; magnitudes are not copied.
+
+    Raises:
+        ValueError: If an importance does not give one score for each weight; it names the parameter.
+    """
+    return {name: _scores(name, piece.local()) for name, piece in pieces.items()}
+
+
+def _scores(name: str, piece: PrunableTensor) -> Tensor:
+    shape = piece.weight.shape
+    found: Any = piece.importance.scores(name, piece.weight)
+    if not isinstance(found, Tensor) or found.dtype not in DTYPES or found.shape != shape:
+        got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(
+            f"{piece.importance!r} must return one score for each weight of {name!r}: a tensor of shape "
+            f"{tuple(shape)} of one of the dtypes {DTYPES}; got {got}."
+        )
+    return found.detach().to(piece.weight.device)
 
 
 def check_scope(scope: str) -> None:

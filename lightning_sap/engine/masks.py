@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,23 @@ class MaskSet:
         """The same masks, and dense ones for the names that have none yet, in the order of ``weights``."""
         new = {name: w for name, w in weights.items() if name not in self._pruned}
         return MaskSet({**self._pruned, **MaskSet.dense(new)._pruned}) if new else self
+
+    def grown_since(self, older: MaskSet) -> Iterator[tuple[str, Tensor]]:
+        """Where weights are kept that older masks pruned: name and bool tensor, one after the other, as they are asked.
+
+        Names are left out that one of the two does not have, or of which the older one prunes nothing. A collective
+        where older masks of sharded weights are not sharded like these.
+
+        Example:
+            >>> import torch
+            >>> older = MaskSet({"w": torch.tensor([True, True, False])})
+            >>> dict(MaskSet({"w": torch.tensor([True, False, True])}).grown_since(older))
+            {'w': tensor([False,  True, False])}
+        """
+        for name, mask in self._pruned.items():
+            if older._counts.get(name):
+                before = local(placed_like(older._pruned[name], mask))
+                yield name, shard_like(before & ~local(mask), mask)
 
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the pruned entries of the named tensors, also of sparse ones, to zero in place (even if not finite)."""

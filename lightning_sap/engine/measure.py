@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_sap.engine.groups import PrunableTensor, held_by
+from lightning_sap.engine.groups import PrunableTensor, held_by, scores_of
 from lightning_sap.functional.fingerprint import fingerprints
 from lightning_sap.functional.pqi import PowerSums, concatenate, index_of, merge, power_sums, total
+from lightning_sap.policies.importance import Magnitude
 from lightning_sap.sharding import Shards
 
 
@@ -28,26 +30,53 @@ class Measure:
         return sum(self.layers.values()) / len(self.layers) if self.layers else 0.0
 
 
-def check_finite(measure: Measure) -> None:
-    """Raise if a weight was not finite."""
-    if bad := [name for name, index in measure.layers.items() if not math.isfinite(index)]:
+def check_finite(measure: Measure, pieces: Mapping[str, PrunableTensor] | None = None) -> None:
+    """Raise if a weight was not finite, or its score by another importance than magnitude."""
+    bad = [name for name, index in measure.layers.items() if not math.isfinite(index)]
+    others = {name: piece.importance for name, piece in (pieces or {}).items() if name in bad}
+    if others and not isinstance(importance := others[bad[0]], Magnitude):
+        raise ValueError(
+            f"{importance!r} returned scores that are not finite in {bad}: nothing is pruned, the masks stay as they "
+            "were. Return a finite score for every kept weight; if weights are not finite, the training has diverged."
+        )
+    if bad:
         raise ValueError(
             f"Weights that are not finite in {bad}: nothing is pruned, the masks stay as they were. The training has "
             "diverged; lower the learning rate or clip the gradients."
         )
 
 
-def sums_of(pieces: Mapping[str, PrunableTensor], p: float, q: float, *, by_unit: bool = False) -> dict[str, PowerSums]:
-    """Power sums of the survivors of each piece, of all its shards: shape ``(1,)``, or ``(units,)``; on the CPU."""
+def sums_of(
+    pieces: Mapping[str, PrunableTensor],
+    p: float,
+    q: float,
+    *,
+    by_unit: bool = False,
+    scores: Mapping[str, Tensor] | None = None,
+) -> dict[str, PowerSums]:
+    """Power sums of the scores of kept weights: of each tensor, shape ``(1,)``, or ``(units,)``; on the CPU.
+
+    Args:
+        pieces: The weights; of sharded ones all shards are summed.
+        p: Order of the smaller norm.
+        q: Order of the larger norm.
+        by_unit: Whether every output unit has its own sums.
+        scores: Those of the weights that this process holds; None: they are asked for.
+    """
     shards, orders = held_by(pieces), (p, q)
+    scores = scores_of(pieces) if scores is None else scores
     remembering = {} if by_unit else {name: piece for name, piece in pieces.items() if piece.memory is not None}
-    here = fingerprints([piece.local().weight for piece in remembering.values()])
+    here = fingerprints([scores[name] for name in remembering])
     bits = shards.sum(torch.tensor(here, dtype=torch.int64)).tolist()
     known = {}
     for (name, piece), now in zip(remembering.items(), bits, strict=True):
         if piece.memory and (sums := piece.memory.recall(orders, piece.pruned, now)):
             known[name] = sums
-    fresh = {name: _sums_here(piece.local(), p, q, by_unit) for name, piece in pieces.items() if name not in known}
+    fresh = {
+        name: _sums_here(piece.local(), scores[name], p, q, by_unit)
+        for name, piece in pieces.items()
+        if name not in known
+    }
     fresh = over_shards(on_cpu(fresh), shards, p, q, by_unit)
     for (name, piece), now in zip(remembering.items(), bits, strict=True):
         if piece.memory and name in fresh:
@@ -55,11 +84,11 @@ def sums_of(pieces: Mapping[str, PrunableTensor], p: float, q: float, *, by_unit
     return {name: known.get(name) or fresh[name] for name in pieces}
 
 
-def _sums_here(piece: PrunableTensor, p: float, q: float, by_unit: bool) -> PowerSums:
+def _sums_here(piece: PrunableTensor, scores: Tensor, p: float, q: float, by_unit: bool) -> PowerSums:
     mask = None if piece.pruned is None else ~piece.pruned
     if not by_unit:
-        return concatenate([power_sums(piece.weight, p, q, mask=mask)])
-    return power_sums(piece.rows(piece.weight), p, q, mask=None if mask is None else piece.rows(mask), dim=1)
+        return concatenate([power_sums(scores, p, q, mask=mask)])
+    return power_sums(piece.rows(scores), p, q, mask=None if mask is None else piece.rows(mask), dim=1)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:

@@ -79,7 +79,7 @@ def pq_index(
 
     Raises:
         ValueError: If not ``0 < p < q <= 1000``, or if the mask is not a bool tensor of the shape of ``x``.
-        TypeError: If ``x`` is not float16, bfloat16, float32 or float64.
+        TypeError: If ``x`` is not a tensor of dtype float16, bfloat16, float32 or float64.
 
     Source: Diao et al., *Pruning Deep Neural Networks from a Sparsity Perspective*, ICLR 2023, Definition 1.
 
@@ -184,7 +184,7 @@ def gini_index(x: Tensor, *, mask: Tensor | None = None, dim: int | tuple[int, .
 
     Raises:
         ValueError: If the mask is not a bool tensor of the shape of ``x``.
-        TypeError: If ``x`` is not float16, bfloat16, float32 or float64.
+        TypeError: If ``x`` is not a tensor of dtype float16, bfloat16, float32 or float64.
 
     Source: Hurley and Rickard, *Comparing Measures of Sparsity*, 2009, as used by Diao et al., ICLR 2023.
 
@@ -206,10 +206,22 @@ def gini_index(x: Tensor, *, mask: Tensor | None = None, dim: int | tuple[int, .
     return torch.where(total == 0, 0.0, gini).reshape(() if dim is None else _batch_shape(x, dim))
 
 
-def check_tensors(x: Tensor, mask: Tensor | None, name: str = "x") -> None:
-    """Raise unless ``x`` is of a known floating dtype and the mask, if any, a bool tensor of its shape."""
+def check_tensors(x: object, mask: object, name: str = "x") -> None:
+    """Raise unless ``x`` is a tensor of a known floating dtype and the mask, if any, a bool tensor of its shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of one of the dtypes {DTYPES}, got {type(x).__name__}; convert it with "
+            "torch.tensor(...) or torch.from_numpy(...)."
+        )
+    if x.is_complex():
+        raise TypeError(
+            f"{name} is complex ({x.dtype}), but must be of one of the dtypes {DTYPES}; give its magnitudes, .abs(), "
+            "or its parts, torch.view_as_real(...)."
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be of one of the dtypes {DTYPES}, got {x.dtype}; convert it, say with .float().")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"The mask of {name} must be a bool torch.Tensor or None, got {type(mask).__name__}.")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape):
         raise ValueError(
             f"The mask of {name} must be a bool tensor of its shape {tuple(x.shape)}, "

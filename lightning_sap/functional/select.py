@@ -1,9 +1,9 @@
-"""PICK: exactly which weights go, the k smallest magnitudes over many tensors, ties by position.
+"""PICK: exactly which weights go, the k with the smallest scores over many tensors, ties by position.
 
-Magnitudes are compared by their bit patterns, integers of the same order. All works chunk by chunk, without a copy of
-all weights; a tensor that is not contiguous, or narrower than others beside it, is copied, one at a time. On the CPU,
-NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits for the device, but for
-``smallest`` over several tensors of which some have too little room.
+The magnitudes of scores are compared by their bit patterns, integers of the same order. All works chunk by chunk,
+without a copy of all scores; a tensor that is not contiguous, or narrower than others beside it, is copied, one at a
+time. On the CPU, NumPy compares and partitions many times faster than PyTorch. What runs elsewhere never waits for the
+device, but for ``smallest`` over several tensors of which some have too little room.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from lightning_sap.functional.pqi import BITS, chunk_size, count_true
 from lightning_sap.functional.scratch import scratch
 from lightning_sap.sharding import ALONE, Shards
 
-FEW = 1 << 12  # weights among which the k-th is found without a sample
+FEW = 1 << 12  # scores among which the k-th is found without a sample
 DIGIT = 16  # bits resolved by one pass of the histogram
 
 
 class Part(NamedTuple):
-    """A tensor to pick from: its weights, where they are dead (None: nowhere), and where to flag those picked."""
+    """A tensor to pick from: its scores, where none may be picked (None: nowhere), and where to flag those picked."""
 
-    weight: Tensor
-    dead: Tensor | None
+    scores: Tensor
+    excluded: Tensor | None
     flags: Tensor
 
 
 def smallest(
-    weights: Sequence[Tensor],
-    dead: Sequence[Tensor | None],
+    scores: Sequence[Tensor],
+    excluded: Sequence[Tensor | None],
     k: int,
     room: Sequence[int] | None = None,
     shards: Shards = ALONE,
 ) -> list[Tensor]:
-    """Pick exactly k of the smallest surviving magnitudes of several tensors taken as one vector.
+    """Pick exactly the k smallest magnitudes of the scores of several tensors taken as one vector.
 
     On the CPU the k-th smallest is looked for where a sample says it is, and by a radix select if counting shows that
     it is not there; elsewhere by a radix select.
 
     Args:
-        weights: Tensors of any shape and floating dtype.
-        dead: For each tensor a bool tensor of its shape, True where a weight is pruned already; None: nowhere.
-        k: How many to pick, at most the number of survivors.
-        room: Most that may be taken from each tensor, at most its survivors; the next smallest elsewhere go instead.
-            None: its survivors, which are counted then.
+        scores: Tensors of any shape and floating dtype.
+        excluded: For each tensor a bool tensor of its shape, True where none may be picked; None: nowhere.
+        k: How many to pick, at most as many as are not excluded.
+        room: Most that may be picked of each tensor, at most what is not excluded; the next smallest elsewhere go
+            instead. None: all that is not excluded, which is counted then.
         shards: The processes that hold the rows of the tensors; ``k`` and ``room`` are of all rows. They exchange
-            histograms and counts, never weights.
+            histograms and counts, never scores.
 
     Returns:
-        For each tensor a bool tensor of its shape, True where a weight is picked. Ties go to the lower position:
+        For each tensor a bool tensor of its shape, True where a score is picked. Ties go to the lower position:
         order of the tensors, then flat index (of sharded tensors: process, then flat index).
 
     Raises:
-        ValueError: If fewer than k weights may be picked.
+        ValueError: If fewer than k may be picked.
 
     Example:
         >>> import torch
@@ -67,37 +67,37 @@ def smallest(
         [tensor([False,  True]), tensor([False, False])]
     """
     if room is None:
-        gone = shards.sum(count_true([torch.zeros(0) if d is None else d for d in dead])).tolist()
-        sizes = shards.sum(torch.tensor([w.numel() for w in weights])).tolist()
-        room = [size - n for size, n in zip(sizes, gone, strict=True)]
+        barred = shards.sum(count_true([torch.zeros(0) if x is None else x for x in excluded])).tolist()
+        sizes = shards.sum(torch.tensor([s.numel() for s in scores])).tolist()
+        room = [size - n for size, n in zip(sizes, barred, strict=True)]
     if k > sum(room):
         raise ValueError(f"Cannot pick {k} weights where only {sum(room)} may go.")
     picked: dict[int, Tensor] = {}
-    free = list(range(len(weights)))
+    free = list(range(len(scores)))
     while True:
-        chosen = _smallest([weights[i] for i in free], [dead[i] for i in free], k, shards)
+        chosen = _smallest([scores[i] for i in free], [excluded[i] for i in free], k, shards)
         # of one tensor no more than k are taken, which fit
         taken = shards.sum(count_true(chosen)).tolist() if len(free) > 1 else [k] * len(free)
         full = {i for i, n in zip(free, taken, strict=True) if n > room[i]}
         if not full:
             picked.update(zip(free, chosen, strict=True))
-            return [picked[i] for i in range(len(weights))]
+            return [picked[i] for i in range(len(scores))]
         for i in full:  # a tensor over its room stays so when the others must give more: settle it for good
-            picked[i] = _smallest([weights[i]], [dead[i]], room[i], shards)[0]
+            picked[i] = _smallest([scores[i]], [excluded[i]], room[i], shards)[0]
             k -= room[i]
         free = [i for i in free if i not in full]
 
 
-def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tensor:
-    """Pick exactly ``counts[i]`` of the smallest surviving magnitudes of each row, ties to the lower position.
+def smallest_of_rows(rows: Tensor, excluded: Tensor | None, counts: Tensor) -> Tensor:
+    """Pick exactly ``counts[i]`` of the smallest magnitudes of each row, ties to the lower position.
 
     Args:
-        rows: Weights of shape ``(units, weights)``.
-        dead: Bool tensor of the same shape, True where a weight is pruned already; None: nowhere.
+        rows: Scores of shape ``(units, weights of a unit)``.
+        excluded: Bool tensor of the same shape, True where none may be picked; None: nowhere.
         counts: int64 tensor of shape ``(units,)``.
 
     Returns:
-        Bool tensor of the shape of ``rows``, True where a weight is picked.
+        Bool tensor of the shape of ``rows``, True where a score is picked.
 
     Example:
         >>> import torch
@@ -116,21 +116,21 @@ def smallest_of_rows(rows: Tensor, dead: Tensor | None, counts: Tensor) -> Tenso
         space = memory.view(2, step, rows.shape[1]).numpy()
     for a in range(0, len(rows), step):
         at = slice(a, a + step)
-        gone = None if dead is None else dead[at]
+        barred = None if excluded is None else excluded[at]
         if space is None:
-            picked[at] = _of_rows(_keys(rows[at], gone, rows.dtype), counts[at, None])
+            picked[at] = _of_rows(_keys(rows[at], barred, rows.dtype), counts[at, None])
         else:
-            _flag_rows(rows[at], gone, counts[at].numpy(), picked[at].numpy(), space[:, : len(rows[at])])
+            _flag_rows(rows[at], barred, counts[at].numpy(), picked[at].numpy(), space[:, : len(rows[at])])
     return picked
 
 
-def _flag_rows(rows: Tensor, dead: Tensor | None, counts: Any, flags: Any, space: Any) -> None:
+def _flag_rows(rows: Tensor, excluded: Tensor | None, counts: Any, flags: Any, space: Any) -> None:
     """Flag the ``counts[i]`` smallest of each row, in memory given."""
     keys, ordered = space
     largest = np.iinfo(keys.dtype).max
     np.bitwise_and(_numpy(rows), largest, out=keys)
-    if dead is not None:
-        keys |= np.multiply(dead.numpy(), keys.dtype.type(largest), out=ordered)
+    if excluded is not None:
+        keys |= np.multiply(excluded.numpy(), keys.dtype.type(largest), out=ordered)
     ordered[:] = keys
     least, most = max(1, int(counts.min())), max(1, int(counts.max()))
     ordered.partition(most - 1, axis=1)
@@ -155,25 +155,25 @@ def _of_rows(keys: Tensor, counts: Tensor) -> Tensor:
     return below | (equal & (equal.cumsum(1) <= counts - below.sum(1, keepdim=True)))
 
 
-def _smallest(weights: Sequence[Tensor], dead: Sequence[Tensor | None], k: int, shards: Shards) -> list[Tensor]:
-    fresh = torch.empty if k > 0 else torch.zeros  # every flag is written where some weights go
-    picked = [fresh(w.shape, dtype=torch.bool, device=w.device) for w in weights]
+def _smallest(scores: Sequence[Tensor], excluded: Sequence[Tensor | None], k: int, shards: Shards) -> list[Tensor]:
+    fresh = torch.empty if k > 0 else torch.zeros  # every flag is written where some are picked
+    picked = [fresh(w.shape, dtype=torch.bool, device=w.device) for w in scores]
     if k > 0:
-        dtype = reduce(torch.promote_types, {w.dtype for w in weights})
-        parts = [Part(w.detach(), d, flags) for w, d, flags in zip(weights, dead, picked, strict=True)]
-        on_cpu = shards.mesh is None and all(w.device.type == "cpu" for w in weights)
+        dtype = reduce(torch.promote_types, {w.dtype for w in scores})
+        parts = [Part(w.detach(), d, flags) for w, d, flags in zip(scores, excluded, picked, strict=True)]
+        on_cpu = shards.mesh is None and all(w.device.type == "cpu" for w in scores)
         if not (on_cpu and _pick_by_sample(parts, k, dtype)):
             _pick_by_histogram(parts, k, dtype, shards)
     return picked
 
 
 def _chunks(part: Part) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Weights, where they are dead, and flags, chunk by chunk in the order of flat indices."""
-    weight, dead, flags = part.weight.reshape(-1), part.dead, part.flags.view(-1)
-    gone = None if dead is None else dead.reshape(-1)
-    for a in range(0, len(weight), chunk_size(weight)):
-        at = slice(a, a + chunk_size(weight))
-        yield weight[at], None if gone is None else gone[at], flags[at]
+    """Scores, where they are excluded, and flags, chunk by chunk in the order of flat indices."""
+    scores, excluded, flags = part.scores.reshape(-1), part.excluded, part.flags.view(-1)
+    barred = None if excluded is None else excluded.reshape(-1)
+    for a in range(0, len(scores), chunk_size(scores)):
+        at = slice(a, a + chunk_size(scores))
+        yield scores[at], None if barred is None else barred[at], flags[at]
 
 
 def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
@@ -182,15 +182,15 @@ def _pick_by_sample(parts: Sequence[Part], k: int, dtype: torch.dtype) -> bool:
     The sample gives two keys. What is below them is flagged and counted, what is between them is kept, and where the
     counts prove that the k-th smallest is among the kept, that is where it is found.
     """
-    sizes = [part.weight.numel() for part in parts]
+    sizes = [part.scores.numel() for part in parts]
     low, high = _bracket(parts, k, dtype)
     kept, start, below, held = [], 0, 0, 0
-    for keys, gone, flags, between in _keys_of_chunks(parts, dtype):
+    for keys, barred, flags, between in _keys_of_chunks(parts, dtype):
         np.less(keys, low, out=flags)
         np.less_equal(keys, high, out=between)
-        if gone is not None:
-            np.greater(flags, gone, out=flags)  # and not gone
-            np.greater(between, gone, out=between)
+        if barred is not None:
+            np.greater(flags, barred, out=flags)  # and not excluded
+            np.greater(between, barred, out=between)
         np.not_equal(between, flags, out=between)
         at = _places(between)
         kept.append((at + start, keys[at]))
@@ -220,25 +220,25 @@ def _places(flags: Any) -> Any:
 
 
 def _keys_of_chunks(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Keys, where dead, flags, and space for as many flags, as NumPy arrays; keys and space are used over again."""
-    step, largest = chunk_size(parts[0].weight), torch.iinfo(BITS[dtype]).max
-    longest = min(step, max(part.weight.numel() for part in parts))
+    """Keys, where excluded, flags, and space for as many flags, as NumPy arrays; keys and space are used over again."""
+    step, largest = chunk_size(parts[0].scores), torch.iinfo(BITS[dtype]).max
+    longest = min(step, max(part.scores.numel() for part in parts))
     memory = scratch(longest * (dtype.itemsize + 1))
     keys, space = memory[:-longest].view(BITS[dtype]).numpy(), memory[-longest:].view(torch.bool).numpy()
     for part in parts:
-        bits, flags = _numpy(part.weight.reshape(-1).to(dtype)), part.flags.view(-1).numpy()
-        gone = None if part.dead is None else part.dead.reshape(-1).numpy()
+        bits, flags = _numpy(part.scores.reshape(-1).to(dtype)), part.flags.view(-1).numpy()
+        barred = None if part.excluded is None else part.excluded.reshape(-1).numpy()
         for a in range(0, len(bits), step):
             at = slice(a, a + step)
             n = len(flags[at])
             np.bitwise_and(bits[at], largest, out=keys[:n])
-            yield keys[:n], None if gone is None else gone[at], flags[at], space[:n]
+            yield keys[:n], None if barred is None else barred[at], flags[at], space[:n]
 
 
 def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, int]:
     """Two keys between which the k-th smallest almost surely is."""
     smallest, largest = 0, torch.iinfo(BITS[dtype]).max
-    total = sum(part.weight.numel() for part in parts)
+    total = sum(part.scores.numel() for part in parts)
     if total <= FEW:
         return smallest, largest
     sample = _sample(parts, total, dtype)
@@ -257,16 +257,16 @@ def _bracket(parts: Sequence[Part], k: int, dtype: torch.dtype) -> tuple[int, in
 
 
 def _sample(parts: Sequence[Part], total: int, dtype: torch.dtype) -> Any:
-    """The keys of one weight in every so many: about as many keys as will be between two of them."""
+    """The keys of one score in every so many: about as many keys as will be between two of them."""
     stride = max(1, round(total ** (1 / 3) / 3))
     while math.gcd(stride, 210) > 1:  # in step neither with rows nor with kernels
         stride += 1
     keys, first = [], 0
     for part in parts:
-        weight = part.weight.reshape(-1)[first::stride]
-        gone = None if part.dead is None else part.dead.reshape(-1)[first::stride]
-        keys.append(_keys(weight, gone, dtype).numpy())
-        first = (first - part.weight.numel()) % stride
+        scores = part.scores.reshape(-1)[first::stride]
+        barred = None if part.excluded is None else part.excluded.reshape(-1)[first::stride]
+        keys.append(_keys(scores, barred, dtype).numpy())
+        first = (first - part.scores.numel()) % stride
     return np.concatenate(keys)
 
 
@@ -277,20 +277,20 @@ def _pick_by_histogram(parts: Sequence[Part], k: int, dtype: torch.dtype, shards
     of_ranks = torch.stack(shards.gather(equal), dim=1)  # in the order in which ties go: tensor, process
     before = of_ranks.view(-1).cumsum(0).view(of_ranks.shape) - of_ranks
     for part, earlier in zip(parts, before[:, shards.rank], strict=True):
-        key, left = last.to(part.weight.device), (ties - earlier).to(part.weight.device)
-        for weight, gone, flags in _chunks(part):
-            keys = _keys(weight, gone, dtype)
+        key, left = last.to(part.scores.device), (ties - earlier).to(part.scores.device)
+        for scores, barred, flags in _chunks(part):
+            keys = _keys(scores, barred, dtype)
             same = keys == key
             flags.copy_((keys < key) | (same & (same.cumsum(0) <= left)))
             left = left - same.count_nonzero()
 
 
 def _kth_key(parts: Sequence[Part], k: int, dtype: torch.dtype, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Key of the k-th smallest survivor, and how many weights of that key are among the k smallest.
+    """Key of the k-th smallest, and how many scores of that key are among the k smallest.
 
-    A radix select: a histogram of 16 bits at a time finds the key in two passes over float32 weights.
+    A radix select: a histogram of 16 bits at a time finds the key in two passes over float32 scores.
     """
-    device = parts[0].weight.device
+    device = parts[0].scores.device
     prefix = torch.zeros(1, dtype=torch.int64, device=device)
     rank = torch.full_like(prefix, k)
     for shift in range(torch.iinfo(BITS[dtype]).bits - DIGIT, -1, -DIGIT):
@@ -307,10 +307,10 @@ def _kth_key(parts: Sequence[Part], k: int, dtype: torch.dtype, shards: Shards) 
 
 def _histogram(part: Part, prefix: Tensor, shift: int, dtype: torch.dtype) -> Tensor:
     """How many keys that begin with the prefix go on with each digit."""
-    counts = torch.zeros((1 << DIGIT) + 1, dtype=torch.int64, device=part.weight.device)
+    counts = torch.zeros((1 << DIGIT) + 1, dtype=torch.int64, device=part.scores.device)
     prefix = prefix.to(counts.device)
-    for weight, gone, _ in _chunks(part):
-        digits = _keys(weight, gone, dtype).to(torch.int64) >> shift
+    for scores, barred, _ in _chunks(part):
+        digits = _keys(scores, barred, dtype).to(torch.int64) >> shift
         others = digits >> DIGIT != prefix
         digits = (digits & ((1 << DIGIT) - 1)).masked_fill_(others, 1 << DIGIT)
         counts.scatter_add_(0, digits, torch.ones_like(counts[:1]).expand_as(digits))
@@ -318,19 +318,19 @@ def _histogram(part: Part, prefix: Tensor, shift: int, dtype: torch.dtype) -> Te
 
 
 def _equal(part: Part, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many survivors have the key, on the device of the key."""
+    """How many scores have the key, on the device of the key."""
     found = torch.zeros_like(key)
-    for weight, gone, _ in _chunks(part):
-        found += (_keys(weight, gone, dtype) == key.to(weight.device)).count_nonzero().to(found.device)
+    for scores, barred, _ in _chunks(part):
+        found += (_keys(scores, barred, dtype) == key.to(scores.device)).count_nonzero().to(found.device)
     return found
 
 
-def _keys(weight: Tensor, dead: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Integers ordered as the magnitudes are: their bit patterns; what is dead comes after all that is alive."""
-    keys = weight.to(dtype).abs().view(BITS[dtype])
-    return keys if dead is None else keys | dead.to(keys.dtype).mul_(torch.iinfo(keys.dtype).max)
+def _keys(scores: Tensor, excluded: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Integers ordered as the magnitudes are: their bit patterns; what is excluded comes after all others."""
+    keys = scores.to(dtype).abs().view(BITS[dtype])
+    return keys if excluded is None else keys | excluded.to(keys.dtype).mul_(torch.iinfo(keys.dtype).max)
 
 
-def _numpy(weight: Tensor) -> Any:
-    """The bit patterns of weights on the CPU."""
-    return weight.view(BITS[weight.dtype]).numpy()
+def _numpy(scores: Tensor) -> Any:
+    """The bit patterns of scores on the CPU."""
+    return scores.view(BITS[scores.dtype]).numpy()

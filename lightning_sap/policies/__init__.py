@@ -1,6 +1,17 @@
-"""What an algorithm is: how many weights go, and by which score."""
+"""What an algorithm is: how many weights go and come back, and by which score."""
 
 from lightning_sap.policies.amounts import FixedFraction, SparsityInformed
-from lightning_sap.policies.base import Policy, check_policy
+from lightning_sap.policies.base import Amounts, Importance, Policy, Standing, check_policy
+from lightning_sap.policies.importance import Magnitude, check_importance
 
-__all__ = ["FixedFraction", "Policy", "SparsityInformed", "check_policy"]
+__all__ = [
+    "Amounts",
+    "FixedFraction",
+    "Importance",
+    "Magnitude",
+    "Policy",
+    "SparsityInformed",
+    "Standing",
+    "check_importance",
+    "check_policy",
+]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_sap.functional.amount import check_at_least_zero, check_fraction, count_to_prune, floor
 from lightning_sap.functional.pqi import PowerSums, check_orders
-from lightning_sap.policies.base import Policy
+from lightning_sap.policies.base import LARGEST_SCALED, Policy
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,18 @@ class SparsityInformed(Policy):
         kept = torch.where(sums.sum_q == 0, d, kept * (1 + self.eta_r) ** (-q / (q - p)))
         return count_to_prune(kept, d, self.gamma, self.beta)
 
+    def _times(self, scale: float) -> SparsityInformed:
+        return replace(self, gamma=scale * self.gamma)
+
 
 @dataclass(frozen=True)
 class FixedFraction(Policy):
-    """Prune the same fraction of the survivors in every round, ``floor(f · d)``: the lottery ticket's policy.
+    """Prune the same fraction of the kept weights in every round, ``floor(f · d)``: the lottery ticket's policy.
 
     Of a group that is all zero nothing goes.
 
     Args:
-        fraction: Fraction ``f`` of a group's surviving weights, in ``[0, 1)``.
+        fraction: Fraction ``f`` of a group's kept weights, in ``[0, 1)``.
 
     Raises:
         ValueError: If the fraction is out of its range.
@@ -88,3 +91,6 @@ class FixedFraction(Policy):
     def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
         """Number of weights to prune from each group: int64, the shape of the groups."""
         return floor(self.fraction * sums.count.to(torch.float64)).masked_fill(sums.sum_q == 0, 0)
+
+    def _times(self, scale: float) -> FixedFraction:
+        return replace(self, fraction=min(scale * self.fraction, max(self.fraction, LARGEST_SCALED)))

@@ -55,8 +55,9 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
     """The decision of rank 0, on every rank; a collective where they are replicated."""
     if not _replicated(trainer, weights.values()):
         return step
-    before, masks, count = trainer.strategy.broadcast((step.before, step.masks.pack(), step.count))
-    return Decision(before, MaskSet.unpack(masks).like(weights), count)
+    packed = step.before, step.dropped, step.grown, step.masks.pack()
+    before, dropped, grown, masks = trainer.strategy.broadcast(packed)
+    return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights))
 
 
 def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:

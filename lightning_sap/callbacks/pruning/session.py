@@ -213,7 +213,7 @@ class PruningSession:
         step = decide(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
         if frozen:  # they stay as they are, under their masks
             masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
-            step = Decision(self.measure(module), masks, step.count)
+            step = replace(step, before=self.measure(module), masks=masks)
         return agreement.broadcast_decision(trainer, step, self.live())
 
     def _target(self, frozen: Sequence[str]) -> int | None:
