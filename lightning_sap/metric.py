@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_sap.functional.pqi import LOWEST_EXPONENT, PowerSums, check_orders, index_of, power_sums, total
+from lightning_sap.functional.scalars import as_plain
 
 
 class PQIndex(Metric):
@@ -51,9 +52,9 @@ class PQIndex(Metric):
     def __init__(self, p: float = 0.5, q: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_orders(p, q)
-        self.p, self.q = p, q
+        self.p, self.q = as_plain(p), as_plain(q)
         empty = torch.tensor([0.0, LOWEST_EXPONENT, 0.0, 0.0], dtype=torch.float64)
-        self.add_state("sums", empty, dist_reduce_fx=_Add(p, q))
+        self.add_state("sums", empty, dist_reduce_fx=_Add(self.p, self.q))
 
     def update(self, weights: Tensor, mask: Tensor | None = None) -> None:
         """Add the entries of a tensor, those under a True of the mask if one is given."""

@@ -31,12 +31,12 @@ LAZY = {"plot", "matplotlib", "rich"}  # what is imported inside functions only
 # What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
 ARROWS: dict[str, set[str]] = {
     "functional": {"functional/amount", "functional/pqi", "functional/select"},
-    "functional/amount": {"functional/pqi"},
+    "functional/amount": {"functional/pqi", "functional/scalars"},
     "functional/fingerprint": {"functional/pqi", "functional/scratch"},
-    "functional/pqi": {"functional/scratch"},
+    "functional/pqi": {"functional/scalars", "functional/scratch"},
     "functional/select": {"sharding", "functional/pqi", "functional/scratch"},
     "policies": {"policies/amounts", "policies/base", "policies/importance"},
-    "policies/amounts": {"functional/amount", "functional/pqi", "policies/base"},
+    "policies/amounts": {"functional/amount", "functional/pqi", "functional/scalars", "policies/base"},
     "policies/base": {"functional/amount", "functional/pqi"},
     "policies/importance": {"policies/base"},
     "engine/decision": {
@@ -54,14 +54,16 @@ ARROWS: dict[str, set[str]] = {
     "engine/masks": {"sharding", "functional/fingerprint", "functional/pqi"},
     "engine/measure": {"sharding", "functional/fingerprint", "functional/pqi", "policies/importance", "engine/groups"},
     "engine/weights": {"sharding"},
+    "rounds/phases": {"functional/scalars"},
     "rounds/protocol": {"engine/groups", "rounds/history"},
     "rewind": {"rewind/replay", "rewind/weights"},
     "rewind/weights": {"sharding", "engine/weights"},
-    "metric": {"functional/pqi"},
+    "metric": {"functional/pqi", "functional/scalars"},
     "report": {"rounds/history"},
     "callbacks": {"callbacks/monitor", "callbacks/pruning"},
     "callbacks/monitor": {"callbacks/monitor/callback"},
     "callbacks/monitor/callback": {
+        "functional/scalars",
         "rounds/history",
         "rounds/phases",
         "rounds/protocol",
@@ -76,6 +78,7 @@ ARROWS: dict[str, set[str]] = {
     "callbacks/monitor/meter": {
         "sharding",
         "functional/pqi",
+        "functional/scalars",
         "engine/groups",
         "engine/measure",
         "engine/weights",
@@ -128,18 +131,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/pruning/options": {
         "functional/amount",
+        "functional/scalars",
         "policies/base",
         "engine/decision",
         "engine/groups",
         "engine/weights",
     },
-    "callbacks/pruning/sap": {
-        "policies/amounts",
-        "engine/groups",
-        "engine/weights",
-        "callbacks/pruning/callback",
-        "callbacks/pruning/options",
-    },
+    "callbacks/pruning/sap": {"policies/amounts", "callbacks/pruning/callback", "callbacks/pruning/options"},
     "callbacks/pruning/schedules": {
         "rounds/plan",
         "rewind",

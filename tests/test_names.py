@@ -25,8 +25,10 @@ from lightning_sap import (
 
 COMMON = {
     "scope": "layer",
+    "importance": "magnitude",
     "rounds": None,
     "every_n_epochs": None,
+    "every_n_steps": None,
     "rewind_weights": None,
     "lr_schedule": "auto",
     "reset_optimizer": True,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_sap.functional.pqi import check_orders
+from lightning_sap.functional.scalars import is_real
 
 TOLERANCE = 1e-9  # of the number rounded, but never so much that a whole number would turn into its neighbour
 LARGEST_SLACK = 0.25
@@ -106,7 +107,7 @@ def prune_count(
         tensor(90)
     """
     check_at_least_zero("gamma", gamma)
-    check_fraction("beta", beta)
+    check_beta(beta)
     kept = retained_lower_bound(index, d, p, q, eta_r)
     return count_to_prune(kept, torch.as_tensor(d).to(kept), gamma, beta)
 
@@ -164,11 +165,18 @@ def count_to_prune(kept: Tensor, d: Tensor, gamma: float, beta: float) -> Tensor
 
 def check_at_least_zero(name: str, value: float) -> None:
     """Raise unless the value is finite and not negative."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least 0, got {value}.")
+    if not (is_real(value) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Raise unless the value is in ``[0, 1)``."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}; 0.2 takes a fifth.")
+def check_fraction(name: str, value: float, advice: str) -> None:
+    """Raise unless the value is in ``[0, 1)``; the advice says what a value would do."""
+    if not (is_real(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}; {advice}.")
+
+
+def check_beta(value: float) -> None:
+    """Raise unless it can be the largest fraction that one pruning takes."""
+    check_fraction(
+        "beta", value, "it is the largest fraction of a group that one pruning takes, and 0.9 is the default"
+    )

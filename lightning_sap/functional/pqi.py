@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sap.functional.scalars import is_real
 from lightning_sap.functional.scratch import scratch
 
 CHUNK = {"cpu": 1 << 17}  # entries read at a time: what that takes stays in the caches of one core
@@ -45,7 +45,7 @@ class PowerSums(NamedTuple):
 
 def check_orders(p: float, q: float) -> None:
     """Raise unless 0 < p < q, and q is not so large that half of the largest magnitude counts as nothing."""
-    if not (isinstance(p, Real) and isinstance(q, Real) and 0 < p < q <= LARGEST_ORDER):
+    if not (is_real(p) and is_real(q) and 0 < p < q <= LARGEST_ORDER):
         raise ValueError(
             f"The orders of the PQ Index must satisfy 0 < p < q <= {LARGEST_ORDER:g}, got p={p!r} and q={q!r}; "
             "try p=0.5, q=1.0."

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.amount import check_at_least_zero, check_fraction, count_to_prune, floor
+from lightning_sap.functional.amount import check_at_least_zero, check_beta, check_fraction, count_to_prune, floor
 from lightning_sap.functional.pqi import PowerSums, check_orders
+from lightning_sap.functional.scalars import make_plain_
 from lightning_sap.policies.base import LARGEST_SCALED, Policy
 
 
@@ -43,10 +44,11 @@ class SparsityInformed(Policy):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        make_plain_(self)
         check_orders(self.p, self.q)
         check_at_least_zero("eta_r", self.eta_r)
         check_at_least_zero("gamma", self.gamma)
-        check_fraction("beta", self.beta)
+        check_beta(self.beta)
 
     def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
         """Number of weights to prune from each group: int64, the shape of the groups."""
@@ -86,7 +88,8 @@ class FixedFraction(Policy):
 
     def __post_init__(self) -> None:
         """Check the range."""
-        check_fraction("fraction", self.fraction)
+        make_plain_(self)
+        check_fraction("fraction", self.fraction, "0.2 takes a fifth")
 
     def __call__(self, sums: PowerSums, round: int) -> Tensor:  # noqa: ARG002 (the same in every round)
         """Number of weights to prune from each group: int64, the shape of the groups."""

@@ -10,6 +10,8 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal
 
+from lightning_sap.functional.scalars import is_real, make_plain_
+
 SCATTERS = 4.0  # a turn is more than this many times the noise of the index
 SMALLEST = 1e-300  # stands for 0 where a logarithm is taken
 LOWER_SCORE, LARGER_LOSS = 0.2, 9.0  # defaults of `metric_change`
@@ -105,11 +107,12 @@ class PhaseDetector:
     _series: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)  # witness: first round, number
 
     def __post_init__(self) -> None:
+        make_plain_(self)
         if self.mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min', got {self.mode!r}.")
         limits = dict.fromkeys(("rise", "patience", "spare", "metric_change", "tolerance"), math.inf)
         limits |= dict.fromkeys(("fall", "floor", "reserve"), 1.0)
-        if self.patience != int(self.patience):
+        if not is_real(self.patience) or self.patience != int(self.patience):
             raise ValueError(f"patience must be a whole number of rounds, got {self.patience}; give 1 or more.")
         for name, limit in limits.items():
             if (value := getattr(self, name)) is not None and not 0 < value < limit:

@@ -14,6 +14,7 @@ from lightning_sap.callbacks.monitor import loggers
 from lightning_sap.callbacks.monitor.curve import Curve
 from lightning_sap.callbacks.monitor.meter import IndexMeter, leader, pruners
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
+from lightning_sap.functional.scalars import as_plain
 from lightning_sap.report import markdown, show
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.phases import Layers, Phase, PhaseDetector
@@ -85,12 +86,12 @@ class PQIMonitor(Callback):
             raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
         self.stop_on = stop_on
         self.monitor, self.mode = monitor, mode
-        self.patience = patience
+        self.patience = as_plain(patience)
         self.restore = restore
         self.verbose = verbose
         self.name = name
         self._gauge = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
-        self.p, self.q, self.gini, self.log_layers = p, q, gini, self._gauge.log_layers
+        self.p, self.q, self.gini, self.log_layers = self._gauge.p, self._gauge.q, gini, self._gauge.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
         self._begin()

@@ -13,6 +13,7 @@ from lightning_sap.engine.groups import PrunableTensor, dense_pieces
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
 from lightning_sap.engine.weights import check_patterns
 from lightning_sap.functional.pqi import check_orders, gini_index
+from lightning_sap.functional.scalars import as_plain
 from lightning_sap.rounds.protocol import MonitoredPruner
 from lightning_sap.sharding import check_placements, is_sharded
 
@@ -27,7 +28,7 @@ class IndexMeter:
             raise ValueError(f"Give both p and q, or neither to measure by the pruner's; got p={p}, q={q}.")
         if p is not None and q is not None:
             check_orders(p, q)
-        self.p, self.q = p, q
+        self.p, self.q = as_plain(p), as_plain(q)
         self.gini = gini
         self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
         self.name = name

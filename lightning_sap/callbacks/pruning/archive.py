@@ -25,13 +25,13 @@ TAKEN = ".taken"  # an empty file in a folder that a run has chosen, until there
 METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
 
 
-def choose_folder(trainer: Trainer, dirpath: str | None) -> str:
+def choose_folder(trainer: Trainer, dirpath: str | Path | None) -> str:
     """A folder that is not there yet or empty, made and marked as taken; on all ranks that of rank 0, a collective.
 
     Raises:
         ValueError: If it is not on a local disk, which the rounds are read from.
     """
-    wanted = dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "rounds")
+    wanted = os.fspath(dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "rounds"))
     if "://" in wanted:
         raise ValueError(
             f"The rounds are saved in a local folder, got {wanted!r}; give dirpath='...', or save_rounds=False (and "

@@ -6,7 +6,6 @@ import itertools
 import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,12 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages
 from lightning_sap.callbacks.pruning.fit import Fit
-from lightning_sap.callbacks.pruning.options import Options, RewindWeights, Schedule
+from lightning_sap.callbacks.pruning.options import Options, check_names, takes_options
 from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.session import PruningSession
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.engine.groups import PrunableTensor, Scope
-from lightning_sap.engine.weights import Selection, low_rank_adapters
+from lightning_sap.engine.groups import PrunableTensor
+from lightning_sap.engine.weights import low_rank_adapters
 from lightning_sap.policies.base import Policy
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
@@ -29,6 +28,7 @@ from lightning_sap.rounds.protocol import RoundListener
 from lightning_sap.sharding import reshard
 
 
+@takes_options
 class PruningCallback(Callback):
     """Prune a network between the rounds of its training, by any policy.
 
@@ -37,35 +37,16 @@ class PruningCallback(Callback):
     round trains under the masks. Nothing is pruned after the last epoch.
 
     Args:
-        policy: How many weights a group loses: :class:`SparsityInformed` or :class:`FixedFraction`.
-        scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
-        rounds: How many prunings. None: as many as ``every_n_epochs`` allows, or 4 to 15 by the number of epochs;
-            0 only holds masks.
-        every_n_epochs: Length of a round, in epochs; the last one takes what is left over. None: as long as fits.
-        rewind_weights: After a pruning the surviving weights go on as they are (None), or back to the first ones
-            (``"init"``), or to those after that many completed epochs. Buffers go with them.
-        lr_schedule: Every round starts the schedule anew (``"restart"``), or replays the whole of a schedule written
-            for all of training (``"squeeze"``), or one schedule goes over all rounds (``"keep"``); ``"auto"`` chooses
-            between the first two.
-        reset_optimizer: Forget momenta and other optimizer state at each pruning.
-        target_remaining: Fraction of the prunable weights that survives at the end, met exactly; None: no target.
-        min_remaining: Fraction of its weights that every parameter keeps.
-        include: Parameter-name globs, module types or predicates ``(name, module, parameter) -> bool``: only what
-            they match is prunable. None: the trainable weights of two or more dimensions without embeddings.
-        exclude: The same; what they match is not prunable.
-        keep_zeros: Weights that are exactly zero when fit starts count as pruned.
-        save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
-            latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
-            otherwise none.
-        dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
-        name: Tells two callbacks apart, in checkpoints and in log keys.
+        policy: How many weights a group loses: :class:`SparsityInformed`, :class:`FixedFraction` or your own
+            :class:`Policy`.
+        **options: All that :class:`Options` declares.
 
     Logs every epoch ``<name>/round``, ``<name>/remaining`` (fraction) and ``<name>/pruned`` (weights that the latest
     pruning took).
 
     Raises:
         ValueError: If an option is out of its range.
-        TypeError: If the policy is none.
+        TypeError: If the policy is none, or there is no option of that name.
 
     Source: Diao et al., ICLR 2023, Algorithm 1; Frankle and Carbin, ICLR 2019 (weight rewinding); Renda et al.,
     ICLR 2020 (learning-rate rewinding).
@@ -77,30 +58,10 @@ class PruningCallback(Callback):
         1.0
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        scope: Scope = "layer",
-        rounds: int | None = None,
-        every_n_epochs: int | None = None,
-        rewind_weights: RewindWeights = None,
-        lr_schedule: Schedule = "auto",
-        reset_optimizer: bool = True,
-        target_remaining: float | None = None,
-        min_remaining: float = 0.0,
-        include: Selection = None,
-        exclude: Selection = None,
-        keep_zeros: bool = False,
-        save_rounds: bool | int | None = None,
-        dirpath: str | Path | None = None,
-        name: str = "sap",
-    ) -> None:
+    def __init__(self, policy: Policy, **options: Any) -> None:
         super().__init__()
-        self.options = Options(
-            policy, scope, rounds, every_n_epochs, rewind_weights, lr_schedule, reset_optimizer, target_remaining,
-            min_remaining, include, exclude, keep_zeros, save_rounds, None if dirpath is None else str(dirpath), name,
-        )  # fmt: skip
+        check_names(self, options)
+        self.options = Options(policy, **options)
         self._session = PruningSession(self.options)
         self._fit = Fit()
 

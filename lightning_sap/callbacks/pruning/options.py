@@ -1,12 +1,14 @@
-"""What a user may ask of a pruning callback, checked at once."""
+"""What a user may ask of a pruning callback: declared here, once, and checked at once."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -14,71 +16,118 @@ from lightning_sap.engine.decision import Limits
 from lightning_sap.engine.groups import Scope, check_scope
 from lightning_sap.engine.weights import Selection, check_selection
 from lightning_sap.functional.amount import ceil, floor
+from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
 from lightning_sap.policies.base import Policy, check_policy
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
+C = TypeVar("C", bound=type[Any])
 
+ENTRY = re.compile(r"^    \*\*options: .*\n(?:     .*\n)*", re.MULTILINE)  # stands for all that Options declares
 SAME = {"init": "0"}  # as `rewind_weights`
-OF_THE_PLAN = ("rounds", "every_n_epochs", "keep_zeros")  # what counts only where a run begins
+OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros")  # what counts only where a run begins
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of :class:`lightning_sap.PruningCallback`, see there.
+    """The policy of a pruning callback, and its options.
+
+    Each option is declared here alone, its type and default as a field, its sentence below. :func:`takes_options` gives
+    them to the signatures and docstrings of the callbacks.
+
+    Args:
+        scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
+        importance: By which score weights are compared: ``"magnitude"``, or an object whose ``scores`` method gives the
+            scores.
+        rounds: How many prunings. None: as many as ``every_n_epochs`` or ``every_n_steps`` allows, or 4 to 15 by the
+            number of epochs; 0 only holds masks.
+        every_n_epochs: Length of a round, in epochs; the last one takes what is left over. None: as long as fits.
+        every_n_steps: Length of a round, in optimizer steps; give it or ``every_n_epochs``, or neither. None: rounds
+            are counted in epochs.
+        rewind_weights: After a pruning the surviving weights go on as they are (None), or back to the first ones
+            (``"init"``), or to those after that many completed epochs. Buffers go with them.
+        lr_schedule: Every round starts the schedule anew (``"restart"``), or replays the whole of a schedule written
+            for all of training (``"squeeze"``), or one schedule goes over all rounds (``"keep"``); ``"auto"`` chooses
+            between the first two.
+        reset_optimizer: Forget momenta and other optimizer state at each pruning.
+        target_remaining: Fraction of the prunable weights that survives at the end, met exactly; None: no target.
+        min_remaining: Fraction of its weights that every parameter keeps.
+        include: Parameter-name globs, module types (in YAML by their dotted paths, such as ``torch.nn.Linear``) or
+            predicates ``(name, module, parameter) -> bool``: only what they match is prunable. None: the trainable
+            weights of two or more dimensions without embeddings.
+        exclude: The same; what they match is not prunable.
+        keep_zeros: Weights that are exactly zero when fit starts count as pruned.
+        save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
+            latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
+            otherwise none.
+        dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
+        name: Tells two callbacks apart, in checkpoints and in log keys.
 
     Raises:
         ValueError: If one is out of its range.
-        TypeError: If the policy is none.
+        TypeError: If the policy is none, or the importance.
     """
 
     policy: Policy
-    scope: Scope
-    rounds: int | None
-    every_n_epochs: int | None
-    rewind_weights: RewindWeights
-    lr_schedule: Schedule
-    reset_optimizer: bool
-    target_remaining: float | None
-    min_remaining: float
-    include: Selection
-    exclude: Selection
-    keep_zeros: bool
-    save_rounds: bool | int | None
-    dirpath: str | None
-    name: str
+    _: KW_ONLY
+    scope: Scope = "layer"
+    importance: Any = "magnitude"
+    rounds: int | None = None
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    rewind_weights: RewindWeights = None
+    lr_schedule: Schedule = "auto"
+    reset_optimizer: bool = True
+    target_remaining: float | None = None
+    min_remaining: float = 0.0
+    include: Selection = None
+    exclude: Selection = None
+    keep_zeros: bool = False
+    save_rounds: bool | int | None = None
+    dirpath: str | Path | None = None
+    name: str = "sap"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        make_plain_(self)
+        if self.dirpath is not None:
+            object.__setattr__(self, "dirpath", str(self.dirpath))
         check_policy(self.policy)
         check_scope(self.scope)
+        _check_importance(self.importance)
         check_selection("include", self.include)
         check_selection("exclude", self.exclude)
-        _check(self.rounds is None or _whole(self.rounds, 0), "rounds", self.rounds, "a whole number of at least 0")
-        fits = self.every_n_epochs is None or _whole(self.every_n_epochs, 1)
-        _check(fits, "every_n_epochs", self.every_n_epochs, "a whole number of at least 1")
-        rewind = self.rewind_weights
-        _check(
-            rewind is None or rewind == "init" or _whole(rewind, 0),
-            "rewind_weights",
-            rewind,
-            "None (keep the weights), 'init' or a number of completed epochs",
-        )
+        self._check_rounds()
+        self._check_remaining()
+        rewind, save = self.rewind_weights, self.save_rounds
+        fits = rewind is None or rewind == "init" or is_whole(rewind, 0)
+        _check(fits, "rewind_weights", rewind, "None (keep the weights), 'init' or a number of completed epochs")
         schedules = ("auto", "restart", "squeeze", "keep")
         _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
-        target = self.target_remaining
-        fits = target is None or (_fraction(target) and target > 0)
-        _check(fits, "target_remaining", target, "None or a fraction in (0, 1]")
-        fits = _fraction(self.min_remaining) and self.min_remaining < 1
-        _check(fits, "min_remaining", self.min_remaining, "a fraction in [0, 1)")
-        if target is not None and self.min_remaining > target:
-            raise ValueError(
-                f"min_remaining={self.min_remaining} is above target_remaining={target}: the target could not be "
-                "reached. Lower min_remaining or raise target_remaining."
-            )
-        fits = self.save_rounds is None or isinstance(self.save_rounds, bool) or _whole(self.save_rounds, 1)
-        _check(fits, "save_rounds", self.save_rounds, "None, True, False or a whole number of at least 1")
+        fits = save is None or isinstance(save, bool) or is_whole(save, 1)
+        _check(fits, "save_rounds", save, "None, True, False or a whole number of at least 1")
         _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
+
+    def _check_rounds(self) -> None:
+        for name, least in {"rounds": 0, "every_n_epochs": 1, "every_n_steps": 1}.items():
+            value = getattr(self, name)
+            _check(value is None or is_whole(value, least), name, value, f"a whole number of at least {least}")
+        if self.every_n_epochs is not None and self.every_n_steps is not None:
+            raise ValueError(
+                f"every_n_epochs={self.every_n_epochs} and every_n_steps={self.every_n_steps} both give the length of "
+                "a round. Give one of them."
+            )
+
+    def _check_remaining(self) -> None:
+        target, least = self.target_remaining, self.min_remaining
+        fits = target is None or (is_real(target) and 0 < target <= 1)
+        _check(fits, "target_remaining", target, "None or a fraction in (0, 1]")
+        _check(is_real(least) and 0 <= least < 1, "min_remaining", least, "a fraction in [0, 1)")
+        if target is not None and least > target:
+            raise ValueError(
+                f"min_remaining={least} is above target_remaining={target}: the target could not be reached. Lower "
+                "min_remaining or raise target_remaining."
+            )
 
     @property
     def snapshot_epoch(self) -> int | None:
@@ -121,14 +170,44 @@ def _exact(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _fraction(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) <= 1
+def _check_importance(importance: Any) -> None:
+    if importance != "magnitude" and not callable(getattr(importance, "scores", None)):
+        raise TypeError(f"importance must be 'magnitude' or an object with a method `scores`, got {importance!r}.")
 
 
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:
     if not fits:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+
+
+def takes_options(callback: C) -> C:
+    """Write the options that a callback takes as ``**options`` into its signature and its docstring.
+
+    For whoever asks at run time: ``help``, notebooks, LightningCLI's ``--help`` and the documentation.
+    """
+    init = callback.__init__
+    own = inspect.signature(init, eval_str=True)
+    before = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    declared = inspect.signature(Options, eval_str=True).parameters.values()
+    added = [parameter for parameter in declared if parameter.kind is parameter.KEYWORD_ONLY]
+    init.__signature__ = own.replace(parameters=[*before, *added])
+    if callback.__doc__ and Options.__doc__:  # `python -OO` has none
+        entries = inspect.cleandoc(Options.__doc__).partition("Args:\n")[2].partition("\n\n")[0] + "\n"
+        callback.__doc__ = ENTRY.sub(lambda _: entries, inspect.cleandoc(callback.__doc__))
+    return callback
+
+
+def check_names(callback: object, given: Iterable[str]) -> None:
+    """Raise if a callback is given an option that there is not, with the name that comes closest.
+
+    Raises:
+        TypeError: If one is unknown.
+    """
+    inits = [vars(kind)["__init__"] for kind in type(callback).__mro__ if "__init__" in vars(kind)]
+    parameters = [parameter for init in inits for parameter in inspect.signature(init).parameters.values()]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {parameter.name for parameter in parameters if parameter.kind in named} - {"self"}
+    for name in given:
+        if name not in known:
+            closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+            raise TypeError(f"{type(callback).__name__} has no option {name!r}; the closest is {closest!r}.")

@@ -1,14 +1,30 @@
 """Options: what is out of range is refused with its name, its value and what is allowed; YAML gives the same values."""
 
+import copy
+import dataclasses
+import inspect
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lightning_sap import FixedFraction, Policy, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
+from lightning_sap import (
+    FixedFraction,
+    PhaseDetector,
+    Policy,
+    PQIMonitor,
+    PQIndex,
+    PruningCallback,
+    SAPCallback,
+    SparsityInformed,
+)
+from lightning_sap.callbacks.pruning.options import Options, takes_options
 from lightning_sap.engine.decision import Limits
 
 
@@ -25,8 +41,13 @@ class TestRanges:
                 for value in (-1, 1.5, True, "3")
             ),
             *(
-                ({"every_n_epochs": value}, f"every_n_epochs must be a whole number of at least 1, got {value!r}.")
+                ({name: value}, f"{name} must be a whole number of at least 1, got {value!r}.")
+                for name in ("every_n_epochs", "every_n_steps")
                 for value in (0, -2, 0.5, True)
+            ),
+            (
+                {"every_n_epochs": 2, "every_n_steps": 40},
+                "every_n_epochs=2 and every_n_steps=40 both give the length of a round. Give one of them.",
             ),
             *(
                 (
@@ -42,11 +63,11 @@ class TestRanges:
             ),
             *(
                 ({"target_remaining": value}, f"target_remaining must be None or a fraction in (0, 1], got {value!r}.")
-                for value in (0, 0.0, -0.1, 1.1, float("nan"))
+                for value in (0, 0.0, -0.1, 1.1, float("nan"), True)
             ),
             *(
                 ({"min_remaining": value}, f"min_remaining must be a fraction in [0, 1), got {value!r}.")
-                for value in (-0.1, 1, 1.5, float("nan"))
+                for value in (-0.1, 1, 1.5, float("nan"), False)
             ),
             (
                 {"min_remaining": 0.3, "target_remaining": 0.2},
@@ -68,6 +89,7 @@ class TestRanges:
         [
             {"rounds": 0},
             {"every_n_epochs": 1},
+            {"every_n_steps": 1},
             {"rewind_weights": 0},
             {"rewind_weights": 12},
             {"target_remaining": 1.0},
@@ -104,19 +126,152 @@ class TestRanges:
             ({"eta_r": -0.1}, "eta_r must be a number of at least 0, got -0.1."),
             ({"gamma": -1.0}, "gamma must be a number of at least 0, got -1.0."),
             ({"gamma": float("inf")}, "gamma must be a number of at least 0, got inf."),
-            ({"beta": 1.0}, "beta must be in [0, 1), got 1.0; 0.2 takes a fifth."),
-            ({"beta": -0.1}, "beta must be in [0, 1), got -0.1; 0.2 takes a fifth."),
+            ({"gamma": True}, "gamma must be a number of at least 0, got True."),
+            *(
+                (
+                    {"beta": value},
+                    f"beta must be in [0, 1), got {value!r}; it is the largest fraction of a group that one pruning "
+                    "takes, and 0.9 is the default.",
+                )
+                for value in (1.0, -0.1, "0.5", False)
+            ),
         ],
     )
     def test_of_the_policy(self, options, message):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SAPCallback(**options)
 
+    @pytest.mark.parametrize("importance", ["magnitudes", None, 1, nn.Linear(2, 2)])
+    def test_what_is_no_importance(self, importance):
+        message = f"importance must be 'magnitude' or an object with a method `scores`, got {importance!r}."
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            SAPCallback(importance=importance)
+
     @pytest.mark.parametrize("policy", [0.2, None, FixedFraction, "sap"])
     def test_what_is_no_policy(self, policy):
         message = f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {policy!r}."
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             PruningCallback(policy)
+
+
+class TestNumPyNumbers:
+    """They are taken as Python's own of the same kind, and stored as these: what is stored is compared as text."""
+
+    @pytest.mark.parametrize(
+        ("name", "given", "expected"),
+        [
+            ("rounds", np.int64(3), 3),
+            ("every_n_epochs", np.int32(2), 2),
+            ("every_n_steps", np.uint8(40), 40),
+            ("rewind_weights", np.int16(0), 0),
+            ("save_rounds", np.int64(2), 2),
+            ("save_rounds", np.bool_(True), True),
+            ("target_remaining", np.float64(0.25), 0.25),
+            ("target_remaining", np.float32(0.5), 0.5),
+            ("min_remaining", np.float16(0.125), 0.125),
+        ],
+    )
+    def test_of_an_option(self, name, given, expected):
+        options = pruning(**{name: given}).options
+        assert (type(getattr(options, name)), getattr(options, name)) == (type(expected), expected)
+        assert options.plain() == pruning(**{name: expected}).options.plain()
+
+    @pytest.mark.parametrize("name", ["p", "q", "eta_r", "gamma", "beta"])
+    def test_of_sap(self, name):
+        value = {"p": 0.5, "q": 2.0}.get(name, 0.25)
+        policy = SAPCallback(**{name: np.float32(value)}).options.policy
+        assert (type(getattr(policy, name)), getattr(policy, name)) == (float, value)
+        assert repr(policy) == repr(SparsityInformed(**{name: value}))
+
+    def test_of_a_fixed_fraction(self):
+        assert repr(FixedFraction(np.float64(0.25))) == "FixedFraction(fraction=0.25)"
+
+    def test_of_a_monitor(self):
+        monitor = PQIMonitor(np.float64(1.0), np.float64(2.0), patience=np.int64(3))
+        assert [type(value) for value in (monitor.p, monitor.q, monitor.patience)] == [float, float, int]
+        assert (monitor.p, monitor.q, monitor.patience) == (1.0, 2.0, 3)
+        assert type(PhaseDetector(patience=np.int64(3)).patience) is int
+
+    def test_of_a_metric(self):
+        metric = PQIndex(np.float64(1.0), np.float64(2.0))
+        assert [type(value) for value in (metric.p, metric.q)] == [float, float]
+
+
+class WithMore(SAPCallback):
+    """What a user builds on it.
+
+    Args:
+        extra: An option of its own.
+    """
+
+    def __init__(self, extra=1, **kwargs):
+        super().__init__(**kwargs)
+        self.extra = extra
+
+
+class TestDeclaredOnce:
+    @pytest.mark.parametrize("callback", [PruningCallback, SAPCallback])
+    def test_signature_and_docstring_tell_each_option_as_it_is_declared(self, callback):
+        declared = inspect.signature(Options, eval_str=True).parameters
+        shown, told = inspect.signature(callback).parameters, entries(callback)
+        for name in declared.keys() - {"policy"}:
+            assert shown[name] == declared[name]
+            assert told[name] == entries(Options)[name]
+        assert set(shown) == set(told)
+        assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
+
+    def test_every_field_has_its_sentence(self):
+        names = [field.name for field in dataclasses.fields(Options)]
+        assert ["policy", *entries(Options)] == names
+        assert entries(Options)["min_remaining"] == "Fraction of its weights that every parameter keeps."
+
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: SAPCallback(round=3), "SAPCallback has no option 'round'; the closest is 'rounds'."),
+            (lambda: SAPCallback(etar=0.1), "SAPCallback has no option 'etar'; the closest is 'eta_r'."),
+            (lambda: pruning(every_epochs=3), "PruningCallback has no option 'every_epochs'; the closest is "),
+            (
+                lambda: pruning(remaining=0.5),
+                "PruningCallback has no option 'remaining'; the closest is 'min_remaining'.",
+            ),
+            (lambda: WithMore(extras=2), "WithMore has no option 'extras'; the closest is 'extra'."),
+            (lambda: WithMore(kwargs=2), "WithMore has no option 'kwargs'; the closest is "),
+        ],
+    )
+    def test_an_unknown_option_is_answered_with_the_closest(self, build, message):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+            build()
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+    @pytest.mark.parametrize("callback", [SAPCallback(rounds=3), WithMore(2, min_remaining=0.1, p=0.7)])
+    def test_copies_have_the_same_options(self, callback, copied):
+        again = copied(callback)
+        assert type(again) is type(callback)
+        assert again.options == callback.options
+
+    def test_a_subclass_passes_them_on(self):
+        callback = WithMore(extra=2, p=0.7, scope="global")
+        assert (callback.extra, callback.options.policy.p, callback.options.scope) == (2, 0.7, "global")
+
+    def test_without_docstrings_the_signature_tells_them(self, monkeypatch):
+        """As under `python -OO`."""
+
+        class Bare(PruningCallback):
+            def __init__(self, policy, more=1, **options):
+                super().__init__(policy, **options)
+
+        monkeypatch.setattr(Options, "__doc__", None)
+        names = [field.name for field in dataclasses.fields(Options)]
+        assert list(inspect.signature(takes_options(Bare)).parameters) == ["policy", "more", *names[1:]]
+        assert Bare.__doc__ is None
+
+
+def entries(kind):
+    """By name what is said under "Args:", in one line each."""
+    block = inspect.cleandoc(kind.__doc__).partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\S+): (.*(?:\n     .*)*)", block, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 class TestLimits:
@@ -173,6 +328,7 @@ trainer:
         gamma: 0.8
         beta: 0.5
         scope: global
+        importance: magnitude
         rounds: 5
         every_n_epochs: 2
         rewind_weights: init
@@ -195,6 +351,7 @@ trainer:
         scope: neuron
         rewind_weights: 2
         lr_schedule: keep
+        every_n_steps: 40
         include: ["net.3.*"]
         exclude: "*.bias"
         name: second
@@ -233,8 +390,10 @@ class TestYAML:
         assert vars(callbacks[0].options) == {
             "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
             "scope": "global",
+            "importance": "magnitude",
             "rounds": 5,
             "every_n_epochs": 2,
+            "every_n_steps": None,
             "rewind_weights": "init",
             "lr_schedule": "squeeze",
             "reset_optimizer": False,
@@ -253,6 +412,7 @@ class TestYAML:
         assert type(callbacks[1]) is PruningCallback
         assert options.policy == FixedFraction(0.3)
         assert (options.scope, options.rewind_weights, options.lr_schedule) == ("neuron", 2, "keep")
+        assert (options.every_n_steps, options.every_n_epochs) == (40, None)
         assert (options.include, options.exclude) == (["net.3.*"], "*.bias")
         assert callbacks[2].options.policy == SparsityInformed(0.2, 0.9)
         assert callbacks[2].options.rewind_weights is None
@@ -277,6 +437,30 @@ class TestYAML:
         options = callback.options
         assert options.policy == SparsityInformed(p=0.7)
         assert (options.rewind_weights, options.include, options.lr_schedule) == ("init", "net.0.*", "restart")
+
+    @pytest.mark.parametrize("callback", ["SAPCallback", "PruningCallback", f"{__name__}.WithMore"])
+    def test_help_tells_each_option_with_its_sentence_type_and_default(self, callback, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit):
+            self.built([f"--trainer.callbacks.help={callback}"])
+        told = " ".join(capsys.readouterr().out.split())
+        for name, sentence in entries(Options).items():
+            assert f"--trainer.callbacks.{name} " in told
+            assert f"{sentence} (type: " in told
+        assert "Fraction of its weights that every parameter keeps. (type: float, default: 0.0)" in told
+
+    def test_a_config_is_printed_with_every_default(self, capsys):
+        with pytest.raises(SystemExit):
+            self.built(["--trainer.callbacks=lightning_sap.SAPCallback", "--print_config"])
+        callback = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+        defaults = {name: parameter.default for name, parameter in inspect.signature(SAPCallback).parameters.items()}
+        assert callback == {"class_path": "lightning_sap.SAPCallback", "init_args": defaults}
+
+    def test_an_option_in_a_file_is_overridden_on_the_command_line(self, tmp_path):
+        (tmp_path / "config.yaml").write_text(YAML)
+        override = ["--trainer.callbacks.patience=5"]  # of the last callback of the list
+        callbacks = self.built(["--config", str(tmp_path / "config.yaml"), *override])
+        assert [callback.patience for callback in callbacks if isinstance(callback, PQIMonitor)] == [5]
 
     @pytest.mark.parametrize("value", ["first", "1.5"])
     def test_a_wrong_value_is_refused(self, value, capsys):
