@@ -25,12 +25,14 @@ from lightning_sap.policies.base import Amounts, Importance, Policy, Standing
 from lightning_sap.policies.importance import Magnitude
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
+from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Amounts",
     "FixedFraction",
+    "GoOn",
     "History",
     "Importance",
     "Magnitude",
@@ -40,10 +42,14 @@ __all__ = [
     "PhaseDetector",
     "Policy",
     "PruningCallback",
+    "RoundEnd",
+    "RoundListener",
     "RoundRecord",
     "SAPCallback",
     "SparsityInformed",
     "Standing",
+    "Stop",
+    "TakeBack",
     "gini_index",
     "pq_index",
     "prune_count",

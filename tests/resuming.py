@@ -27,12 +27,13 @@ FILES += [f"step/step={step}" for step in range(1, STEPS)]
 
 STATE = "lightning_sap/sap"
 STATE_KEYS = {
-    "masks", "plan", "round", "round_step", "count", "pqi_after_pruning", "first_weights", "history", "metrics",
-    "validated", "validation_keys", "folder", "lr", "note", "schedules", "options", "waiting",
+    "masks", "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning",
+    "first_weights", "kept", "answer", "stop", "history", "metrics", "folder",
+    "lr", "note", "schedules", "options", "waiting",
 }  # fmt: skip
 
 STEPS_OF_A_PRUNING = {
-    "decide": "lightning_sap.callbacks.pruning.session.decide",
+    "decide": "lightning_sap.callbacks.pruning.decisions.decide",
     "measure": "lightning_sap.callbacks.pruning.session.summary",
     "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
     "mask": "lightning_sap.engine.masks.MaskSet.apply_",

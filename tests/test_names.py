@@ -56,6 +56,7 @@ class TestPublicNames:
         assert {
             "Amounts",
             "FixedFraction",
+            "GoOn",
             "History",
             "Importance",
             "Magnitude",
@@ -65,6 +66,8 @@ class TestPublicNames:
             "PhaseDetector",
             "Policy",
             "PruningCallback",
+            "RoundEnd",
+            "RoundListener",
             "RoundRecord",
             "SAPCallback",
             "SparsityInformed",
@@ -110,7 +113,7 @@ class TestPublicNames:
         assert [field.name for field in dataclasses.fields(RoundRecord)] == [
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
             "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
-            "restored",
+            "restored", "first_step", "last_step", "unit", "regrown", "taken_back",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}
@@ -152,10 +155,10 @@ class TestCheckpointKeys:
         assert {"lightning_sap/sap", "lightning_sap.monitor/pqi"} <= set(states)
         state = states["lightning_sap/sap"]
         assert set(state) == {
-            "masks", "plan", "round", "round_step", "count", "pqi_after_pruning", "first_weights", "history", "metrics",
-            "schedules", "options", "validated", "validation_keys", "folder", "lr", "note",
-            "waiting",
+            "masks", "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning",
+            "first_weights", "kept", "answer", "stop", "history", "metrics", "folder",
+            "lr", "note", "schedules", "options", "waiting",
         }  # fmt: skip
-        assert set(state["plan"]) == {"rounds", "epochs", "first_epoch", "last_epoch", "schedules_from"}
+        assert set(state["plan"]) == {"rounds", "length", "first", "end", "unit", "schedules_from"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}
         assert set(state["options"]) == {*COMMON, "policy"}

@@ -106,7 +106,7 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"Unknown scope {scope!r}; it must be one of 'neuron', 'layer' and 'global'.")
 
 
-def dense_pieces(module: nn.Module) -> dict[str, PrunableTensor]:
+def dense_tensors(module: nn.Module) -> dict[str, PrunableTensor]:
     """The weights of a module that are prunable by default, live, nothing of them pruned."""
     return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
 

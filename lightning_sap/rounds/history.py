@@ -33,6 +33,11 @@ class RoundRecord:
         reason: Why, in one sentence.
         path: The checkpoint of its trained model; None if there is none.
         restored: Whether its weights and masks were put back into the module.
+        first_step: Number of optimizer steps of the run before it.
+        last_step: Number of optimizer steps of the run before its last one.
+        unit: What rounds are counted in: "epoch" or "step".
+        regrown: Number of weights that came back at its end.
+        taken_back: Whether the run went back to an earlier round at its end. ``pruned`` counts from that round's masks.
     """
 
     round: int
@@ -53,6 +58,11 @@ class RoundRecord:
     reason: str | None = None
     path: str | None = None
     restored: bool = False
+    first_step: int | None = None
+    last_step: int | None = None
+    unit: Literal["epoch", "step"] = "epoch"
+    regrown: int | None = None
+    taken_back: bool = False
 
     def row(self) -> dict[str, Any]:
         """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``."""

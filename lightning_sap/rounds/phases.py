@@ -139,6 +139,10 @@ class PhaseDetector:
             self.phase, self.since, self.reason = verdict or (self.phase, self.since, self.reason)
         return Phase(self.phase)
 
+    def preview(self, pqi: float, *, layers: Layers | None = None, metric: float | None = None) -> Phase:
+        """What :meth:`update` would say of a round; nothing is taken in."""
+        return copy.deepcopy(self).update(pqi, layers=layers, metric=metric)
+
     @property
     def last_sound(self) -> int | None:
         """The last sound round; once the network collapsed, of those before it. None: there was none."""

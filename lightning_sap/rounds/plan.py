@@ -3,96 +3,120 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Unit = Literal["epoch", "step"]
+
+
+class Words(NamedTuple):
+    """How messages name what rounds are counted in."""
+
+    many: str
+    limit: str
+    every: str
+
+
+WORDS: dict[str, Words] = {
+    "epoch": Words("epochs", "max_epochs", "every_n_epochs"),
+    "step": Words("steps", "max_steps", "every_n_steps"),
+}
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Rounds of a training: round t is epochs ``first_epoch + t · epochs`` to ``first_epoch + (t + 1) · epochs - 1``.
+    """Rounds of a training, each counted from its own start.
 
     Attributes:
         rounds: How many prunings; None: one after every round for as long as training goes on.
-        epochs: Length of a round.
-        first_epoch: Epoch at which the first round starts.
-        last_epoch: End of training (exclusive) when the plan was made; None if training is not limited by epochs.
-        schedules_from: Epoch at which the learning-rate schedules begin: before ``first_epoch`` where training goes on
-            from a checkpoint that was not pruned.
+        length: Epochs or optimizer steps of a round.
+        first: Epoch or step at which the first round starts; steps are those of this fit.
+        end: End of training (exclusive) when the plan was made; None if it is not known beforehand.
+        unit: What is counted: "epoch" or "step".
+        schedules_from: Epoch at which the learning-rate schedules begin: before ``first`` where training goes on from a
+            checkpoint that was not pruned.
     """
 
     rounds: int | None
-    epochs: int
-    first_epoch: int = 0
-    last_epoch: int | None = None
+    length: int
+    first: int = 0
+    end: int | None = None
+    unit: Unit = "epoch"
     schedules_from: int = field(default=0, repr=False)
 
-    def due(self, epoch: int) -> int:
-        """How many prunings lie before an epoch."""
-        passed = (epoch - self.first_epoch) // self.epochs
-        return passed if self.rounds is None else min(passed, self.rounds)
+    def is_over(self, round: int, elapsed: int) -> bool:
+        """Whether a pruning follows a round that has lasted so long."""
+        return (self.rounds is None or round < self.rounds) and elapsed >= self.length
 
-    def ends_round(self, epoch: int) -> bool:
-        """Whether an epoch is planned to be the last of a round."""
-        return self.due(epoch + 1) > self.due(epoch) or epoch + 1 == self.last_epoch
-
-    def start(self, round: int) -> int:
-        """First epoch of a round."""
-        return self.first_epoch + round * self.epochs
-
-    def length(self, round: int) -> int | None:
-        """Epochs of a round; the last one takes what is left over; None if its end is not known."""
+    def length_of(self, round: int, start: int) -> int | None:
+        """Epochs or steps of a round; the last one takes what is left over; None if its end is not known."""
         if self.rounds is None or round < self.rounds:
-            return self.epochs
-        return None if self.last_epoch is None else self.last_epoch - self.start(round)
+            return self.length
+        return None if self.end is None else self.end - start
+
+    def prunings_before(self, round: int, start: int, now: int) -> int:
+        """How many prunings lie before a moment, for a round that starts at ``start`` and others as long after it."""
+        passed = round + max(0, now - start) // self.length
+        return passed if self.rounds is None else min(passed, self.rounds)
 
 
 def plan_rounds(
-    max_epochs: int | None, rounds: int | None = None, every_n_epochs: int | None = None, first_epoch: int = 0
+    limit: int | None, rounds: int | None = None, every: int | None = None, first: int = 0, unit: Unit = "epoch"
 ) -> RoundPlan:
-    """Fit the rounds into the epochs that training has; what is left over lengthens the last round.
+    """Fit the rounds into the epochs or steps that training has; what is left over lengthens the last round.
 
     Args:
-        max_epochs: Epochs of training, counted from 0; None or -1: not limited.
+        limit: Epochs or steps of training, counted from 0; None or -1: not known.
         rounds: How many prunings; None: as many as fit.
-        every_n_epochs: Length of a round; None: as long as fits.
-        first_epoch: The epoch that training starts with.
+        every: Length of a round; None: as long as fits.
+        first: The epoch or step that training starts with.
+        unit: What is counted.
 
     Raises:
         ValueError: If what was asked for does not fit.
 
     Example:
         >>> plan_rounds(60)
-        RoundPlan(rounds=14, epochs=4, first_epoch=0, last_epoch=60)
+        RoundPlan(rounds=14, length=4, first=0, end=60, unit='epoch')
         >>> plan_rounds(10, rounds=2)
-        RoundPlan(rounds=2, epochs=3, first_epoch=0, last_epoch=10)
+        RoundPlan(rounds=2, length=3, first=0, end=10, unit='epoch')
+        >>> plan_rounds(90, rounds=8, unit="step")
+        RoundPlan(rounds=8, length=10, first=0, end=90, unit='step')
     """
-    if max_epochs is None or max_epochs < 0:
-        if every_n_epochs is None and rounds != 0:
+    if limit is None or limit < 0:
+        if every is None and rounds != 0:
             raise ValueError(
-                "The rounds have no length: the Trainer has no max_epochs and every_n_epochs is not given. Set either; "
-                "rounds counted in steps (for a run limited by max_steps) do not exist yet."
+                "The rounds have no length, since it is not known beforehand how long training takes. Give "
+                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
+                "max_epochs or max_steps."
             )
-        return RoundPlan(rounds, every_n_epochs or 1, first_epoch, None)
-    epochs = max_epochs - first_epoch
-    asked = f"rounds={rounds}, every_n_epochs={every_n_epochs} with {epochs} epochs of training"
-    if rounds is not None and every_n_epochs is not None:
-        if (rounds + 1) * every_n_epochs > epochs:
+        return RoundPlan(rounds, every or 1, first, None, unit)
+    left = limit - first
+    if rounds is None and every is None:
+        count = max(0, min(max(4, min(15, left // 4 - 1)), left - 1))
+        return RoundPlan(count, max(1, left // (count + 1)), first, limit, unit)
+    _check_fit(left, rounds, every, first, WORDS[unit])
+    if rounds is None:
+        rounds = left // (every or 1) - 1
+    return RoundPlan(rounds, every or left // (rounds + 1), first, limit, unit)
+
+
+def _check_fit(left: int, rounds: int | None, every: int | None, first: int, words: Words) -> None:
+    """Raise if so many rounds, of that length, do not fit into what is left of training."""
+    many, limit, length = words
+    asked = f"rounds={rounds}, {length}={every} with {left} {many} of training"
+    if rounds is not None and every is not None:
+        if (rounds + 1) * every > left:
             raise ValueError(
-                f"{asked}: they need (rounds + 1) · every_n_epochs = {(rounds + 1) * every_n_epochs} epochs. Give "
-                f"max_epochs={first_epoch + (rounds + 1) * every_n_epochs}, or fewer or shorter rounds."
+                f"{asked}: they need (rounds + 1) · {length} = {(rounds + 1) * every} {many}. Give "
+                f"{limit}={first + (rounds + 1) * every}, or fewer or shorter rounds."
             )
-        return RoundPlan(rounds, every_n_epochs, first_epoch, max_epochs)
-    if rounds is not None:
-        if rounds + 1 > epochs:
-            raise ValueError(
-                f"{asked}: {rounds} prunings need at least {rounds + 1} epochs. Give "
-                f"max_epochs={first_epoch + rounds + 1} or more, or rounds={max(0, epochs - 1)} or fewer."
-            )
-        return RoundPlan(rounds, epochs // (rounds + 1), first_epoch, max_epochs)
-    if every_n_epochs is not None:
-        if 2 * every_n_epochs > epochs:
-            raise ValueError(
-                f"{asked}: not even one pruning fits. Give max_epochs={first_epoch + 2 * every_n_epochs} or more, or "
-                f"every_n_epochs={epochs // 2} or fewer; rounds=0 only holds masks."
-            )
-        return RoundPlan(epochs // every_n_epochs - 1, every_n_epochs, first_epoch, max_epochs)
-    count = max(0, min(max(4, min(15, epochs // 4 - 1)), epochs - 1))
-    return RoundPlan(count, max(1, epochs // (count + 1)), first_epoch, max_epochs)
+    elif rounds is not None and rounds + 1 > left:
+        raise ValueError(
+            f"{asked}: {rounds} prunings need at least {rounds + 1} {many}. Give "
+            f"{limit}={first + rounds + 1} or more, or rounds={max(0, left - 1)} or fewer."
+        )
+    elif every is not None and rounds is None and 2 * every > left:
+        raise ValueError(
+            f"{asked}: not even one pruning fits. Give {limit}={first + 2 * every} or more, or "
+            f"{length}={left // 2} or fewer; rounds=0 only holds masks."
+        )

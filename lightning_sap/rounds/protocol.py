@@ -1,57 +1,124 @@
-"""What a pruner offers, and what a listener may answer at the end of a round."""
+"""What a pruner shows to others, and what a listener answers at the end of a round."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
 from lightning_sap.engine.groups import PrunableTensor
-from lightning_sap.rounds.history import History, RoundRecord
+from lightning_sap.rounds.history import RoundRecord
+
+Notes: TypeAlias = Mapping[int, Mapping[str, Any]]  # by round, fields of its record
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """A round that has ended.
+
+    Attributes:
+        record: The round as it was trained: its number, indices, remaining weights and metrics.
+        history: The records of the rounds before it.
+        taken_back: Whether another listener has taken it back.
+    """
+
+    record: RoundRecord
+    history: Sequence[RoundRecord]
+    taken_back: bool = False
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """Prune, and train the next round.
+
+    Attributes:
+        scale: The policy's counts are multiplied by it; 0 prunes nothing.
+        keep: Whether the round is one to go back to.
+        notes: Fields for the records of rounds.
+    """
+
+    scale: float = 1.0
+    keep: bool = True
+    notes: Notes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End training, as soon as the Trainer's ``min_epochs`` and ``min_steps`` allow.
+
+    Attributes:
+        restore: The round whose weights and masks are put back after training; None: the module stays as it is.
+        notes: Fields for the records of rounds.
+    """
+
+    restore: int | None = None
+    notes: Notes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TakeBack:
+    """Put back the weights, buffers and masks of the latest round that was kept, prune them anew, and go on.
+
+    Attributes:
+        scale: The policy's counts are multiplied by it; 0 prunes nothing.
+        notes: Fields for the records of rounds.
+    """
+
+    scale: float = 1.0
+    notes: Notes = field(default_factory=dict)
+
+
+Answer: TypeAlias = GoOn | Stop | TakeBack
+
+
+class RoundListener:
+    """Hears of the end of each round and answers; a callback that also subclasses this is asked by the pruner.
+
+    Attributes:
+        may_take_back: Whether it may answer :class:`TakeBack`. The pruner then keeps a copy of the latest kept round.
+        may_stop: Whether it may answer :class:`Stop`. A run that was cut off after that answer then ends at once.
+        may_restore: Whether it may answer :class:`Stop` with a round to put back. The pruner then saves every round.
+
+    Example:
+        >>> from lightning.pytorch import Callback
+        >>> class StopWhenSparse(RoundListener, Callback):
+        ...     def on_round_end(self, trainer, pl_module, event):
+        ...         return Stop() if event.record.remaining < 0.1 else GoOn()
+    """
+
+    may_take_back: bool = False
+    may_stop: bool = True
+    may_restore: bool = False
+
+    def on_round_end(self, trainer: Any, pl_module: Any, event: RoundEnd) -> Answer:
+        """Say what comes after a round; of the answers of all ranks, that of rank 0 counts."""
+        del trainer, pl_module, event
+        return GoOn()
+
+    def on_run_end(self, trainer: Any, pl_module: Any, history: Sequence[RoundRecord]) -> None:
+        """Look at the finished run: the module holds what it is going to keep."""
 
 
 @runtime_checkable
-class MonitoredPruner(Protocol):
-    """What a monitor may ask of a pruner."""
+class PrunerView(Protocol):
+    """What others may read of a pruner."""
 
     def orders(self) -> tuple[float, float]:
         """Orders p and q of the index by which it prunes."""
 
-    def pieces(self, module: nn.Module) -> dict[str, PrunableTensor]:
+    def tensors(self, module: nn.Module) -> dict[str, PrunableTensor]:
         """The weights it prunes, live, with their masks."""
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
 
     def current_round(self) -> int:
-        """Number of prunings so far."""
+        """Number of the round that goes on."""
 
-    def ends_round(self, epoch: int) -> bool:
-        """Whether that epoch is planned to be the last of a round."""
+    def ends_round(self, trainer: Any) -> bool:
+        """Whether the round ends with what has been trained now, as far as is planned."""
 
     def pqi_after_pruning(self) -> float | None:
         """Index right after the latest pruning, before retraining; at the start of training before the first."""
-
-    def archive_rounds(self) -> None:
-        """Save each round of the coming training, so that it can be restored."""
-
-    def adopt_finished_run(self, module: nn.Module) -> None:
-        """Be up to date at the end of a fit that trained nothing, since its checkpoint was of a run that was over."""
-
-    def note_phase(self, round: int, phase: str, reason: str) -> None:
-        """Take into the history how the round that just ended was judged."""
-
-    @property
-    def history(self) -> History:
-        """One record for each round that ended."""
-
-    def restore_round(self, round: int, module: nn.Module | None = None) -> RoundRecord:
-        """Put the trained weights and the masks of a round back, and return its record."""
-
-
-@runtime_checkable
-class RoundListener(Protocol):
-    """What a pruner may ask of a monitor."""
-
-    def see_epoch(self, trainer: Any, module: Any) -> None:
-        """Take in the epoch that ends, before its round is saved: a run resumed from there does not see its end."""

@@ -20,10 +20,10 @@ from lightning_sap import (
     prune_masks,
 )
 from lightning_sap.engine.decision import Limits, decide
-from lightning_sap.engine.groups import PrunableTensor, dead_units, dense_pieces
+from lightning_sap.engine.groups import PrunableTensor, dead_units, dense_tensors
 from lightning_sap.engine.measure import Measure, summary, sums_of
 from lightning_sap.engine.weights import prunable_weights
-from lightning_sap.rounds.protocol import MonitoredPruner, RoundListener
+from lightning_sap.rounds.protocol import PrunerView, RoundListener
 
 SMALL = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
 LARGE = torch.tensor([[10.0, 20.0, -30.0], [-40.0, 50.0, 60.0]])
@@ -105,7 +105,7 @@ class TestMeasure:
 
     def test_of_a_module_without_a_pruner(self):
         module = mlp()
-        found = dense_pieces(module)
+        found = dense_tensors(module)
         assert list(found) == ["0.weight", "3.weight"]
         assert found["0.weight"].weight.data_ptr() == module[0].weight.data_ptr()
         assert found["0.weight"].pruned is None
@@ -284,8 +284,8 @@ class TestDeadUnits:
 class TestProtocol:
     def test_pruners_answer_a_monitors_questions(self):
         for pruner in (PruningCallback(FixedFraction(0.5)), SAPCallback(p=0.3, q=2.0)):
-            assert isinstance(pruner, MonitoredPruner)
-        assert not isinstance(PQIMonitor(), MonitoredPruner)
+            assert isinstance(pruner, PrunerView)
+        assert not isinstance(PQIMonitor(), PrunerView)
         assert isinstance(PQIMonitor(), RoundListener)
         assert not isinstance(SAPCallback(), RoundListener)
         assert SAPCallback(p=0.3, q=2.0).orders() == (0.3, 2.0)
@@ -293,15 +293,14 @@ class TestProtocol:
 
     def test_before_the_first_fit(self):
         pruner, module = SAPCallback(), Net()
-        assert list(pruner.pieces(module)) == ["net.0.weight", "net.3.weight"]
+        assert list(pruner.tensors(module)) == ["net.0.weight", "net.3.weight"]
         assert pruner.current_round() == 0
         assert pruner.pqi_after_pruning() is None
         assert (pruner.masks, pruner.remaining, len(pruner.history)) == ({}, 1.0, 0)
 
     def test_anything_that_answers_them_is_one(self):
         answers = (
-            "orders", "pieces", "prunes", "current_round", "ends_round", "pqi_after_pruning", "archive_rounds",
-            "adopt_finished_run", "note_phase", "history", "restore_round",
+            "orders", "tensors", "prunes", "current_round", "ends_round", "pqi_after_pruning",
         )  # fmt: skip
-        assert isinstance(type("Other", (), {name: len for name in answers})(), MonitoredPruner)
-        assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), MonitoredPruner)
+        assert isinstance(type("Other", (), {name: len for name in answers})(), PrunerView)
+        assert not isinstance(type("Less", (), {name: len for name in answers[1:]})(), PrunerView)

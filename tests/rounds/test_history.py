@@ -96,6 +96,7 @@ class TestRows:
             "acc": 0.97, "loss": 1 - 0.97, "round": 1, "first_epoch": 2, "last_epoch": 3, "remaining": 0.5, "pqi": 0.2,
             "pruned": None, "pqi_pruned": None, "lr": None, "seconds": None, "remaining/w": 0.5, "pqi/w": 0.3,
             "weights": None, "phase": None, "reason": None, "path": None, "restored": False,
+            "first_step": None, "last_step": None, "unit": "epoch", "regrown": None, "taken_back": False,
         }  # fmt: skip
 
     def test_a_metric_named_like_a_field_does_not_hide_it(self):

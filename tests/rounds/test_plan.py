@@ -42,7 +42,7 @@ class TestPlanRounds:
         ("max_epochs", "rounds", "epochs"), [(10, 9, 1), (10, 4, 2), (10, 2, 3), (10, 1, 4), (10, 1, 5), (2, 1, 1)]
     )
     def test_as_many_as_fit(self, max_epochs, rounds, epochs):
-        assert plan_rounds(max_epochs, every_n_epochs=epochs) == RoundPlan(rounds, epochs, 0, max_epochs)
+        assert plan_rounds(max_epochs, every=epochs) == RoundPlan(rounds, epochs, 0, max_epochs)
 
     @pytest.mark.parametrize(("rounds", "epochs"), [(2, 3), (4, 2), (9, 1), (1, 5), (1, 2), (0, 10), (0, 1)])
     def test_both_are_given(self, rounds, epochs):
@@ -53,19 +53,19 @@ class TestPlanRounds:
         [
             (5, {}, RoundPlan(4, 1, 5, 14)),
             (5, {"rounds": 2}, RoundPlan(2, 3, 5, 14)),
-            (5, {"every_n_epochs": 2}, RoundPlan(3, 2, 5, 14)),
-            (5, {"rounds": 2, "every_n_epochs": 3}, RoundPlan(2, 3, 5, 14)),
+            (5, {"every": 2}, RoundPlan(3, 2, 5, 14)),
+            (5, {"rounds": 2, "every": 3}, RoundPlan(2, 3, 5, 14)),
         ],
     )
     def test_training_that_goes_on_counts_the_epochs_that_are_left(self, first_epoch, given, plan):
-        assert plan_rounds(14, **given, first_epoch=first_epoch) == plan
+        assert plan_rounds(14, **given, first=first_epoch) == plan
 
     @pytest.mark.parametrize("max_epochs", [None, -1])
     @pytest.mark.parametrize(
         ("given", "plan"),
         [
-            ({"every_n_epochs": 2}, RoundPlan(None, 2)),
-            ({"rounds": 3, "every_n_epochs": 2}, RoundPlan(3, 2)),
+            ({"every": 2}, RoundPlan(None, 2)),
+            ({"rounds": 3, "every": 2}, RoundPlan(3, 2)),
             ({"rounds": 0}, RoundPlan(0, 1)),
         ],
     )
@@ -76,37 +76,39 @@ class TestPlanRounds:
         ("arguments", "message"),
         [
             (
-                {"max_epochs": -1},
-                "The rounds have no length: the Trainer has no max_epochs and every_n_epochs is not given. Set either; "
-                "rounds counted in steps (for a run limited by max_steps) do not exist yet.",
+                {"limit": -1},
+                "The rounds have no length, since it is not known beforehand how long training takes. Give "
+                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
+                "max_epochs or max_steps.",
             ),
             (
-                {"max_epochs": None, "rounds": 3},
-                "The rounds have no length: the Trainer has no max_epochs and every_n_epochs is not given. Set either; "
-                "rounds counted in steps (for a run limited by max_steps) do not exist yet.",
+                {"limit": None, "rounds": 3},
+                "The rounds have no length, since it is not known beforehand how long training takes. Give "
+                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
+                "max_epochs or max_steps.",
             ),
             (
-                {"max_epochs": 10, "rounds": 3, "every_n_epochs": 3},
+                {"limit": 10, "rounds": 3, "every": 3},
                 "rounds=3, every_n_epochs=3 with 10 epochs of training: they need (rounds + 1) · every_n_epochs = 12 "
                 "epochs. Give max_epochs=12, or fewer or shorter rounds.",
             ),
             (
-                {"max_epochs": 14, "rounds": 3, "every_n_epochs": 3, "first_epoch": 4},
+                {"limit": 14, "rounds": 3, "every": 3, "first": 4},
                 "rounds=3, every_n_epochs=3 with 10 epochs of training: they need (rounds + 1) · every_n_epochs = 12 "
                 "epochs. Give max_epochs=16, or fewer or shorter rounds.",
             ),
             (
-                {"max_epochs": 10, "rounds": 10},
+                {"limit": 10, "rounds": 10},
                 "rounds=10, every_n_epochs=None with 10 epochs of training: 10 prunings need at least 11 epochs. Give "
                 "max_epochs=11 or more, or rounds=9 or fewer.",
             ),
             (
-                {"max_epochs": 7, "rounds": 3, "first_epoch": 4},
+                {"limit": 7, "rounds": 3, "first": 4},
                 "rounds=3, every_n_epochs=None with 3 epochs of training: 3 prunings need at least 4 epochs. Give "
                 "max_epochs=8 or more, or rounds=2 or fewer.",
             ),
             (
-                {"max_epochs": 11, "every_n_epochs": 6},
+                {"limit": 11, "every": 6},
                 "rounds=None, every_n_epochs=6 with 11 epochs of training: not even one pruning fits. Give "
                 "max_epochs=12 or more, or every_n_epochs=5 or fewer; rounds=0 only holds masks.",
             ),
@@ -118,37 +120,49 @@ class TestPlanRounds:
 
     def test_every_plan_leaves_each_round_an_epoch(self):
         for max_epochs, first_epoch in product(range(1, 80), (0, 3)):
-            plan = plan_rounds(max_epochs + first_epoch, first_epoch=first_epoch)
-            lengths = [plan.length(t) for t in range(plan.rounds + 1)]
-            assert min(lengths) == plan.epochs >= 1
+            plan = plan_rounds(max_epochs + first_epoch, first=first_epoch)
+            lengths = [plan.length_of(t, first_epoch + t * plan.length) for t in range(plan.rounds + 1)]
+            assert min(lengths) == plan.length >= 1
             assert sum(lengths) == max_epochs
             assert plan.rounds <= 15
 
+    @pytest.mark.parametrize("unit", ["epoch", "step"])
+    def test_steps_are_planned_like_epochs(self, unit):
+        assert plan_rounds(60, unit=unit) == RoundPlan(14, 4, 0, 60, unit)
+        assert plan_rounds(60, every=7, unit=unit) == RoundPlan(7, 7, 0, 60, unit)
+
+    def test_messages_speak_of_steps_where_rounds_are_steps(self):
+        with pytest.raises(ValueError, match="every_n_steps=40 with 60 steps of training: not even one pruning fits"):
+            plan_rounds(60, every=40, unit="step")
+        with pytest.raises(ValueError, match="Give max_steps=160, or fewer or shorter rounds"):
+            plan_rounds(60, rounds=3, every=40, unit="step")
+
 
 class TestRoundPlan:
-    def test_a_longer_last_round(self):
-        plan = RoundPlan(rounds=2, epochs=3, first_epoch=0, last_epoch=10)
-        assert [plan.due(epoch) for epoch in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-        assert [plan.start(t) for t in range(3)] == [0, 3, 6]
-        assert [plan.length(t) for t in range(3)] == [3, 3, 4]
+    def test_a_round_is_over_once_it_has_lasted_its_length(self):
+        plan = RoundPlan(rounds=2, length=3, first=0, end=10)
+        assert [plan.is_over(0, elapsed) for elapsed in range(5)] == [False, False, False, True, True]
+        assert [plan.is_over(t, 3) for t in range(4)] == [True, True, False, False]  # no pruning follows the last one
 
-    def test_one_that_starts_later(self):
-        plan = RoundPlan(rounds=1, epochs=2, first_epoch=5, last_epoch=10)
-        assert [plan.due(epoch) for epoch in range(5, 10)] == [0, 0, 1, 1, 1]
-        assert [plan.start(t) for t in range(2)] == [5, 7]
-        assert [plan.length(t) for t in range(2)] == [2, 3]
+    def test_the_last_round_takes_what_is_left_wherever_it_starts(self):
+        plan = RoundPlan(rounds=2, length=3, first=0, end=10)
+        assert [plan.length_of(t, start) for t, start in ((0, 0), (1, 3), (2, 6), (2, 8))] == [3, 3, 4, 2]
 
-    def test_without_an_end(self):
-        plan = RoundPlan(rounds=None, epochs=2)
-        assert [plan.due(epoch) for epoch in (0, 1, 2, 3, 99, 100)] == [0, 0, 1, 1, 49, 50]
-        assert plan.length(1000) == 2
+    def test_without_an_end_every_round_has_its_length(self):
+        plan = RoundPlan(rounds=None, length=2)
+        assert plan.is_over(1000, 2)
+        assert plan.length_of(1000, 2000) == 2
 
     def test_the_last_round_of_a_training_without_an_end_has_no_length(self):
-        plan = RoundPlan(rounds=2, epochs=3)
-        assert [plan.due(epoch) for epoch in (5, 6, 100)] == [1, 2, 2]
-        assert [plan.length(t) for t in range(3)] == [3, 3, None]
+        assert [RoundPlan(rounds=2, length=3).length_of(t, 3 * t) for t in range(3)] == [3, 3, None]
 
-    def test_no_pruning_is_ever_due(self):
-        plan = RoundPlan(rounds=0, epochs=1, first_epoch=0, last_epoch=7)
-        assert [plan.due(epoch) for epoch in range(7)] == [0] * 7
-        assert plan.length(0) == 7
+    def test_prunings_before_a_moment_count_from_the_start_of_the_round(self):
+        plan = RoundPlan(rounds=2, length=3, first=0, end=10)
+        assert [plan.prunings_before(0, 0, epoch) for epoch in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+        assert [plan.prunings_before(1, 4, epoch) for epoch in (4, 6, 7, 9)] == [1, 1, 2, 2]
+        assert [RoundPlan(None, 2).prunings_before(0, 0, epoch) for epoch in (0, 2, 99)] == [0, 1, 49]
+
+    def test_no_pruning_is_ever_due_where_there_are_none(self):
+        plan = RoundPlan(rounds=0, length=1, first=0, end=7)
+        assert not any(plan.is_over(0, elapsed) for elapsed in range(8))
+        assert plan.length_of(0, 0) == 7

@@ -10,20 +10,21 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.monitor import loggers
 from lightning_sap.callbacks.monitor.curve import Curve
-from lightning_sap.callbacks.monitor.meter import IndexMeter, leader, pruners
+from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.functional.scalars import as_plain
 from lightning_sap.report import markdown, show
 from lightning_sap.rounds.history import RoundRecord
-from lightning_sap.rounds.phases import Layers, Phase, PhaseDetector
-from lightning_sap.rounds.protocol import MonitoredPruner
+from lightning_sap.rounds.phases import Phase, PhaseDetector
+from lightning_sap.rounds.protocol import Answer, GoOn, PrunerView, RoundEnd, RoundListener, Stop
 
 PHASES = list(Phase)  # logged as their positions
 
 
-class PQIMonitor(Callback):
+class PQIMonitor(RoundListener, Callback):
     r"""Log the PQ Index of the weights, tell by it where the network stands, and stop when it collapses.
 
     .. math:: I_{p,q}(w) = 1 - d^{1/q - 1/p} \frac{\|w\|_p}{\|w\|_q}
@@ -90,8 +91,8 @@ class PQIMonitor(Callback):
         self.restore = restore
         self.verbose = verbose
         self.name = name
-        self._gauge = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
-        self.p, self.q, self.gini, self.log_layers = self._gauge.p, self._gauge.q, gini, self._gauge.log_layers
+        self._meter = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
+        self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
         self._begin()
@@ -99,22 +100,22 @@ class PQIMonitor(Callback):
     def _begin(self) -> None:
         """What a run must not lose, at its start."""
         self._curve = Curve(self.monitor)
-        self._judge = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
+        self._rule = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
 
     @property
     def phase(self) -> Phase:
         """Where the network stood at the end of the latest round."""
-        return self._judge.phase
+        return self._rule.phase
 
     @property
     def reason(self) -> str:
         """Why it is this phase, in one sentence."""
-        return self._judge.detector.reason
+        return self._rule.detector.reason
 
     @property
     def verdict(self) -> Verdict | None:
         """Why training was stopped; None if it was not, or not by this monitor."""
-        return self._judge.verdict
+        return self._rule.verdict
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -123,117 +124,119 @@ class PQIMonitor(Callback):
         if stage == "fit":
             self._records = []
             self._begin()
-            self._gauge.forget()
+            self._meter.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stage = None
+        self._curve.metrics.forget_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stage = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask the pruner to keep the rounds that may have to be restored."""
-        pruner = leader(trainer)
-        if pruner is None and self.stop_on is not None:
+        if leader(trainer) is None and self.stop_on is not None:
             rank_zero_warn(
                 f"{self.name}: no callback of lightning-sap prunes in this Trainer, so PQIMonitor only logs and never "
                 f"stops. Add SAPCallback or PruningCallback, or say stop_on=None (now {self.stop_on!r})."
             )
-        elif pruner is not None and self.stop_on is not None and self.restore:
-            pruner.archive_rounds()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._gauge.check(trainer, pl_module)
-        if self.verdict is not None:
-            trainer.should_stop = True  # the run was cut off after its verdict
+        self._meter.check(trainer, pl_module)
         if trainer.barebones:
             rank_zero_warn(
                 f"PQIMonitor: Trainer(barebones=True) silences logging: {self.name}/global and the other values reach "
                 "no logger and no callback; rows() and plot() have them all the same, without a monitored metric."
             )
-        for writer in loggers.writers(trainer):
-            writer.add_custom_scalars(loggers.layout(self.name, self._gauge.layers(trainer, pl_module)))
+        loggers.lay_out(trainer, self.name, self._meter.layers(trainer, pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._curve.finish(trainer)
+        self._curve.metrics.begin_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._gauge.measure(trainer, pl_module)
-            self._curve.begin_validation(trainer)
+            self._meter.measure(trainer, pl_module)
+            self._curve.metrics.begin_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._curve.end_validation(trainer)
+            self._curve.metrics.end_validation(trainer, self._moment(trainer))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            pruner, judge = leader(trainer), self._judge
-            self._curve.note_validation(trainer.current_epoch if pruner is None else pruner.current_round())
-            if pruner is not None and pruner.ends_round(trainer.current_epoch):
-                judge = copy.deepcopy(judge)  # what the end of the round is going to tell
-                self._take_in(judge, pruner, trainer, pl_module)
-            self._log(trainer, pl_module, judge, logger=False)
+            self._curve.metrics.validate(self._moment(trainer))
+            log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.see_epoch(trainer, pl_module)
-        self._log(trainer, pl_module, self._judge, logger=True)
-
-    def see_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take in the epoch that ends, and judge its round if it is the last of it; once more does no harm."""
-        pruner = leader(trainer)
-        if pruner is not None and pruner.ends_round(trainer.current_epoch):
-            self._close_round(pruner, trainer, module)
-        sizes = {name: piece.weight.numel() for name, piece in self._gauge.pieces(trainer, module).items()}
-        round, phase = (None, None) if pruner is None else (pruner.current_round(), str(self.phase))
-        self._curve.add(trainer.current_epoch, round, phase, self._gauge.measure(trainer, module), sizes)
+        self._add_row(trainer, pl_module, trainer.current_epoch)
+        log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """StoppingRule the last round too, where it was shorter than planned."""
         self._curve.finish(trainer)
-        pruner, rows = leader(trainer), self._curve.rows
-        if pruner is not None and rows and rows[-1]["round"] == pruner.current_round():
-            self._close_round(pruner, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the last sound round back, now that no callback writes any more, and show what happened."""
+        """Show what happened; beside a pruner, once it says that the run has ended."""
+        if leader(trainer) is None:
+            self._show(trainer)
+            self._meter.check_ending(stopped=trainer.should_stop)
+
+    def _moment(self, trainer: Trainer) -> int:
+        """The round; without a pruner, the epoch."""
         pruner = leader(trainer)
-        for other in pruners(trainer):
-            other.adopt_finished_run(pl_module)
-        if pruner is not None:
-            self._go_back(pruner)
-            self._records = list(pruner.history)
-        self._show(trainer)
-        if pruner is not None and pruner.history.restored is None:
-            self._gauge.check_ending(stopped=trainer.should_stop and self.verdict is None)
+        return trainer.current_epoch if pruner is None else pruner.current_round()
+
+    def _add_row(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        """Keep what an epoch, or a round inside it, ended with."""
+        pruner = leader(trainer)
+        sizes = {name: tensor.weight.numel() for name, tensor in self._meter.tensors(trainer, module).items()}
+        round = None if pruner is None else pruner.current_round()
+        phase = None if pruner is None else str(self._phase_now(pruner, trainer, module))
+        self._curve.add(epoch, round, phase, self._meter.measure(trainer, module), sizes)
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 
-    def _evidence(self, trainer: Trainer, module: LightningModule, round: int) -> tuple[float, Layers, float | None]:
-        """What is known of the round that ends now; on all ranks what rank 0 knows."""
-        measure = self._gauge.measure(trainer, module)
-        layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
-        return trainer.strategy.broadcast((measure.overall, layers, self._curve.metric(trainer, round)))
+    @property
+    def may_restore(self) -> bool:  # type: ignore[override]
+        """Whether it may ask for a round to be put back."""
+        return self.restore and self.stop_on is not None
 
-    def _take_in(self, judge: StoppingRule, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
-        """Take in the round that ends now, and those before it that were not seen."""
-        sizes = {name: piece.weight.numel() for name, piece in pruner.pieces(module).items()}
-        missed = judge.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
-        for round, (phase, reason) in missed.items():
-            pruner.note_phase(round, phase, reason)
-        judge.update(*self._evidence(trainer, module, pruner.current_round()))
+    @property
+    def may_stop(self) -> bool:  # type: ignore[override]
+        """Whether it may end training."""
+        return self.stop_on is not None
 
-    def _close_round(self, pruner: MonitoredPruner, trainer: Trainer, module: LightningModule) -> None:
+    def on_round_end(self, trainer: Trainer, pl_module: LightningModule, event: RoundEnd) -> Answer:
         """Tell the phase at the end of a round, once, and stop if there is a verdict."""
-        judge, round, before = self._judge, pruner.current_round(), (self.phase, self.verdict)
-        if judge.detector.round >= round:
-            return
-        self._take_in(judge, pruner, trainer, module)
-        pruner.note_phase(round, str(self.phase), self.reason)
-        if self.verdict is not None:
-            trainer.should_stop = True
+        pruner, rule, record = leader(trainer), self._rule, event.record
+        if pruner is None or event.taken_back:
+            return GoOn()
+        before, notes = (self.phase, self.verdict), {}
+        if rule.detector.round < record.round:
+            sizes = {name: tensor.weight.numel() for name, tensor in pruner.tensors(pl_module).items()}
+            missed = rule.catch_up(event.history, record.round, sizes, self.monitor)
+            notes = {round: {"phase": phase, "reason": reason} for round, (phase, reason) in missed.items()}
+            metric = record.metrics.get(self.monitor or "")
+            rule.update(*self._meter.evidence(trainer, pl_module, metric))
+            notes[record.round] = {"phase": str(self.phase), "reason": self.reason}
+            self._say(trainer, record.round, before)
+        self._add_row(trainer, pl_module, record.last_epoch)
+        if record.unit == "step":
+            log_now(trainer, self._values(trainer, pl_module))
+        if self.verdict is None:
+            return GoOn(notes=notes)
+        return Stop(self.verdict.restore if self.restore else None, notes)
+
+    def _phase_now(self, pruner: PrunerView, trainer: Trainer, module: LightningModule) -> Phase:
+        """The phase; at the end of a round that is not judged yet, what it is going to be."""
+        round = pruner.current_round()
+        if self._rule.detector.round >= round or not pruner.ends_round(trainer):
+            return self.phase
+        return self._rule.preview(*self._meter.evidence(trainer, module, self._curve.metric(trainer, round)))
+
+    def _say(self, trainer: Trainer, round: int, before: tuple[Phase, Verdict | None]) -> None:
+        """Tell the user of a verdict or a new phase."""
         if self.verdict != before[1]:
             least = trainer.min_epochs or 0
             more = f" Training goes on to min_epochs={least}." if trainer.current_epoch + 1 < least else ""
@@ -241,30 +244,30 @@ class PQIMonitor(Callback):
         elif self.verbose and self.phase != before[0]:
             rank_zero_info(f"{self.name}: {self.phase} after round {round}. {self.reason}")
 
-    def _go_back(self, pruner: MonitoredPruner) -> None:
-        if self.verdict is None or not self.restore:
+    def on_run_end(self, trainer: Trainer, pl_module: LightningModule, history: Sequence[RoundRecord]) -> None:
+        """Show what happened, now that the module holds what it is going to keep."""
+        if leader(trainer) is None:
             return
-        try:
-            if self.verdict.restore is None:
-                raise ValueError("No round was sound.")
-            record = pruner.restore_round(self.verdict.restore)
-        except (ValueError, FileNotFoundError) as error:  # training is over, and nothing of it may be lost
-            rank_zero_warn(f"{self.name}: the module stays as it is after round {pruner.current_round()}. {error}")
-            return
-        rank_zero_info(
-            f"{self.name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights: "
-            f"{record.path}"
-        )
+        self._records = list(history)
+        held = next((record for record in history if record.restored), None)
+        if held is not None:
+            rank_zero_info(
+                f"{self.name}: the module holds round {held.round} again, {held.remaining:.2%} of the weights: "
+                f"{held.path}"
+            )
+        elif self.verdict is not None and self.restore and self.verdict.restore is None:
+            rank_zero_warn(
+                f"{self.name}: the module stays as it is after round {history[-1].round}. No round was sound."
+            )
+        self._show(trainer)
+        if held is None:
+            self._meter.check_ending(stopped=trainer.should_stop and self.verdict is None)
 
-    def _log(self, trainer: Trainer, module: LightningModule, judge: StoppingRule, *, logger: bool) -> None:
-        if trainer.barebones:
-            return
-        values = self._gauge.values(trainer, module)
-        if leader(trainer) is not None:
-            values[f"{self.name}/phase"] = float(PHASES.index(judge.phase))
-        to = None if logger else False  # True would warn where there is no logger
-        # all ranks have the same numbers, and the most of equal numbers is exactly each of them
-        module.log_dict(values, on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
+    def _values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        values, pruner = self._meter.values(trainer, module), leader(trainer)
+        if pruner is not None:
+            values[f"{self.name}/phase"] = float(PHASES.index(self._phase_now(pruner, trainer, module)))
+        return values
 
     # -- pictures and report ------------------------------------------------------------------------------------------
 
@@ -308,15 +311,11 @@ class PQIMonitor(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""
-        for writer in loggers.writers(trainer):
-            if self._curve.rows and importlib.util.find_spec("matplotlib") is not None:
-                for kind in ("rounds", "layers"):
-                    writer.add_figure(f"{self.name}/{kind}", self.plot(kind), global_step=trainer.global_step)
-            if self._records:
-                writer.add_text(f"{self.name}/report", self.report(), global_step=trainer.global_step)
-        if self.verbose and self._records and trainer.is_global_zero:
+        report = self.report() if self._records else None
+        loggers.show(trainer, self.name, self.plot if self._curve.rows else None, report)
+        if self.verbose and report is not None and trainer.is_global_zero:
             if importlib.util.find_spec("rich") is None:
-                rank_zero_info(self.report())
+                rank_zero_info(report)
             else:
                 show(self._records, metric=self.monitor, verdict=str(self.verdict or ""))
 
@@ -328,7 +327,7 @@ class PQIMonitor(Callback):
         return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._curve.state_dict(), "judge": self._judge.state_dict()}
+        return {**self._curve.state_dict(), "rule": self._rule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a fit; a file that is only validated or tested leaves what is known of this one."""
@@ -336,7 +335,7 @@ class PQIMonitor(Callback):
             return
         self._begin()
         self._curve.load_state_dict(state_dict)
-        self._judge.load_state_dict(state_dict["judge"])
+        self._rule.load_state_dict(state_dict["rule"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the monitored metric of this moment: Lightning does not."""

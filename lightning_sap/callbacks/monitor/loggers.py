@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -26,3 +27,19 @@ def layout(monitor: str, layers: Iterable[str]) -> dict[str, dict[str, list[Any]
         charts["PQ Index of the layers"] = ["Multiline", [f"{own}/{name}$" for name in names]]
         charts["Remaining weights of the layers"] = ["Multiline", [f"remaining/{name}$" for name in names]]
     return {CHART: charts}
+
+
+def lay_out(trainer: Trainer, monitor: str, layers: Iterable[str]) -> None:
+    """Put the charts under Custom Scalars."""
+    for writer in writers(trainer):
+        writer.add_custom_scalars(layout(monitor, layers))
+
+
+def show(trainer: Trainer, monitor: str, plot: Callable[[Any], Any] | None, report: str | None) -> None:
+    """Put both figures among the images, where matplotlib is installed, and the report among the texts."""
+    for writer in writers(trainer):
+        if plot is not None and importlib.util.find_spec("matplotlib") is not None:
+            for kind in ("rounds", "layers"):
+                writer.add_figure(f"{monitor}/{kind}", plot(kind), global_step=trainer.global_step)
+        if report is not None:
+            writer.add_text(f"{monitor}/report", report, global_step=trainer.global_step)

@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sap.engine.groups import PrunableTensor, dense_pieces
+from lightning_sap.engine.groups import PrunableTensor, dense_tensors
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
 from lightning_sap.engine.weights import check_patterns
 from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.functional.scalars import as_plain
-from lightning_sap.rounds.protocol import MonitoredPruner
+from lightning_sap.rounds.phases import Layers
+from lightning_sap.rounds.protocol import PrunerView
 from lightning_sap.sharding import check_placements, is_sharded
 
 
@@ -40,12 +41,12 @@ class IndexMeter:
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Raise for what cannot be measured."""
-        pieces = self.pieces(trainer, module)
-        if self.gini and any(is_sharded(piece.weight) for piece in pieces.values()):
+        tensors = self.tensors(trainer, module)
+        if self.gini and any(is_sharded(piece.weight) for piece in tensors.values()):
             raise ValueError("PQIMonitor(gini=True) needs whole weights, and these are sharded; give gini=False.")
-        check_placements({name: piece.weight for name, piece in pieces.items()})
+        check_placements({name: piece.weight for name, piece in tensors.items()})
         if not isinstance(self.log_layers, bool):
-            check_patterns(self.log_layers, list(pieces))
+            check_patterns(self.log_layers, list(tensors))
 
     def check_ending(self, *, stopped: bool) -> None:
         """Raise if the weights measured last are not finite; warn if something else stopped the training."""
@@ -57,14 +58,14 @@ class IndexMeter:
                 raise
             rank_zero_warn("Training was stopped with weights that are not finite.")
 
-    def pieces(self, trainer: Trainer, module: LightningModule) -> dict[str, PrunableTensor]:
+    def tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, PrunableTensor]:
         """The weights that are watched, live, with their masks."""
-        pruned = [pruner.pieces(module) for pruner in pruners(trainer)]
-        return {name: piece for part in pruned for name, piece in part.items()} or dense_pieces(module)
+        pruned = [pruner.tensors(module) for pruner in pruners(trainer)]
+        return {name: piece for part in pruned for name, piece in part.items()} or dense_tensors(module)
 
     def layers(self, trainer: Trainer, module: LightningModule) -> list[str]:
         """The parameters that are logged one by one."""
-        names, wanted = list(self.pieces(trainer, module)), self.log_layers
+        names, wanted = list(self.tensors(trainer, module)), self.log_layers
         if isinstance(wanted, bool):
             return names if wanted else []
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
@@ -73,14 +74,22 @@ class IndexMeter:
         """Indices of the weights as they are, measured once after a step."""
         moment = (trainer.global_step, *(pruner.current_round() for pruner in pruners(trainer)))
         if self._latest is None or self._latest[0] != moment:
-            orders, pieces = self._orders(trainer), self.pieces(trainer, module)
-            gini = _gini(pieces) if self.gini else None
-            self._latest = (moment, summary(sums_of(pieces, *orders), *orders), gini)
+            orders, tensors = self._orders(trainer), self.tensors(trainer, module)
+            gini = _gini(tensors) if self.gini else None
+            self._latest = (moment, summary(sums_of(tensors, *orders), *orders), gini)
         return self._latest[1]
+
+    def evidence(
+        self, trainer: Trainer, module: LightningModule, metric: float | None
+    ) -> tuple[float, Layers, float | None]:
+        """What is known of the round that ends now; on all ranks what rank 0 knows, a collective."""
+        measure = self.measure(trainer, module)
+        layers = {name: (index, measure.survivors[name]) for name, index in measure.layers.items()}
+        return trainer.strategy.broadcast((measure.overall, layers, metric))
 
     def values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """What is logged of the weights, by key."""
-        measure, pieces = self.measure(trainer, module), self.pieces(trainer, module)
+        measure, tensors = self.measure(trainer, module), self.tensors(trainer, module)
         values = {f"{self.name}/global": measure.overall, f"{self.name}/layer_mean": measure.layer_mean}
         match pruners(trainer):  # of several, or in other orders, none was taken
             case [only] if only.orders() == self._orders(trainer) and (after := only.pqi_after_pruning()) is not None:
@@ -89,7 +98,7 @@ class IndexMeter:
             values["gini/global"] = self._latest[2]
         for name in self.layers(trainer, module):
             values[f"{self.name}/{name}"] = measure.layers[name]
-            values[f"remaining/{name}"] = measure.survivors[name] / pieces[name].weight.numel()
+            values[f"remaining/{name}"] = measure.survivors[name] / tensors[name].weight.numel()
         return values
 
     def _orders(self, trainer: Trainer) -> tuple[float, float]:
@@ -97,17 +106,17 @@ class IndexMeter:
         return (p, q) if self.p is None or self.q is None else (self.p, self.q)
 
 
-def _gini(pieces: dict[str, PrunableTensor]) -> float:
+def _gini(tensors: dict[str, PrunableTensor]) -> float:
     """Gini index of the weights that survive, as one vector."""
-    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in pieces.values()]
+    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in tensors.values()]
     return float(gini_index(torch.cat(alive)))
 
 
-def pruners(trainer: Trainer) -> list[MonitoredPruner]:
+def pruners(trainer: Trainer) -> list[PrunerView]:
     """The Trainer's callbacks that prune or hold masks."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, MonitoredPruner)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, PrunerView)]  # type: ignore[attr-defined]
 
 
-def leader(trainer: Trainer) -> MonitoredPruner | None:
+def leader(trainer: Trainer) -> PrunerView | None:
     """The one whose rounds count: of several that prune, the first."""
     return next((pruner for pruner in pruners(trainer) if pruner.prunes()), None)

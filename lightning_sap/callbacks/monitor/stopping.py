@@ -61,6 +61,10 @@ class StoppingRule:
             told[record.round] = (str(self.phase), self.detector.reason)
         return told
 
+    def preview(self, pqi: float, layers: Layers, metric: float | None) -> Phase:
+        """The phase that the round would get if it ended now."""
+        return self.detector.preview(pqi, layers=layers, metric=metric)
+
     def update(self, pqi: float, layers: Layers, metric: float | None) -> Phase:
         """Take in the round that ends now."""
         phase = self.detector.update(pqi, layers=layers, metric=metric)

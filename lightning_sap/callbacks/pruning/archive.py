@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.engine.weights import COMPILE_PREFIX, parameter_names
+from lightning_sap.engine.weights import COMPILE_PREFIX
 from lightning_sap.rewind import place_weights, restore_weights_
 
 TAKEN = ".taken"  # an empty file in a folder that a run has chosen, until there is a round in it
@@ -114,18 +113,6 @@ def read_round(path: str, module: nn.Module) -> dict[str, Any]:
     weights = get_model_state_dict(module, options=StateDictOptions(cpu_offload=True))
     load_shards({"state_dict": weights}, checkpoint_id=path)
     return {**checkpoint, "state_dict": weights}
-
-
-def state_in(checkpoint: dict[str, Any], key: str, module: nn.Module) -> PruningState:
-    """A pruning callback's state at the time of a checkpoint, its masks where the module's weights are.
-
-    Raises:
-        ValueError: If the masks do not belong to the module.
-    """
-    state = PruningState.unpack(checkpoint["callbacks"][key])
-    live = parameter_names(module)
-    weights = {name: live[name].detach() for name in state.masks.pruned if name in live}
-    return replace(state, masks=state.masks.like(weights))
 
 
 def restore_model_(module: nn.Module, checkpoint: dict[str, Any]) -> None:

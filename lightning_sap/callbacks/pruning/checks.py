@@ -13,7 +13,8 @@ from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.measure import Measure, check_finite
 from lightning_sap.engine.weights import PrunableWeight, prunable_weights
-from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.plan import WORDS, RoundPlan
+from lightning_sap.rounds.protocol import GoOn, RoundListener, Stop, TakeBack
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
 
 STATE_PREFIX = "lightning_sap/"
@@ -57,13 +58,19 @@ def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) 
                 )
 
 
-def check_plan(options: Options, plan: RoundPlan) -> None:
+def check_plan(options: Options, plan: RoundPlan, steps_of_epoch: int | None) -> None:
     """Raise if an option does not fit the rounds."""
-    k = options.snapshot_epoch
-    if k is not None and plan.rounds != 0 and k > plan.epochs:
+    k, epochs = options.snapshot_epoch, plan.length
+    if plan.unit == "step":
+        epochs = plan.length // steps_of_epoch if steps_of_epoch else 0
+    if k is not None and plan.rounds != 0 and k > epochs:
+        known = plan.unit == "epoch" or steps_of_epoch
         raise ValueError(
-            f"rewind_weights={k} lies beyond the first round, which has {plan.epochs} epochs; give at most "
-            f"{plan.epochs}, or a longer round with every_n_epochs."
+            f"rewind_weights={k} lies beyond the first round, which has {epochs} epochs; give at most {epochs}, or a "
+            f"longer round with {WORDS[plan.unit].every}."
+            if known
+            else f"rewind_weights={k} counts epochs, and how many of them a round of {plan.length} steps takes is not "
+            "known beforehand; give rewind_weights='init', or rounds in epochs."
         )
     if options.target_remaining is not None and not plan.rounds:
         number = "not known beforehand" if plan.rounds is None else "0"
@@ -73,13 +80,15 @@ def check_plan(options: Options, plan: RoundPlan) -> None:
         )
 
 
-def check_changes(options: Options, state: PruningState, epoch: int, global_step: int) -> None:
+def check_changes(
+    options: Options, state: PruningState, epoch: int, global_step: int, steps_of_epoch: int | None
+) -> None:
     """Raise if a resumed run is to go back to weights that are gone."""
     k, old = options.snapshot_epoch, state.options
     if k is None or not options.changed("rewind_weights", old) or state.plan.rounds == 0 or state.prunings_left() == 0:
         return
-    check_plan(options, state.plan)
-    if state.round > 0 or epoch - state.plan.first_epoch >= k < global_step:
+    check_plan(options, state.plan, steps_of_epoch)
+    if state.round > 0 or epoch - state.first_epoch >= k < global_step:
         raise ValueError(
             f"rewind_weights={options.rewind_weights} needs weights that are gone: those after {k} epochs, and the "
             f"checkpoint was saved with rewind_weights={old['rewind_weights']}. Give that, or None to go on with the "
@@ -107,14 +116,25 @@ def check_target(options: Options, state: PruningState, frozen: Collection[str])
         )
 
 
-def check_steps(now: int, before: int) -> None:
-    """Raise if the optimizer stepped in a round of which Lightning counts no step."""
-    if now == before:
+def check_restoring(options: Options, listeners: Collection[RoundListener]) -> None:
+    """Raise if a listener may ask for a round that is not saved."""
+    if options.save_rounds is False and any(listener.may_restore for listener in listeners):
         raise ValueError(
-            f"The round ends at trainer.global_step={now}, where it began, though its optimizer stepped: Lightning "
-            "counts the steps of its own optimizers only. In training_step use `self.optimizers()`, not "
-            "`self.optimizers(use_pl_optimizer=False)`."
+            "PQIMonitor(restore=True) goes back to a round that was saved, and save_rounds=False saves none; leave "
+            "save_rounds out, or give restore=False."
         )
+
+
+def check_answers(answers: Collection[object], can_go_back: bool) -> None:
+    """Raise for what is no answer to the end of a round, and if there is no round to go back to."""
+    for answer in answers:
+        if not isinstance(answer, GoOn | Stop | TakeBack):
+            raise TypeError(f"on_round_end must return GoOn(), Stop() or TakeBack(), got {answer!r}.")
+        if isinstance(answer, TakeBack) and not can_go_back:
+            raise ValueError(
+                "A listener takes a round back, and no earlier round was kept. Set may_take_back = True on the "
+                "listener, and answer GoOn() to the first round."
+            )
 
 
 def check_ending(trainer: Trainer, measure: Measure) -> None:

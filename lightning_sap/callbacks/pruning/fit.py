@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning.schedules import Schedules
+from lightning_sap.callbacks.pruning.lifecycle import Event, Stage, after
 
 
 def _nothing() -> None:
@@ -22,27 +21,25 @@ class Fit:
     """What belongs to one fit, and is neither copied nor pickled.
 
     Attributes:
-        stage: As in ``setup``; for a fit then "train" while it trains, and "trained".
         trainer: Weak reference to the Trainer of the latest fit.
         module: Weak reference to its module.
-        waits: Whether it has not begun to train yet.
+        stage: Where it stands.
         schedules_from: Epoch at which its learning-rate schedules begin.
-        archives: Whether each round is saved.
         pending: What a checkpoint brought, until training starts.
-        schedules: Its schedules and optimizers.
         hooks: Those on its optimizers.
         hooked: Whether every optimizer has them: Lightning takes others than PyTorch's, which may know none.
-        before_validation: The metrics that were known when validation began.
+        global_step: The Trainer's, where not every optimizer has hooks.
     """
 
-    stage: str | None = None
     trainer: Callable[[], Trainer | None] = _nothing
     module: Callable[[], LightningModule | None] = _nothing
-    waits: bool = False
+    stage: Stage = Stage.IDLE
     schedules_from: int = 0
-    archives: bool = False
     pending: dict[str, Any] | None = None
-    schedules: Schedules = field(default_factory=Schedules)
     hooks: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = True
-    before_validation: dict[str, Tensor] = field(default_factory=dict)
+    global_step: int = 0
+
+    def enter(self, event: Event) -> None:
+        """Go to the stage that follows an event."""
+        self.stage = after(self.stage, event)

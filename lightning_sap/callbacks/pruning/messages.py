@@ -10,7 +10,7 @@ from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor, dead_units
 from lightning_sap.engine.masks import MaskSet
-from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 
 def announcement(options: Options, state: PruningState, schedules: list[str]) -> str:
@@ -19,7 +19,7 @@ def announcement(options: Options, state: PruningState, schedules: list[str]) ->
     rounds = "prunings after every round" if plan.rounds is None else _counted(plan.rounds, "pruning")
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
-        f"{options.name}: {rounds} in rounds of {_counted(plan.epochs, 'epoch')} from epoch {plan.first_epoch}, "
+        f"{options.name}: {rounds} in rounds of {_counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
         f"scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
         *(f"  learning rate: {line}" for line in schedules),
@@ -75,17 +75,24 @@ def warn_of_dead(options: Options, pieces: Mapping[str, PrunableTensor], masks: 
         )
 
 
-def warn_of_lost(options: Options, plan: RoundPlan) -> None:
+def warn_of_lost(options: Options, state: PruningState) -> None:
     """Warn that a run that is resumed with an earlier end does not come to all of its prunings."""
-    if plan.rounds is None or plan.last_epoch is None:
+    plan = state.plan
+    if plan.rounds is None or plan.end is None:
         return
-    lost = plan.rounds - plan.due(plan.last_epoch - 1)
+    lost = plan.rounds - plan.prunings_before(state.round, state.start, plan.end - 1)
     if lost > 0:
         missed = "" if options.target_remaining is None else f", and misses target_remaining={options.target_remaining}"
+        needed = state.start + (plan.rounds - state.round) * plan.length + 1
         rank_zero_warn(
             f"{options.name}: training now ends before {lost} of the {_counted(plan.rounds, 'pruning')} planned"
-            f"{missed}. For all of them it takes max_epochs={plan.start(plan.rounds) + 1} or more, and steps to match."
+            f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={needed} or more, and steps to match."
         )
+
+
+def warn_of_another_module(options: Options) -> None:
+    """Warn that the masks of an earlier fit do not belong to the module."""
+    rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
 
 
 def warn_of_frozen(options: Options, frozen: Sequence[str]) -> None:

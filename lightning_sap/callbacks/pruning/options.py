@@ -17,7 +17,8 @@ from lightning_sap.engine.groups import Scope, check_scope
 from lightning_sap.engine.weights import Selection, check_selection
 from lightning_sap.functional.amount import ceil, floor
 from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
-from lightning_sap.policies.base import Policy, check_policy
+from lightning_sap.policies.base import Importance, Policy, check_policy
+from lightning_sap.policies.importance import check_importance
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
@@ -71,7 +72,7 @@ class Options:
     policy: Policy
     _: KW_ONLY
     scope: Scope = "layer"
-    importance: Any = "magnitude"
+    importance: Importance | str = "magnitude"
     rounds: int | None = None
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
@@ -94,7 +95,7 @@ class Options:
             object.__setattr__(self, "dirpath", str(self.dirpath))
         check_policy(self.policy)
         check_scope(self.scope)
-        _check_importance(self.importance)
+        check_importance(self.importance)
         check_selection("include", self.include)
         check_selection("exclude", self.exclude)
         self._check_rounds()
@@ -152,27 +153,25 @@ class Options:
         """How many weights survive at the end, where there is a target."""
         return round((self.target_remaining or 0.0) * sum(sizes.values()))
 
-    def limits(self, sizes: dict[str, int], alive: int, prunings_left: int | None, target: int | None = None) -> Limits:
+    def limits(self, sizes: dict[str, int], kept: int, prunings_left: int | None, target: int | None = None) -> Limits:
         """What the next pruning must keep to, from the sizes of the parameters, their survivors and prunings left.
 
         Args: ``target``: how many survive at the end; None: that fraction of the sizes.
         """
         floors = self.floors(sizes)
-        if self.target_remaining is None or prunings_left is None or alive == 0:
+        if self.target_remaining is None or prunings_left is None or kept == 0:
             return Limits(floors)
-        target = min(alive, self.target(sizes) if target is None else target)
-        share = (target / alive) ** (1 / max(1, prunings_left))
-        most_kept = max(target, int(floor(_exact(alive * share))))
-        return Limits(floors, least=alive - most_kept, most=alive - target)
+        target = self.target(sizes) if target is None else target
+        if self.policy.regrows:  # between the first and the last pruning its weights come and go
+            return Limits(floors, kept - target, kept - target) if prunings_left == 1 else Limits(floors)
+        target = min(kept, target)
+        share = (target / kept) ** (1 / max(1, prunings_left))
+        most_kept = max(target, int(floor(_exact(kept * share))))
+        return Limits(floors, least=kept - most_kept, most=kept - target)
 
 
 def _exact(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _check_importance(importance: Any) -> None:
-    if importance != "magnitude" and not callable(getattr(importance, "scores", None)):
-        raise TypeError(f"importance must be 'magnitude' or an object with a method `scores`, got {importance!r}.")
 
 
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:

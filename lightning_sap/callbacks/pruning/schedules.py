@@ -89,14 +89,14 @@ class Schedules:
         """
         if not module.automatic_optimization:
             return
-        epochs = trainer.current_epoch - state.plan.start(state.round) + epoch_ended
-        steps = trainer.global_step - state.round_step
+        epochs = trainer.current_epoch - state.first_epoch + epoch_ended
+        steps = state.steps
         for config, replay in zip(self._configs, self._replays, strict=True):
             if self._replayed(config, replay):
                 by_step = config.interval == "step"
-                length = state.plan.length(state.round)
-                if by_step and length is not None:
-                    length = _steps(trainer, length)
+                length = state.plan.length_of(state.round, state.start)
+                if by_step and length is not None and state.plan.unit == "epoch":
+                    length = steps_of_epochs(trainer, length)
                 replay.advance_(steps if by_step else epochs, length, _stepper(module))
 
     def state(self) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def _stepper(module: LightningModule) -> Any:
     return lambda scheduler: module.lr_scheduler_step(scheduler, None)
 
 
-def _steps(trainer: Trainer, epochs: int) -> int | None:
+def steps_of_epochs(trainer: Trainer, epochs: int) -> int | None:
     """Optimizer steps of so many epochs; None if that is not known beforehand."""
     batches, every = trainer.num_training_batches, accumulation(trainer)
     if batches == float("inf") or every is None or not trainer.lightning_module.automatic_optimization:
@@ -155,19 +155,30 @@ def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
 
     None or -1 where that is not known.
     """
-    per_epoch = _steps(trainer, 1)
+    per_epoch = steps_of_epochs(trainer, 1)
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
         return trainer.max_epochs
     return min(trainer.max_epochs, epoch + -(-(trainer.max_steps - step) // per_epoch))
 
 
 def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
-    epochs = None if plan.last_epoch is None else plan.last_epoch - plan.schedules_from
+    if plan.unit == "step":
+        return _ticks_of_steps(trainer, plan, interval, frequency)
+    epochs = None if plan.end is None else plan.end - plan.schedules_from
     if interval == "epoch":
-        return Ticks(plan.epochs, epochs, frequency)
-    steps = None if epochs is None else _steps(trainer, epochs)
+        return Ticks(plan.length, epochs, frequency)
+    steps = None if epochs is None else steps_of_epochs(trainer, epochs)
     if trainer.max_steps > 0:
         steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
     batches, every = trainer.num_training_batches, accumulation(trainer)
     stepping = [] if batches == float("inf") or every is None else [*range(every, int(batches), every), int(batches)]
-    return Ticks(_steps(trainer, plan.epochs), steps, frequency, stepping)
+    return Ticks(steps_of_epochs(trainer, plan.length), steps, frequency, stepping)
+
+
+def _ticks_of_steps(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
+    """For rounds in steps."""
+    if interval == "epoch":
+        return Ticks(None, trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None, frequency)
+    batches, every = trainer.num_training_batches, accumulation(trainer)
+    stepping = [] if batches == float("inf") or every is None else [*range(every, int(batches), every), int(batches)]
+    return Ticks(plan.length, plan.end, frequency, stepping)

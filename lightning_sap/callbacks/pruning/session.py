@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import agreement, archive, checks, compatibility, messages
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages, planning
+from lightning_sap.callbacks.pruning.decisions import ask, decide_next
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.schedules import Schedules, last_epoch
-from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.engine.decision import Decision, decide
+from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
+from lightning_sap.callbacks.pruning.state import KeptRound, PruningState
+from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.groups import Memory, PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, summary, sums_of
 from lightning_sap.engine.weights import PrunableWeight, parameter_names, prunable_weights
+from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.rounds.history import RoundRecord
-from lightning_sap.rounds.plan import RoundPlan, plan_rounds
+from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
 
 
 class PruningSession:
@@ -32,18 +35,20 @@ class PruningSession:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.state = PruningState()
+        self.metrics = RoundMetrics()
+        self.schedules = Schedules()
+        self._importance = check_importance(options.importance)
         self.weights: dict[str, PrunableWeight] = {}
         self._memories: dict[str, Memory] = {}
-        self._stepped = False  # the first optimizer, in this round
-        self._earlier: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weights."""
-        return {**vars(self), "weights": {}, "_memories": {}, "_earlier": {}}
+        """Without what belongs to a fit."""
+        return {**vars(self), "weights": {}, "_memories": {}, "schedules": Schedules(), "metrics": RoundMetrics()}
 
-    def forget_weights(self) -> None:
+    def forget_fit(self) -> None:
         """Let go of the module, and of what was seen of its fit."""
-        self.weights, self._memories, self._earlier, self._stepped = {}, {}, {}, False
+        self.weights, self._memories = {}, {}
+        self.metrics.forget_fit()
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
 
@@ -64,12 +69,16 @@ class PruningSession:
         """Those that are not trained now."""
         return [name for name, weight in self.weights.items() if not weight.parameter.requires_grad]
 
-    def pieces(self, module: nn.Module) -> dict[str, PrunableTensor]:
-        """The weights with their masks."""
-        pruned, weights = self.state.masks.pruned, self.weights or self.select(module)
+    def tensors(self, module: nn.Module, masks: MaskSet | None = None) -> dict[str, PrunableTensor]:
+        """The weights with their masks, those given or those in force."""
+        pruned, weights = (masks or self.state.masks).pruned, self.weights or self.select(module)
         return {
             name: PrunableTensor(
-                w.parameter.detach(), pruned.get(name), w.units, self._memories.setdefault(name, Memory())
+                w.parameter.detach(),
+                pruned.get(name),
+                w.units,
+                self._memories.setdefault(name, Memory()),
+                self._importance,
             )
             for name, w in weights.items()
         }
@@ -81,40 +90,38 @@ class PruningSession:
         options, masks, found = self.options, self.state.masks, dict(self.weights)
         plan = RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            plan = replace(_plan(trainer, options), schedules_from=schedules_from)
-            checks.check_plan(options, plan)
+            plan = replace(planning.plan(trainer, options), schedules_from=schedules_from)
+            checks.check_plan(options, plan, steps_of_epochs(trainer, 1))
         if plan.rounds != 0:
             compatibility.check_averaging(trainer)
         self._take_in_frozen(module, masks)
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
-                rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
+                messages.warn_of_another_module(options)
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
-        state = PruningState(masks.extended(weights).like(weights), plan, round_step=trainer.global_step)
+        state = PruningState(masks.extended(weights).like(weights), plan, first_epoch=trainer.current_epoch)
         checks.check_target(options, state, self.frozen())
-        self.state = state
+        self.state, self.metrics = state, RoundMetrics()
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
         before, options = self.state, self.options
         self.restore_state(module, packed)
         state, self.state = self.state, before  # until all is found to be right
-        checks.check_changes(options, state, trainer.current_epoch, trainer.global_step)
+        checks.check_changes(options, state, trainer.current_epoch, trainer.global_step, steps_of_epochs(trainer, 1))
         if options.changed("rewind_weights", state.options):
             state.first_weights = None
         state.reopen()
-        if state.plan.last_epoch is not None and (trainer.max_epochs or -1) > 0:
-            whole = state.plan.schedules_from == 0  # what steps an earlier fit took is not known
-            state.plan = replace(state.plan, last_epoch=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
+        state.plan = planning.with_new_end(trainer, state)
         if options.changed("dirpath", state.options):
             state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
             checks.check_target(options, state, self.frozen())
         self.state = state
         messages.tell_changes(options, state.options)
-        messages.warn_of_lost(options, state.plan)
+        messages.warn_of_lost(options, state)
 
     def open_archive(self, trainer: Trainer, wanted: bool, shared: str | None) -> None:
         """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
@@ -124,12 +131,18 @@ class PruningSession:
         elif state.folder is None or not archive.can_save(trainer, state.folder):
             state.folder = shared or archive.choose_folder(trainer, self.options.dirpath)
 
-    def restore_state(self, module: LightningModule, packed: Mapping[str, Any]) -> None:
-        """Go on with the state of a checkpoint, placed where the module's tensors are."""
-        state = PruningState.unpack(packed)
-        self._take_in_frozen(module, state.masks)
-        state.place(module, self.live())
-        self.state = state
+    def restore_state(self, module: nn.Module, packed: Mapping[str, Any]) -> None:
+        """Go on with the state of a checkpoint."""
+        self._take_in_frozen(module, MaskSet.unpack(packed["masks"]))
+        self.state = PruningState.live(packed, module, self.live())
+        self.metrics.load_state_dict(self.state.metrics)
+        self.schedules.load(self.state.schedules)
+
+    def packed(self, *, training: bool) -> dict[str, Any]:
+        """The state as plain values; nothing is changed by it."""
+        schedules = self.schedules.state() if training else self.state.schedules
+        metrics = self.metrics.state_dict()
+        return replace(self.state, schedules=schedules, metrics=metrics, options=self.options.plain()).pack()
 
     def _take_in_frozen(self, module: nn.Module, masks: MaskSet) -> None:
         """Add what was pruned once and is frozen now: its masks hold all the same."""
@@ -141,97 +154,143 @@ class PruningSession:
 
     def measure(self, module: nn.Module, masks: MaskSet | None = None) -> Measure:
         """Indices of the weights as they are, under the masks given or in force."""
-        pieces, policy = self.pieces(module), self.options.policy
-        if masks is not None:
-            pieces = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
-        return summary(sums_of(pieces, policy.p, policy.q), policy.p, policy.q)
+        policy = self.options.policy
+        return summary(sums_of(self.tensors(module, masks), policy.p, policy.q), policy.p, policy.q)
 
     def advance(
-        self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[PruningSession]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        last_epoch: int,
+        listeners: Sequence[RoundListener],
+        beside: Sequence[PruningSession],
     ) -> None:
-        """Take the weights to rewind to when it is time, and prune if a round ended."""
-        state, epoch = self.state, trainer.current_epoch
-        completed, wanted = epoch - state.plan.first_epoch, self.options.snapshot_epoch
+        """Take the weights to rewind to when it is time, and prune if a round ended, its last epoch as given."""
+        self._take_first_weights(module, trainer.current_epoch)
+        if not self.state.is_due(trainer.current_epoch):
+            return
+        is_news = self.state.answer is None
+        self.end_round(trainer, module, last_epoch, listeners)
+        if is_news and isinstance(self.state.answer, Stop):
+            return  # training ends with the batch that starts, or goes on to its least and comes here again
+        self.prune_(trainer, module, last_epoch, beside, keeps=any(listener.may_take_back for listener in listeners))
+
+    def _take_first_weights(self, module: nn.Module, epochs: int) -> None:
+        state, wanted = self.state, self.options.snapshot_epoch
         is_first_round = state.round == 0 and state.plan.rounds != 0
-        if is_first_round and wanted is not None and completed >= wanted and state.first_weights is None:
+        if is_first_round and wanted is not None and epochs - state.first_epoch >= wanted and not state.first_weights:
             state.first_weights = take_weights(module)
-        if state.plan.due(epoch) > state.round and self._stepped:
-            checks.check_steps(trainer.global_step, state.round_step)
-        if state.is_due(epoch, trainer.global_step):
-            self.save_round(trainer)  # where a resumed run did not see its last epoch end
-            self.prune_(trainer, module, schedules, beside)
+
+    def end_round(
+        self, trainer: Trainer, module: LightningModule, last_epoch: int, listeners: Sequence[RoundListener]
+    ) -> None:
+        """Tell the listeners that the round has ended, note the answer and save the round, each once; a collective."""
+        state = self.state
+        if state.answer is None:
+            record = self.record(trainer, self.measure(module), last_epoch)
+            event = RoundEnd(record, list(state.history))
+            state.answer = ask(trainer, module, event, listeners, can_go_back=state.kept is not None)
+            for round, fields in state.answer.notes.items():
+                if round == state.round:
+                    state.note = {**state.note, **fields}
+                else:
+                    state.history.note(round, **fields)
+        if isinstance(state.answer, Stop):
+            state.stop, trainer.should_stop = state.answer, True
+        self.save_round(trainer)
 
     def prune_(
-        self, trainer: Trainer, module: LightningModule, schedules: Schedules, beside: Sequence[PruningSession]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        last_epoch: int,
+        beside: Sequence[PruningSession],
+        *,
+        keeps: bool,
     ) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
-        state, started = self.state, time.perf_counter()
-        step = self.decide(trainer, module)
-        after = self.measure(module, step.masks)
+        state, started, answer = self.state, time.perf_counter(), self.state.answer or GoOn()
+        record = None
+        if isinstance(answer, TakeBack):
+            record = replace(self.record(trainer, self.measure(module), last_epoch), taken_back=True)
+            self.go_back_(trainer, module, beside)
+        elif keeps and not (isinstance(answer, GoOn) and not answer.keep):
+            state.kept = KeptRound(state.round, take_weights(module), state.masks)
+        decision = decide_next(self, trainer, module, 1.0 if isinstance(answer, Stop) else answer.scale)
+        after = self.measure(module, decision.masks)
         seconds = time.perf_counter() - started
         record = replace(
-            self.record(trainer, step.before),
-            pruned=step.count,
+            record or self.record(trainer, decision.before, last_epoch),
+            pruned=decision.count,
+            regrown=decision.regrown,
             pqi_pruned=after.overall,
             layers_pqi_pruned=after.layers,
             seconds=seconds,
         )
-        messages.warn_of_dead(self.options, self.pieces(module), step.masks)
+        messages.warn_of_dead(self.options, self.tensors(module), decision.masks)
         # from here on things change
-        self._mask_(module, step.masks, beside)
-        compatibility.in_averages_(trainer, module, lambda: self._mask_(module, step.masks, beside))
-        schedules.rewind_()
+        self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside))
+        self.schedules.rewind_()
         if self.options.reset_optimizer:
-            schedules.forget_()
-        state.history.append(record)
-        state.masks, state.count, state.pqi_after_pruning = step.masks, step.count, after.overall
-        state.round, state.round_step, state.note, state.metrics = state.round + 1, trainer.global_step, {}, {}
-        self._stepped = False
+            self.schedules.forget_()
+        state = state.next_round(decision.masks, decision.count, after.overall, record, trainer.current_epoch)
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
+        self.state = state
+        self.metrics.end()
+
+    def finish(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        listeners: Sequence[RoundListener],
+        beside: Sequence[PruningSession],
+    ) -> None:
+        """End the last round, where it was trained; go back if it is taken back."""
+        if self.state.steps == 0:
+            return
+        last_epoch, measure = trainer.current_epoch - 1, self.measure(module)
+        self.end_round(trainer, module, last_epoch, listeners)  # unless it has ended as planned
+        record = self.record(trainer, measure, last_epoch)
+        if isinstance(self.state.answer, TakeBack):
+            record = replace(record, taken_back=True)
+            self.go_back_(trainer, module, beside)
+        self.state.history.append(record)
+
+    def adopt(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
+        """Take up the state of a run that was over, and close its last round where that was not done."""
+        self.restore_state(module, packed)
+        if self.state.round not in [record.round for record in self.state.history]:
+            self.finish(trainer, module, (), ())
+
+    def go_back_(self, trainer: Trainer, module: LightningModule, beside: Sequence[PruningSession]) -> None:
+        """Put back the weights, buffers and masks of the round that was kept."""
+        kept = self.state.kept
+        if kept is None:
+            raise RuntimeError("No round was kept to go back to.")
+        self.state.masks = kept.masks.extended(self.live())
+        self._change_(trainer, module, partial(self._restore_, module, kept.weights, beside))
+
+    @staticmethod
+    def _change_(trainer: Trainer, module: LightningModule, change_: Callable[[], None]) -> None:
+        """Change the module, and its averaged copies."""
+        change_()
+        compatibility.in_averages_(trainer, module, change_)
+
+    def _restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Sequence[PruningSession]) -> None:
+        restore_weights_(module, weights)
+        for session in (*beside, self):  # what is pruned now stays pruned, returning weights start from zero
+            session.enforce()
 
     def _mask_(self, module: LightningModule, masks: MaskSet, beside: Sequence[PruningSession]) -> None:
         """Rewind the weights, where there are some to go back to, and mask them."""
         if self.state.first_weights is not None:
-            restore_weights_(module, self.state.first_weights)
-            for run in beside:  # it may have pruned what came back
-                run.enforce()
+            self._restore_(module, self.state.first_weights, beside)
         masks.apply_(self.live())
 
-    def decide(self, trainer: Trainer, module: LightningModule) -> Decision:
-        """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense."""
-        options, state = self.options, self.state
-        self.weights = self.select(module)
-        checks.check_disjoint(options, trainer, module)
-        state.masks = state.masks.extended(self.live())
-        pieces, frozen = self.pieces(module), self.frozen()
-        agreement.check_agreement(trainer, pieces)
-        trained = {name: piece for name, piece in pieces.items() if name not in frozen}
-        sizes = {name: piece.weight.numel() for name, piece in trained.items()}
-        alive = sum(count for name, count in state.masks.survivors.items() if name in trained)
-        limits = options.limits(sizes, alive, state.prunings_left(), self._target(frozen))
-        step = decide(trained, policy=options.policy, scope=options.scope, round=state.round + 1, limits=limits)
-        if frozen:  # they stay as they are, under their masks
-            masks = MaskSet({name: step.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
-            step = replace(step, before=self.measure(module), masks=masks)
-        return agreement.broadcast_decision(trainer, step, self.live())
-
-    def _target(self, frozen: Sequence[str]) -> int | None:
-        """How many of the trained weights survive at the end; None: that fraction of them, or no target."""
-        options, masks = self.options, self.state.masks
-        if options.target_remaining is None or not frozen:
-            return None
-        whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
-        left = whole - sum(masks.survivors[name] for name in frozen)
-        trained = {name: mask.numel() for name, mask in masks.pruned.items() if name not in frozen}
-        if left >= max(1, sum(options.floors(trained).values())):
-            return left
-        messages.warn_of_frozen(options, frozen)
-        return None
-
-    def record(self, trainer: Trainer, before: Measure) -> RoundRecord:
+    def record(self, trainer: Trainer, before: Measure, last_epoch: int) -> RoundRecord:
         """The round that ends now, as it was trained."""
-        return self.state.record(before, trainer.current_epoch - 1, self.metrics(trainer))
+        return self.state.record(before, last_epoch, self.metrics.of(trainer, self.state.round))
 
     def save_round(self, trainer: Trainer) -> None:
         """Save the round that ends now, once, if that is asked for; a collective."""
@@ -259,46 +318,12 @@ class PruningSession:
             gradients = {name: w.parameter.grad for name, w in self.weights.items() if w.parameter.grad is not None}
             self.state.masks.apply_(gradients)
 
+    def count_step(self, *_: Any) -> None:
+        """After each real optimizer step, of any optimizer."""
+        self.state.steps += 1
+
     def record_lr(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the learning rate of this step: schedules move on before the round's record is made."""
-        self._stepped = True
         if optimizer.param_groups:  # a module without optimizers gets one from Lightning that has none
             rate = optimizer.param_groups[0]["lr"]
             self.state.lr = rate.clone() if isinstance(rate, Tensor) else rate
-
-    # -- its metrics --------------------------------------------------------------------------------------------------
-
-    def metrics(self, trainer: Trainer) -> dict[str, float]:
-        """Every metric logged in this round; after a resume Lightning does not know those of before, the state does."""
-        state, known = self.state, trainer.callback_metrics
-        stale = state.validation_keys if state.validated != state.round else []
-        stale = [key for key in stale if known.get(key) is self._earlier.get(key)]  # not logged in training since
-        return state.metrics | {key: float(value) for key, value in known.items() if key not in stale}
-
-    def note_epoch(self, trainer: Trainer) -> None:
-        """Remember the metrics with which an epoch begins: what is logged in it is another tensor."""
-        self._earlier = dict(trainer.callback_metrics)
-
-    def note_validation(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """Lightning keeps old metrics: remember which ones validation logs, and in which round it did."""
-        logged = [key for key in after if key not in before or after[key] is not before[key]]
-        self.state.validated = self.state.round
-        self.state.validation_keys = sorted({*self.state.validation_keys, *logged})
-
-
-def _plan(trainer: Trainer, options: Options) -> RoundPlan:
-    """The rounds of a training that begins now; as many as fit where ``max_steps`` ends it before ``max_epochs``."""
-    wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
-    plan = plan_rounds(trainer.max_epochs, *wanted)
-    end = last_epoch(trainer, trainer.current_epoch, trainer.global_step)
-    if end is None or end < 0:
-        return plan
-    if not plan.rounds or plan.start(plan.rounds) < end:
-        return plan if plan.last_epoch is None else replace(plan, last_epoch=end)
-    try:
-        return plan_rounds(end, *wanted)
-    except ValueError as error:
-        raise ValueError(
-            f"max_steps={trainer.max_steps} ends training in epoch {end - 1}; give more steps, or fewer or shorter "
-            f"rounds. ({error})"
-        ) from None

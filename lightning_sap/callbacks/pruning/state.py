@@ -1,19 +1,32 @@
-"""What a run must not lose: masks, rounds, the weights to rewind to, and the history."""
+"""What a run must not lose: masks, rounds, the weights to go back to, and the history."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure
+from lightning_sap.engine.weights import parameter_names
 from lightning_sap.rewind import place_weights
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
 from lightning_sap.sharding import whole
+
+ANSWERS = {kind.__name__: kind for kind in (GoOn, Stop, TakeBack)}
+
+
+@dataclass(frozen=True)
+class KeptRound:
+    """The latest round that can be gone back to: its number, its trained weights and buffers on the CPU, its masks."""
+
+    round: int
+    weights: dict[str, Tensor]
+    masks: MaskSet
 
 
 @dataclass
@@ -23,16 +36,19 @@ class PruningState:
     Attributes:
         masks: Which weights are pruned.
         plan: How many rounds, and how long.
-        round: Number of prunings so far.
-        round_step: ``trainer.global_step`` when the round started.
+        round: Number of the round that goes on: so many prunings lie before it.
+        first_epoch: Epoch in which it started.
+        first_step: Optimizer steps of this run before it.
+        steps: Optimizer steps in it.
         count: Weights that the latest pruning took.
         pqi_after_pruning: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
+        kept: The latest round that can be gone back to; None where nothing may ask for it.
+        answer: What follows the round that has ended; None while it goes on.
+        stop: The answer that ended training.
         history: The rounds that ended.
         lr: Learning rate of the first parameter group in the latest step.
-        metrics: The metrics logged when the run was saved; Lightning forgets them.
-        validated: The round in which validation ran last; None: it never did.
-        validation_keys: The metrics that validation logs.
+        metrics: The state of the metrics of the round.
         folder: Where the rounds are saved; None: they are not.
         note: What its record says of the round that goes on beside what is measured: phase and reason, and its path.
         schedules: Where the learning-rate schedules stood when the run was saved.
@@ -42,15 +58,18 @@ class PruningState:
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
     plan: RoundPlan = field(default_factory=lambda: RoundPlan(0, 1))
     round: int = 0
-    round_step: int = 0
+    first_epoch: int = 0
+    first_step: int = 0
+    steps: int = 0
     count: int = 0
     pqi_after_pruning: float | None = None
     first_weights: dict[str, Tensor] | None = None
+    kept: KeptRound | None = None
+    answer: GoOn | Stop | TakeBack | None = None
+    stop: Stop | None = None
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    validated: int | None = None
-    validation_keys: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     note: dict[str, Any] = field(default_factory=dict)
     schedules: list[dict[str, Any]] = field(default_factory=list)
@@ -58,42 +77,89 @@ class PruningState:
 
     def pack(self) -> dict[str, Any]:
         """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
-        first = self.first_weights
+        first, kept = self.first_weights, self.kept
         return {
-            **{key: value for key, value in vars(self).items() if key not in ("masks", "plan", "history")},
+            **vars(self),
             "lr": None if self.lr is None else float(self.lr),
-            "first_weights": None if first is None else {name: whole(tensor) for name, tensor in first.items()},
+            "first_weights": None if first is None else _whole(first),
+            "kept": kept and {"round": kept.round, "weights": _whole(kept.weights), "masks": kept.masks.pack()},
+            "answer": _packed_answer(self.answer),
+            "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
             "history": [asdict(record) for record in self.history],
         }
 
     @classmethod
+    def live(
+        cls, packed: Mapping[str, Any], module: nn.Module, weights: Mapping[str, Tensor] | None = None
+    ) -> PruningState:
+        """The state from :meth:`pack`, its tensors where those of the module are and sharded as they are.
+
+        Args:
+            packed: What :meth:`pack` made; what an older version did not store keeps its default.
+            module: The module that is pruned.
+            weights: Its prunable weights; None: those of the masks.
+
+        Raises:
+            ValueError: If the masks do not belong to these weights.
+        """
+        state = cls.unpack(packed)
+        names = parameter_names(module)
+        weights = {n: names[n].detach() for n in state.masks.pruned if n in names} if weights is None else weights
+        first, kept = state.first_weights, state.kept
+        return replace(
+            state,
+            masks=state.masks.like(weights),
+            first_weights=None if first is None else place_weights(module, first),
+            kept=kept and KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights)),
+        )
+
+    @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> PruningState:
-        """The state from :meth:`pack`; what an older version did not store keeps its default."""
+        """The state from :meth:`pack` on the CPU, for looking at; a run goes on with :meth:`live`."""
         known = {key: packed[key] for key in cls.__dataclass_fields__ if key in packed}
+        kept = packed.get("kept")
         return cls(
             **{
                 **known,
                 "masks": MaskSet.unpack(packed["masks"]),
                 "plan": RoundPlan(**packed["plan"]),
                 "history": History(RoundRecord(**record) for record in packed["history"]),
+                "kept": kept and KeptRound(kept["round"], kept["weights"], MaskSet.unpack(kept["masks"])),
+                "answer": _unpacked_answer(packed.get("answer")),
+                "stop": _unpacked_answer(packed.get("stop")),
             }
         )
 
-    def place(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Put what :meth:`unpack` made where the live tensors are, sharded as they are.
+    def next_round(
+        self, masks: MaskSet, count: int, pqi_after_pruning: float, record: RoundRecord, epoch: int
+    ) -> PruningState:
+        """The state in which the next round starts, in that epoch, after a pruning."""
+        self.history.append(record)
+        return replace(
+            self,
+            masks=masks,
+            round=self.round + 1,
+            first_epoch=epoch,
+            first_step=self.first_step + self.steps,
+            steps=0,
+            count=count,
+            pqi_after_pruning=pqi_after_pruning,
+            answer=None,
+            note={},
+        )
 
-        Raises:
-            ValueError: If the masks do not belong to these weights.
-        """
-        self.masks = self.masks.like(weights)
-        if self.first_weights is not None:
-            self.first_weights = place_weights(module, self.first_weights)
+    def holding(self, history: History) -> PruningState:
+        """The state of a run that is over, and only holds its masks."""
+        plan = RoundPlan(0, 1)
+        return replace(self, plan=plan, history=history, note={}, first_weights=None, kept=None, answer=None, stop=None)
 
     def reopen(self) -> None:
         """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
         closed = [record for record in self.history if record.round >= self.round]
+        if closed or not self.plan.is_over(self.round, self.plan.length):  # the last round has no pruning after it
+            self.answer = None
         if closed and self.history.restored is None:
             self.history = History(record for record in self.history if record.round < self.round)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
@@ -102,15 +168,24 @@ class PruningState:
         """How many prunings are still to come; None if there is no end to them."""
         return None if self.plan.rounds is None else self.plan.rounds - self.round
 
-    def is_due(self, epoch: int, global_step: int) -> bool:
-        """Whether a round ended before this epoch and was trained at all."""
-        return self.plan.due(epoch) > self.round and global_step > self.round_step
+    @property
+    def start(self) -> int:
+        """Where the round started, in what the plan counts."""
+        return self.first_epoch if self.plan.unit == "epoch" else self.first_step
+
+    def elapsed(self, epochs: int) -> int:
+        """How long the round has lasted, in what the plan counts, once so many epochs of training are completed."""
+        return epochs - self.first_epoch if self.plan.unit == "epoch" else self.steps
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether the round is over, once so many epochs are completed, and was trained at all."""
+        return self.plan.is_over(self.round, self.elapsed(epochs)) and self.steps > 0
 
     def record(self, before: Measure, last_epoch: int, metrics: dict[str, float]) -> RoundRecord:
         """The record of the round that ends now, as it was trained."""
         return RoundRecord(
             round=self.round,
-            first_epoch=self.plan.start(self.round),
+            first_epoch=self.first_epoch,
             last_epoch=last_epoch,
             remaining=self.masks.remaining,
             layers_remaining={name: n / self.masks.pruned[name].numel() for name, n in self.masks.survivors.items()},
@@ -119,5 +194,22 @@ class PruningState:
             lr=None if self.lr is None else float(self.lr),
             metrics=metrics,
             weights=sum(self.masks.survivors.values()),
+            first_step=self.first_step,
+            last_step=self.first_step + self.steps - 1,
+            unit=self.plan.unit,
             **self.note,
         )
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:
+    return None if answer is None else {**asdict(answer), "kind": type(answer).__name__, "notes": {}}
+
+
+def _unpacked_answer(packed: Mapping[str, Any] | None) -> Any:
+    if packed is None:
+        return None
+    return ANSWERS[packed["kind"]](**{key: value for key, value in packed.items() if key != "kind"})

@@ -34,13 +34,12 @@ class TestRounds:
         )
         refused(message, half(rounds=3, every_n_epochs=2))
 
-    def test_a_run_limited_by_steps_without_a_length(self):
+    def test_a_run_without_any_limit_needs_every_n_steps(self):
         message = (
-            "The rounds have no length: the Trainer has no max_epochs and every_n_epochs is not given. Set either; "
-            "rounds counted in steps (for a run limited by max_steps) do not exist yet."
+            "The rounds have no length, since it is not known beforehand how long training takes. Give every_n_steps, "
+            "the length of a round in optimizer steps; or every_n_epochs; or a Trainer with max_epochs or max_steps."
         )
-        for max_epochs in (-1, None):
-            refused(message, SAPCallback(), max_epochs=max_epochs, max_steps=9)
+        refused(message, SAPCallback(), max_epochs=-1, max_steps=-1)
 
     @pytest.mark.parametrize(("k", "epochs", "options"), [(2, 1, {}), (3, 2, {"max_epochs": 9, "rounds": 3})])
     def test_rewinding_to_beyond_the_first_round(self, k, epochs, options):

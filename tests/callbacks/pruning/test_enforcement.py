@@ -111,7 +111,7 @@ class TestEnforcement:
     def test_momentum_would_revive_them(self):
         """Without the callback's hook the same run moves pruned weights: the tests above can fail."""
         module, pruner = Checked(), half(reset_optimizer=False)
-        lost = Watch(on_train_start=lambda trainer, module: pruner._remove_hooks())
+        lost = Watch(on_train_start=lambda trainer, module: pruner._fit.hooks[0].remove())
         fit(module, pruner, lost)
         assert [clean for clean, _ in module.steps] == [True] * BATCHES + [False] * (3 * BATCHES)
 

@@ -130,7 +130,7 @@ class Kept:
         ]
 
     def look(self, trainer, module):
-        weights = {name: piece.weight.numpy().copy() for name, piece in self.pruner.pieces(module).items()}
+        weights = {name: piece.weight.numpy().copy() for name, piece in self.pruner.tensors(module).items()}
         self.before = weights, self.masks(), len(self.pruner.history)
 
     def masks(self):

@@ -289,5 +289,5 @@ class TestAfterwards:
         monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", full)
         with pytest.raises(OSError, match="disk full"):
             archived(tmp_path, pruner=pruner)
-        assert pruner._session.state.note == {}
+        assert pruner.session.state.note == {}
         assert len(pruner.history) == 0

@@ -216,7 +216,7 @@ def test_a_run_limited_by_steps_that_began_at_a_dense_checkpoint_ends_with_them_
     fit(Resumable("SGD-cosine"), SAPCallback(rounds=2), saver, **steps, enable_checkpointing=True, ckpt_path=file)
     sap = SAPCallback(rounds=2)
     fit(Resumable("SGD-cosine"), sap, **steps, ckpt_path=tmp_path / "step=10.ckpt")
-    assert sap.state_dict()["plan"]["last_epoch"] == 5  # of three steps each
+    assert sap.state_dict()["plan"]["end"] == 5  # of three steps each
 
 
 def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):

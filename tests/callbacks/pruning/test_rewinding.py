@@ -67,7 +67,7 @@ class TestRewinding:
         first = copied(module.state_dict())
 
         def look(trainer, module):
-            snapshot = pruner._session.state.first_weights
+            snapshot = pruner.session.state.first_weights
             if pruner.current_round() == 3:  # nothing goes back to them any more
                 assert snapshot is None
                 return

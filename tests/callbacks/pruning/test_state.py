@@ -1,12 +1,15 @@
 """PruningState: packing and unpacking, and when a pruning is due."""
 
+from dataclasses import replace
+
 import torch
 from helpers import same
 
-from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.callbacks.pruning.state import KeptRound, PruningState
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.protocol import Stop, TakeBack
 
 
 class TestRunState:
@@ -16,12 +19,17 @@ class TestRunState:
         return PruningState(
             MaskSet(pruned),
             RoundPlan(3, 2, 1, 9),
-            1,
-            12,
-            3,
-            0.5,
-            {"w": torch.ones(2, 3)},
-            History([record]),
+            round=1,
+            first_epoch=3,
+            first_step=12,
+            steps=6,
+            count=3,
+            pqi_after_pruning=0.5,
+            first_weights={"w": torch.ones(2, 3)},
+            kept=KeptRound(0, {"w": torch.zeros(2, 3)}, MaskSet({"w": torch.zeros(2, 3, dtype=torch.bool)})),
+            answer=TakeBack(0.25),
+            stop=Stop(1),
+            history=History([record]),
             lr=0.25,
             metrics={"a": 1.0},
         )
@@ -32,8 +40,20 @@ class TestRunState:
         assert same(dict(twin.masks.pruned), dict(state.masks.pruned))
         assert same(twin.first_weights, state.first_weights)
         assert list(twin.history) == list(state.history)
-        for key in ("plan", "round", "round_step", "count", "pqi_after_pruning", "lr", "metrics"):
+        assert twin.kept.round == state.kept.round
+        assert same(twin.kept.weights, state.kept.weights)
+        assert same(dict(twin.kept.masks.pruned), dict(state.kept.masks.pruned))
+        for key in (
+            "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning", "lr", "metrics",
+            "answer", "stop",
+        ):  # fmt: skip
             assert getattr(twin, key) == getattr(state, key)
+
+    def test_packing_changes_nothing(self):
+        state = self.state()
+        before = dict(vars(state))
+        state.pack()
+        assert all(vars(state)[key] is value for key, value in before.items())
 
     def test_what_an_older_version_did_not_store_keeps_its_default(self):
         packed = self.state().pack()
@@ -42,10 +62,22 @@ class TestRunState:
         assert (twin.metrics, twin.pqi_after_pruning) == ({}, None)
 
     def test_a_pruning_is_due_once_a_round_was_trained(self):
-        state = self.state()  # rounds of two epochs from epoch 1; one pruning so far, at step 12
-        assert [state.is_due(epoch, 20) for epoch in range(3, 10)] == [False, False, True, True, True, True, True]
-        assert not state.is_due(5, 12)
+        state = self.state()  # rounds of two epochs; this one started in epoch 3
+        assert [state.is_due(epoch) for epoch in range(3, 10)] == [False, False, True, True, True, True, True]
+        assert not replace(state, steps=0).is_due(5)
         assert state.prunings_left() == 2
+
+    def test_a_round_in_steps_is_due_by_the_steps_taken_in_it(self):
+        state = replace(self.state(), plan=RoundPlan(3, 6, unit="step"))
+        assert [replace(state, steps=steps).is_due(3) for steps in (0, 5, 6, 7)] == [False, False, True, True]
+        assert not replace(state, round=3).is_due(3)  # the last one
+
+    def test_the_next_round_starts_where_this_one_ends(self):
+        state = self.state()
+        record, masks = state.history[0], state.masks
+        following = state.next_round(masks, 7, 0.125, record, 5)
+        assert (following.round, following.first_epoch, following.first_step, following.steps) == (2, 5, 18, 0)
+        assert (following.count, following.pqi_after_pruning, following.answer) == (7, 0.125, None)
 
     def test_no_end_of_rounds(self):
         assert PruningState(plan=RoundPlan(None, 2)).prunings_left() is None

@@ -1,0 +1,80 @@
+"""What a run does at the end of a round: what its listeners answer, and what its next pruning does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sap.callbacks.pruning import agreement, checks, messages
+from lightning_sap.engine.decision import Decision, decide
+from lightning_sap.engine.masks import MaskSet
+from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener, Stop, TakeBack
+
+if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.session import PruningSession
+
+
+def ask(
+    trainer: Trainer,
+    module: LightningModule,
+    event: RoundEnd,
+    listeners: Sequence[RoundListener],
+    *,
+    can_go_back: bool,
+) -> Answer:
+    """What the listeners of rank 0 answer: to take the round back, or else to stop, or else to go on; a collective.
+
+    Those that may take a round back are asked first, so that the others hear of it.
+    """
+    answers: list[Answer] = []
+    for listener in sorted(listeners, key=lambda listener: not listener.may_take_back):
+        taken_back = any(isinstance(answer, TakeBack) for answer in answers)
+        answers.append(listener.on_round_end(trainer, module, replace(event, taken_back=taken_back)))
+    checks.check_answers(answers, can_go_back)
+    answers = [*trainer.strategy.broadcast(answers), GoOn()] if listeners else [GoOn()]
+    answers = sorted(answers, key=lambda answer: (TakeBack, Stop, GoOn).index(type(answer)))
+    notes = {round: fields for answer in reversed(answers) for round, fields in answer.notes.items()}
+    return replace(answers[0], notes=notes)
+
+
+def decide_next(session: PruningSession, trainer: Trainer, module: LightningModule, scale: float) -> Decision:
+    """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense; a collective."""
+    options, state = session.options, session.state
+    session.weights = session.select(module)
+    checks.check_disjoint(options, trainer, module)
+    state.masks = state.masks.extended(session.live())
+    tensors, frozen = session.tensors(module), session.frozen()
+    agreement.check_agreement(trainer, tensors)
+    trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
+    sizes = {name: tensor.weight.numel() for name, tensor in trained.items()}
+    kept = sum(count for name, count in state.masks.survivors.items() if name in trained)
+    decision = decide(
+        trained,
+        policy=options.policy.scaled(scale),
+        scope=options.scope,
+        round=state.round + 1,
+        limits=options.limits(sizes, kept, state.prunings_left(), _target(session, frozen)),
+        history=list(state.history),
+        metrics=session.metrics.of(trainer, state.round),
+    )
+    if frozen:  # they stay as they are, under their masks
+        masks = MaskSet({name: decision.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
+        decision = replace(decision, before=session.measure(module), masks=masks)
+    return agreement.broadcast_decision(trainer, decision, session.live())
+
+
+def _target(session: PruningSession, frozen: Sequence[str]) -> int | None:
+    """How many of the trained weights are kept at the end; None: that fraction of them, or no target."""
+    options, masks = session.options, session.state.masks
+    if options.target_remaining is None or not frozen:
+        return None
+    whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
+    left = whole - sum(masks.survivors[name] for name in frozen)
+    trained = {name: mask.numel() for name, mask in masks.pruned.items() if name not in frozen}
+    if left >= max(1, sum(options.floors(trained).values())):
+        return left
+    messages.warn_of_frozen(options, frozen)
+    return None

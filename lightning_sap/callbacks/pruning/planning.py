@@ -1,0 +1,67 @@
+"""How a Trainer's limits divide into rounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning.pytorch import Trainer
+
+from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.schedules import last_epoch, steps_of_epochs
+from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.rounds.plan import RoundPlan, plan_rounds
+
+
+def plan(trainer: Trainer, options: Options) -> RoundPlan:
+    """The rounds of a training that begins now: in steps where that is asked for or only steps limit it."""
+    limited = trainer.max_epochs is not None and trainer.max_epochs >= 0
+    if options.every_n_steps is not None or not (limited or options.every_n_epochs or trainer.max_steps < 0):
+        return plan_rounds(steps_left(trainer), options.rounds, options.every_n_steps, unit="step")
+    return _plan_in_epochs(trainer, options)
+
+
+def _plan_in_epochs(trainer: Trainer, options: Options) -> RoundPlan:
+    """As many rounds as fit where ``max_steps`` ends training before ``max_epochs``."""
+    wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
+    whole = plan_rounds(trainer.max_epochs, *wanted)
+    end = last_epoch(trainer, trainer.current_epoch, trainer.global_step)
+    if end is None or end < 0:
+        return whole
+    if not whole.rounds or whole.first + whole.rounds * whole.length < end:
+        return whole if whole.end is None else replace(whole, end=end)
+    try:
+        return plan_rounds(end, *wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"max_steps={trainer.max_steps} ends training in epoch {end - 1}; give more steps, or fewer or shorter "
+            f"rounds. ({error})"
+        ) from None
+
+
+def with_new_end(trainer: Trainer, state: PruningState) -> RoundPlan:
+    """The plan of a run that is resumed: it ends where training ends now."""
+    plan = state.plan
+    if plan.end is None:
+        return plan
+    if plan.unit == "step":
+        left = steps_left(trainer)
+        return plan if left is None else replace(plan, end=state.first_step + state.steps + left)
+    if (trainer.max_epochs or -1) <= 0:
+        return plan
+    whole = plan.schedules_from == 0  # what steps an earlier fit took is not known
+    return replace(plan, end=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
+
+
+def steps_left(trainer: Trainer) -> int | None:
+    """Optimizer steps until training ends; None if that is not known beforehand."""
+    limits = [trainer.max_steps - trainer.global_step] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        whole = steps_of_epochs(trainer, trainer.max_epochs)
+        limits += [] if whole is None else [whole - trainer.global_step]
+    return min(limits, default=None)
+
+
+def ends_training(trainer: Trainer) -> bool:
+    """Whether training ends with the epoch that goes on."""
+    by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+    return by_epochs or 0 <= trainer.max_steps <= trainer.global_step

@@ -1,0 +1,77 @@
+"""Which of the logged metrics belong to a round (without a pruner, to an epoch).
+
+Lightning keeps old metrics, and forgets them when a run is resumed. A metric that validation logs belongs to the rounds
+in which validation ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+
+class RoundMetrics:
+    """The metrics of the moment, a round or an epoch, which callers name by its number."""
+
+    def __init__(self) -> None:
+        self._saved: dict[str, float] = {}  # of the moment that was interrupted
+        self._validated: int | None = None  # the moment in which validation ran last
+        self._of_validation: set[str] = set()  # the metrics that validation logs
+        self._at_epoch_start: dict[str, Tensor] = {}
+        self._before_validation: dict[str, Tensor] = {}
+
+    @property
+    def has_validated(self) -> bool:
+        """Whether validation has run."""
+        return self._validated is not None
+
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Remember the metrics with which an epoch begins: what is logged in it is another tensor."""
+        self._at_epoch_start = dict(trainer.callback_metrics)
+
+    def begin_validation(self, trainer: Trainer) -> None:
+        """To be called before validation: what is new after it was logged by it."""
+        self._before_validation = dict(trainer.callback_metrics)
+
+    def validate(self, moment: int) -> None:
+        """Validation runs in this moment."""
+        self._validated = moment
+
+    def end_validation(self, trainer: Trainer, moment: int) -> None:
+        """To be called after validation."""
+        before, after = self._before_validation, trainer.callback_metrics
+        self._of_validation |= {key for key in after if key not in before or after[key] is not before[key]}
+        self._validated, self._before_validation = moment, {}
+
+    def known(self, trainer: Trainer) -> dict[str, float]:
+        """Every metric that Lightning or a resumed run knows, old ones included."""
+        return self._saved | {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+    def of(self, trainer: Trainer, moment: int) -> dict[str, float]:
+        """Every metric that was logged in this moment."""
+        metrics = trainer.callback_metrics
+        stale = self._of_validation if self._validated != moment else ()
+        stale = {key for key in stale if metrics.get(key) is self._at_epoch_start.get(key)}  # not logged in training
+        return self._saved | {key: float(value) for key, value in metrics.items() if key not in stale}
+
+    def end(self) -> None:
+        """The moment is over: what was saved of it counts no more."""
+        self._saved = {}
+
+    def forget_fit(self) -> None:
+        """Let go of the tensors of a fit."""
+        self._at_epoch_start, self._before_validation = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain values; ``metrics`` is to be filled in where a checkpoint is saved."""
+        keys = sorted(self._of_validation)
+        return {"metrics": dict(self._saved), "validated": self._validated, "validation_keys": keys}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self._saved = dict(state_dict.get("metrics", {}))
+        self._validated = state_dict.get("validated")
+        self._of_validation = set(state_dict.get("validation_keys", ()))
