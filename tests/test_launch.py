@@ -63,7 +63,7 @@ class TestNothingIsLeft:
     @pytest.mark.parametrize(
         ("how", "limit", "codes"), [("hang", 15, "[None, None]"), ("fail", 90, "[None, 1]")], ids=["hang", "fail"]
     )
-    def test_of_ranks_that_hang_or_fail(self, tmp_path, how, limit, codes):
+    def test_nothing_is_left_of_ranks_that_hang_or_fail(self, tmp_path, how, limit, codes):
         started = time.monotonic()
         with pytest.raises(AssertionError) as error:
             run_ranks(f"test_launch:{how}", tmp_path, limit=limit)
@@ -73,6 +73,6 @@ class TestNothingIsLeft:
         assert still_running(tmp_path) == []
         socket.create_server(("127.0.0.1", int((tmp_path / "port").read_text()))).close()
 
-    def test_of_ranks_that_end_well(self, tmp_path):
+    def test_nothing_is_left_of_ranks_that_end_well(self, tmp_path):
         assert run_ranks("test_launch:end", tmp_path) == [0, 1]
         assert still_running(tmp_path) == []

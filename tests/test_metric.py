@@ -43,28 +43,28 @@ class TestSums:
     SCALES = pytest.mark.parametrize("scales", [(1, 1, 1), (1e300, 1, 1e-300), (0, 1e-320, 0), (0, 0, 0)])
 
     @SCALES
-    def test_batches_equal_the_whole(self, p, q, scales):
+    def test_metric_of_batches_equals_the_whole(self, p, q, scales):
         parts = pieces(scales)
         value = updated(parts, p, q).compute()
         assert value.dtype == torch.float64
         assert value.item() == exactly(whole(parts, p, q))
 
     @SCALES
-    def test_merged_states_equal_the_whole(self, p, q, scales):
+    def test_metric_of_merged_states_equals_the_whole(self, p, q, scales):
         parts = pieces(scales)
         metric = updated(parts[:1], p, q)
         metric.merge_state(updated(parts[1:], p, q))
         assert metric.compute().item() == exactly(whole(parts, p, q))
 
     @SCALES
-    def test_forward_returns_the_batch_and_keeps_the_whole(self, p, q, scales):
+    def test_metric_forward_returns_the_batch_and_keeps_the_whole(self, p, q, scales):
         parts, metric = pieces(scales), PQIndex(p, q)
         assert [metric(part).item() for part in parts] == exactly([whole([part], p, q) for part in parts])
         assert metric.compute().item() == exactly(whole(parts, p, q))
 
 
 class TestLife:
-    def test_pickle_deepcopy_and_clone_go_on_from_the_same_state(self):
+    def test_metric_pickled_copied_and_cloned_goes_on_from_the_same_state(self):
         first, *rest = pieces()
         metric = updated([first])
         for twin in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric), metric.clone()):
@@ -73,14 +73,14 @@ class TestLife:
             assert twin.compute().item() == exactly(whole([first, *rest], 0.5, 1.0))
         assert metric.compute().item() == exactly(whole([first], 0.5, 1.0))
 
-    def test_reset_forgets(self):
+    def test_metric_reset_forgets(self):
         first, second, _ = pieces()
         metric = updated([first])
         metric.reset()
         metric.update(second)
         assert metric.compute().item() == exactly(whole([second], 0.5, 1.0))
 
-    def test_masked_weights_are_absent(self):
+    def test_metric_leaves_masked_weights_out(self):
         parts, metric = pieces(), PQIndex(0.5, 1.0)
         masks = [part > 0 for part in parts]
         for part, mask in zip(parts, masks, strict=True):
@@ -103,12 +103,12 @@ class TestLife:
         assert metric.compute().item() == exactly(whole(parts, 0.5, 1.0))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_weights_of_any_dtype(self, dtype):
+    def test_metric_takes_weights_of_any_dtype(self, dtype):
         parts = [part.to(dtype) for part in pieces()]
         assert updated(parts).compute().item() == exactly(whole([part.double() for part in parts], 0.5, 1.0))
 
     @pytest.mark.parametrize(("p", "q", "named"), [(1.25, 0.75, "1.25"), (-0.5, 1.0, "-0.5")])
-    def test_orders_out_of_range(self, p, q, named):
+    def test_metric_refuses_orders_out_of_range(self, p, q, named):
         with pytest.raises(ValueError, match=named):
             PQIndex(p, q)
 
@@ -124,7 +124,7 @@ def test_the_sums_stay_exact_in_a_module_that_changes_its_dtype():
         assert module.metric.compute() == before
 
 
-def test_plot_draws_the_value_on_a_given_axis():
+def test_metric_plot_draws_the_value_on_a_given_axis():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -149,7 +149,7 @@ def _rank(rank, folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_two_processes_equal_the_whole(tmp_path):
+def test_metric_of_two_processes_equals_the_whole(tmp_path):
     context = mp.spawn(_rank, (str(tmp_path),), nprocs=2, join=False)
     deadline = time.monotonic() + 170  # on a busy machine the imports alone take a minute
     try:

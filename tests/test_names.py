@@ -52,7 +52,7 @@ def arguments(function):
 
 
 class TestPublicNames:
-    def test_what_the_package_exports(self):
+    def test_public_names_of_the_package(self):
         assert {
             "Amounts",
             "FixedFraction",
@@ -81,12 +81,12 @@ class TestPublicNames:
         assert sorted(lightning_sap.__all__) == list(lightning_sap.__all__)
         assert all(hasattr(lightning_sap, name) for name in lightning_sap.__all__)
 
-    def test_the_callbacks(self):
+    def test_public_arguments_of_the_callbacks(self):
         sap = {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9, **COMMON}
         assert arguments(SAPCallback) == ({"p": 0.5, "q": 1.0}, sap)
         assert arguments(PruningCallback) == ({"policy": REQUIRED}, COMMON)
 
-    def test_the_monitor(self):
+    def test_public_arguments_of_the_monitor(self):
         positional, named = arguments(PQIMonitor)
         assert positional == {"p": None, "q": None}
         assert named == {
@@ -94,7 +94,7 @@ class TestPublicNames:
             "gini": False, "log_layers": False, "name": "pqi",
         }  # fmt: skip
 
-    def test_the_functions(self):
+    def test_public_arguments_of_the_functions(self):
         vector = {"x": REQUIRED, "p": 0.5, "q": 1.0}
         groups = {"index": REQUIRED, "d": REQUIRED, "p": REQUIRED, "q": REQUIRED}
         assert arguments(pq_index) == (vector, {"mask": None, "dim": None})
@@ -104,12 +104,12 @@ class TestPublicNames:
         named = {"policy": REQUIRED, "scope": "layer", "units": None, "round": 1, "importance": "magnitude"}
         assert arguments(prune_masks) == ({"weights": REQUIRED, "masks": None}, named)
 
-    def test_policies_and_the_metric(self):
+    def test_public_arguments_of_policies_and_the_metric(self):
         assert arguments(SparsityInformed) == ({"p": 0.5, "q": 1.0, "eta_r": 0.0, "gamma": 1.0, "beta": 0.9}, {})
         assert arguments(FixedFraction) == ({"fraction": REQUIRED}, {})
         assert arguments(PQIndex) == ({"p": 0.5, "q": 1.0}, {})
 
-    def test_the_history(self):
+    def test_public_names_of_the_history(self):
         assert [field.name for field in dataclasses.fields(RoundRecord)] == [
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
             "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
@@ -120,35 +120,35 @@ class TestPublicNames:
         )  # fmt: skip
         assert all(callable(getattr(History, name)) for name in ("rows", "to_csv"))
 
-    def test_what_a_pruner_tells(self):
+    def test_public_names_of_a_pruner(self):
         assert all(isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history"))
         assert arguments(SAPCallback.restore_round) == ({"self": REQUIRED, "round": REQUIRED, "module": None}, {})
 
-    def test_what_a_monitor_tells(self):
+    def test_public_names_of_a_monitor(self):
         assert all(isinstance(getattr(PQIMonitor, name), property) for name in ("phase", "reason", "verdict"))
         assert all(callable(getattr(PQIMonitor, name)) for name in ("rows", "plot", "report"))
 
 
 class TestLogKeys:
-    def test_of_a_pruner_and_a_monitor(self):
+    def test_log_keys_of_a_pruner_and_a_monitor(self):
         trainer = fit(Net(), SAPCallback(), PQIMonitor(stop_on=None, gini=True, log_layers=["net.3.*"]), val=loader())
         assert {
             "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "pqi/global", "pqi/layer_mean",
             "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
         } <= set(trainer.callback_metrics)  # fmt: skip
 
-    def test_of_a_pruner_by_another_name(self):
+    def test_log_keys_of_a_pruner_by_another_name(self):
         trainer = fit(Net(), PruningCallback(FixedFraction(0.5), name="ticket"))
         assert set(trainer.callback_metrics) == {"train_loss", "ticket/round", "ticket/remaining", "ticket/pruned"}
 
 
 class TestCheckpointKeys:
-    def test_they_are_found_by_the_names_alone(self):
+    def test_checkpoint_keys_are_found_by_the_names_alone(self):
         assert SAPCallback().state_key == "lightning_sap/sap"
         assert PruningCallback(FixedFraction(0.5), name="ticket", rounds=3).state_key == "lightning_sap/ticket"
         assert PQIMonitor().state_key == PQIMonitor(p=1.0, q=2.0).state_key == "lightning_sap.monitor/pqi"
 
-    def test_of_a_file(self, tmp_path):
+    def test_checkpoint_keys_of_a_file(self, tmp_path):
         trainer = fit(Net(), SAPCallback(rewind_weights="init"), PQIMonitor(stop_on=None))
         trainer.save_checkpoint(tmp_path / "end.ckpt")
         states = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]

@@ -59,7 +59,7 @@ def data(axes, line=0):
 
 
 class TestPlotRounds:
-    def test_index_remaining_and_metric_over_the_rounds(self):
+    def test_plot_rounds_draws_index_remaining_and_metric(self):
         index, remaining, metric = plot_rounds(rows(), metric="val_acc").axes
         x = [0, 1, 2, 3]
         assert data(index) == (x, [row["pqi"] for row in rows()])
@@ -86,12 +86,12 @@ class TestPlotRounds:
         y = data(plot_rounds(some, metric="val_acc").axes[2])[1]
         assert [value != value for value in y] == [False, True, False, False]
 
-    def test_one_round(self, tmp_path):
+    def test_plot_rounds_of_one_round(self, tmp_path):
         figure = plot_rounds(rows(1), metric="val_acc")
         figure.savefig(tmp_path / "one.png")
         assert (tmp_path / "one.png").stat().st_size > 1000
 
-    def test_drawing_changes_nothing(self):
+    def test_plot_rounds_changes_no_rows(self):
         import matplotlib.pyplot
 
         some, before = rows(), rows()
@@ -99,7 +99,7 @@ class TestPlotRounds:
         assert some == before
         assert matplotlib.pyplot.get_fignums() == []
 
-    def test_nothing_to_plot(self):
+    def test_plot_rounds_of_nothing_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to plot yet: no epoch has ended.")):
             plot_rounds([])
 
@@ -117,7 +117,7 @@ class TestPlotRounds:
 
 
 class TestPhases:
-    def test_they_are_shaded_in_every_panel_from_half_a_round_before_to_half_a_round_after(self):
+    def test_phases_are_shaded_in_every_panel_around_their_rounds(self):
         for panel in plot_rounds(with_phases(), metric="val_acc").axes:
             assert spans(panel) == [
                 (-0.5, 1.5, "#56b4e9", ""), (1.5, 2.5, "#e69f00", ".."), (2.5, 3.5, "#888888", "//"),
@@ -193,7 +193,7 @@ class TestPlotLayers:
         assert mesh.get_facecolors()[-1][3] == 0  # nothing is drawn, and so what is behind is seen
         assert to_hex(left.get_facecolor()) == "#b0b0b0"
 
-    def test_where_nothing_is_pruned(self, tmp_path):
+    def test_plot_layers_where_nothing_is_pruned(self, tmp_path):
         figure = plot_layers(layers(((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))))
         figure.savefig(tmp_path / "dense.png")
         assert figure.axes[1].collections[0].norm.vmax == 100.0
@@ -211,11 +211,11 @@ class TestPlotLayers:
         assert figure.axes[1].get_xlabel() == "epoch"
         assert figure.axes[0].collections[0].get_coordinates()[0, :, 0].tolist() == [4.5, 5.5, 6.5, 7.5]
 
-    def test_nothing_to_plot(self):
+    def test_plot_layers_of_nothing_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to plot yet: no epoch has ended.")):
             plot_layers([])
 
-    def test_drawing_changes_nothing(self):
+    def test_plot_layers_changes_no_layers(self):
         some = layers()
         plot_layers(some)
         assert some == layers()
@@ -227,7 +227,7 @@ class TestDark:
         "draw",
         [lambda dark: plot_rounds(with_phases(), stopped=3, dark=dark), lambda dark: plot_layers(layers(), dark=dark)],
     )
-    def test_ink_and_paper(self, draw, dark, ink, paper):
+    def test_dark_theme_changes_ink_and_paper(self, draw, dark, ink, paper):
         from matplotlib.colors import to_hex
 
         figure = draw(dark)
@@ -237,14 +237,14 @@ class TestDark:
         assert {to_hex(text.get_color()) for text in texts} == {ink}
         assert to_hex(panel.spines["left"].get_edgecolor()) == ink
 
-    def test_curves_and_lines(self):
+    def test_dark_theme_changes_curves_and_lines(self):
         from matplotlib.colors import to_hex
 
         for dark, colors in ((False, ["#0072b2", "#56b4e9", "#222222"]), (True, ["#56b4e9", "#f0e442", "#dddddd"])):
             panel = plot_rounds(with_phases(), stopped=3, dark=dark).axes[0]
             assert [to_hex(line.get_color()) for line in panel.lines] == colors
 
-    def test_the_theme_of_others_stays(self):
+    def test_dark_theme_leaves_the_theme_of_others(self):
         import matplotlib
 
         before = dict(matplotlib.rcParams)

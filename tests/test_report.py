@@ -31,12 +31,12 @@ TABLE = """\
 
 
 class TestMarkdown:
-    def test_of_a_run_that_came_to_its_end(self):
+    def test_markdown_of_a_run_that_came_to_its_end(self):
         assert markdown(records(), metric="val_acc") == (
             TABLE + "\nThe module holds round 2: 10.00 % of the prunable weights."
         )
 
-    def test_of_a_run_that_was_stopped_and_taken_back(self):
+    def test_markdown_of_a_run_that_was_stopped_and_restored(self):
         found = markdown(records(restored=1, saved=(0, 1, 2)), metric="val_acc", verdict="Stopped after round 2: why.")
         assert found == TABLE + (
             "\nStopped after round 2: why."
@@ -44,22 +44,22 @@ class TestMarkdown:
             "\n\n3 rounds are saved, that of the module as rounds/sap-round-01.ckpt."
         )
 
-    def test_a_metric_that_no_round_knows(self):
+    def test_markdown_with_a_metric_that_no_round_knows(self):
         lines = markdown(records(), metric="unknown").splitlines()
         assert [line.split(" | ")[-1] for line in lines[:5]] == ["unknown |", "--- |", "– |", "– |", "– |"]
 
-    def test_without_a_metric_there_is_no_column(self):
+    def test_markdown_without_a_metric_has_no_column_for_it(self):
         assert markdown(records()).splitlines()[0] == (
             "| round | epochs | weights | remaining | PQ Index | pruned | phase |"
         )
 
-    def test_of_no_rounds(self):
+    def test_markdown_of_no_rounds_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to report yet: no round has ended.")):
             markdown([])
 
 
 class TestShow:
-    def test_the_table_and_the_same_lines(self, capsys, monkeypatch):
+    def test_show_prints_the_table_and_the_same_lines(self, capsys, monkeypatch):
         pytest.importorskip("rich")
         monkeypatch.setenv("COLUMNS", "120")
         show(records(restored=1, saved=(1,)), metric="val_acc", verdict="Stopped after round 2: [why].")

@@ -43,7 +43,7 @@ def trainer_with(*callbacks, **options):
     return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, "max_epochs": 6, **options})
 
 
-def test_a_fit_and_its_logs(tmp_path):
+def test_pytorch_lightning_fit_prunes_logs_and_resumes(tmp_path):
     pruner, monitor = (
         SAPCallback(rounds=2, rewind_weights="init"),
         PQIMonitor(stop_on=None, monitor="val_loss", mode="min"),
@@ -72,7 +72,7 @@ def is_masked(state, masks):
 
 @pytest.mark.parametrize("pruner_first", [True, False])
 @pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging], ids=["EMA", "mean"])
-def test_its_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, pruner_first):
+def test_pytorch_lightning_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, pruner_first):
     pruner, module = SAPCallback(rounds=2, eta_r=0.1, scope="global"), Net()
     saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     callbacks = [pruner, average()] if pruner_first else [average(), pruner]
@@ -97,7 +97,7 @@ def test_its_averaged_copies_are_as_sparse_as_the_model(tmp_path, average, prune
     ids=["StochasticWeightAveraging", "ModelPruning"],
 )
 @pytest.mark.parametrize("pruner_first", [True, False])
-def test_its_callbacks_that_do_not_go_together_with_pruning_are_refused(neighbour, message, pruner_first):
+def test_pytorch_lightning_callbacks_that_do_not_fit_are_refused(neighbour, message, pruner_first):
     module = Net()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     callbacks = [SAPCallback(rounds=2), neighbour()][:: 1 if pruner_first else -1]
@@ -107,5 +107,5 @@ def test_its_callbacks_that_do_not_go_together_with_pruning_are_refused(neighbou
 
 
 @pytest.mark.parametrize(("schedule", "every"), [({0: 2}, 2), ({0: 1, 3: 3}, None)])
-def test_its_changing_accumulation_is_seen(schedule, every):
+def test_pytorch_lightning_changing_accumulation_is_seen(schedule, every):
     assert accumulation(SimpleNamespace(callbacks=[GradientAccumulationScheduler(schedule)])) == every

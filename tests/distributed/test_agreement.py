@@ -41,7 +41,7 @@ def test_rank_0_decides_where_another_rank_decides_otherwise(ranks, tmp_path):
         }  # fmt: skip
 
 
-def test_what_is_logged_draws_no_advice_on_synchronising(ranks):
+def test_two_ranks_log_without_advice_on_sync_dist(ranks):
     assert any(found["warnings"] for found in ranks)  # of other matters
     assert [said for found in ranks for said in found["warnings"] if "sync_dist" in said] == []
 
@@ -71,7 +71,7 @@ def test_ranks_with_a_gpu_each_agree_over_nccl(tmp_path):
         assert all(not found["weights"][name][~mask].any() for name, mask in found["masks"].items())
 
 
-def test_a_rank_that_strays_is_named_by_all_and_nothing_is_pruned(ranks):
+def test_rank_that_strays_is_named_by_all_and_nothing_is_pruned(ranks):
     for found in ranks:
         assert "weights of 'net.2.weight' differ on ranks [1] from rank 0" in found["error"]
         assert "net.0.weight" not in found["error"]

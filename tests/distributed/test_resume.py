@@ -77,7 +77,7 @@ def end_processes(case, folder):
 
 
 @pytest.mark.parametrize("case", [named(case) for case in FULL])
-def test_resume(outcomes, case):
+def test_resume_of_two_ranks_equals_unbroken_run(outcomes, case):
     if not runs_here(case):
         pytest.skip("FSDP2 on the CPU needs PyTorch 2.9")
     for whole, resumed in outcomes[case]:

@@ -45,7 +45,7 @@ def test_a_sharded_run_prunes_as_an_unsharded_one_does(ranks, tmp_path, case):
         assert (found["revived"], found["enforced"]) == (0, alone["enforced"])
 
 
-def test_pruned_weights_take_no_part_in_the_norm_that_clips(ranks, tmp_path):
+def test_sharded_clipping_leaves_pruned_weights_out_of_the_norm(ranks, tmp_path):
     alone = shards.fit(tmp_path, False, shards.RESUMED, **shards.CLIPPED)
     assert alone["remaining"] < 0.5
     for found in (rank["clipped"] for rank in ranks):
@@ -53,19 +53,19 @@ def test_pruned_weights_take_no_part_in_the_norm_that_clips(ranks, tmp_path):
         torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-5, atol=1e-7)
 
 
-def test_a_target_is_met_exactly_over_all_shards(ranks):
+def test_sharded_target_is_met_exactly(ranks):
     for found in (rank["fits"]["layer"] for rank in ranks):
         alive = sum(int(mask.sum()) for mask in found["masks"].values())
         assert alive == round(shards.RUNS["layer"]["target_remaining"] * found["total"])
 
 
-def test_ties_floors_and_limits_on_shards_are_those_on_whole_weights(ranks):
+def test_sharded_decision_equals_the_one_on_whole_weights(ranks):
     assert [rank["decisions"] for rank in ranks] == [[], []]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["distributed checkpoint", "one file"])
 class TestResume:
-    def test_is_bit_equal_to_the_run_that_never_stopped(self, ranks, full):
+    def test_sharded_resume_equals_unbroken_run(self, ranks, full):
         for found in (rank["resumed"][full] for rank in ranks):
             assert found["through"]["remaining"] < 0.5
             for end in found["ends"]:
@@ -73,7 +73,7 @@ class TestResume:
                 same(end["weights"], found["through"]["weights"])
                 assert end["history"] == found["through"]["history"]
 
-    def test_the_file_holds_what_an_unsharded_one_does(self, ranks, tmp_path, full):
+    def test_sharded_checkpoint_holds_what_an_unsharded_one_does(self, ranks, tmp_path, full):
         keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=3)
         shards.fit(tmp_path, False, shards.RESUMED, [keep])
         wanted = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["callbacks"]["lightning_sap/sap"]
@@ -86,7 +86,7 @@ class TestResume:
                 assert found[key] == wanted[key]
 
 
-def test_an_unsharded_run_goes_on_from_a_sharded_file(ranks, tmp_path):
+def test_unsharded_run_resumes_from_a_sharded_checkpoint(ranks, tmp_path):
     (resumed,) = {rank["resumed"][True]["folder"] for rank in ranks}
     end = shards.fit(tmp_path, False, shards.RESUMED, ckpt_path=f"{resumed}/step=3.ckpt")
     same(end["masks"], ranks[0]["resumed"][True]["through"]["masks"])
@@ -105,7 +105,7 @@ def test_shards_on_gpus_are_pruned_and_resumed(tmp_path):
         same(end["masks"], through["masks"])
 
 
-def test_a_second_fit_keeps_the_masks(ranks):
+def test_sharded_second_fit_keeps_masks(ranks):
     for first, second in (rank["again"] for rank in ranks):
         assert second < first < 1
 
@@ -124,12 +124,12 @@ def test_a_second_fit_keeps_the_masks(ranks):
         "gini": "PQIMonitor(gini=True) needs whole weights",
     }.items(),
 )
-def test_what_cannot_be_done_is_refused_on_all_ranks(ranks, case, reason):
+def test_sharded_what_cannot_be_pruned_is_refused_on_all_ranks(ranks, case, reason):
     for rank in ranks:
         assert reason in rank["refusals"][case]
 
 
-def test_rows_are_not_refused(ranks):
+def test_weights_sharded_by_rows_are_not_refused(ranks):
     assert [rank["refusals"]["rows"] for rank in ranks] == [None, None]
 
 
@@ -139,7 +139,7 @@ def test_strategies_with_shards_of_their_own_are_refused(name):
         check_strategy(SimpleNamespace(strategy=type(name, (), {})()))
 
 
-def test_a_plain_tensor_is_its_own_only_shard():
+def test_plain_tensor_is_its_own_only_shard():
     rows = torch.arange(6).view(3, 2)
     assert not is_sharded(rows)
     assert whole(rows) is rows

@@ -32,7 +32,7 @@ def test_two_ranks_stop_and_go_back_as_one_process_does(ranks, tmp_path, kind):
         assert found["files"] == [f"sap-round-0{round}.ckpt" for round in range(LAST[kind] + 1)]
 
 
-def test_sharded_the_shards_of_the_round_come_back(sharded):
+def test_sharded_stop_restores_the_shards_of_the_round(sharded):
     for found in sharded:
         whole = found["whole"]
         assert found["sharded"]
@@ -44,7 +44,7 @@ def test_sharded_the_shards_of_the_round_come_back(sharded):
     assert differences(sharded[0]["whole"], sharded[1]["whole"]) == []
 
 
-def test_sharded_every_round_can_be_had(sharded):
+def test_sharded_restore_round_brings_back_every_round(sharded):
     for found in sharded:
         assert list(found["restored"]) == [0, 2, 1]
         for round, (state, masks, remaining) in found["restored"].items():
@@ -54,11 +54,11 @@ def test_sharded_every_round_can_be_had(sharded):
 
 
 @pytest.mark.parametrize("kind", ["collapse", "compression"])
-def test_cut_off_after_the_verdict_and_resumed_they_end_alike(ranks, kind):
+def test_resume_of_two_ranks_after_the_verdict_ends_alike(ranks, kind):
     for found in (rank[kind] for rank in ranks):
         assert differences(found["whole"], found["resumed"]) == []
 
 
-def test_sharded_they_end_alike_too(sharded):
+def test_sharded_resume_after_the_verdict_ends_alike(sharded):
     for found in sharded:
         assert differences(found["whole"], found["resumed"]) == []

@@ -46,19 +46,19 @@ def gone(found, name):
 
 
 class TestScopes:
-    def test_layer(self):
+    def test_layer_scope_prunes_by_layer(self):
         found = step("layer")
         assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 2], [10, 20, 30], 5)
 
-    def test_neuron(self):
+    def test_neuron_scope_prunes_by_unit(self):
         found = step("neuron")
         assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 3], [10, 40], 4)
 
-    def test_global(self):
+    def test_global_scope_prunes_over_all_layers(self):
         found = step("global")
         assert (gone(found, "small"), gone(found, "large"), found.count) == ([1, 2, 3, 4], [10], 5)
 
-    def test_what_is_pruned_stays_so_and_does_not_count_again(self):
+    def test_pruned_weights_stay_pruned_and_do_not_count_again(self):
         before = torch.tensor([[False, False], [False, True]])  # the 4 is gone already
         found = step("layer", small=before)
         assert (gone(found, "small"), found.count) == ([1, 4], 4)
@@ -66,7 +66,7 @@ class TestScopes:
 
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
     @pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 2, 1)])
-    def test_weights_of_any_shape(self, scope, shape):
+    def test_every_scope_prunes_weights_of_any_shape(self, scope, shape):
         weight = torch.ones(shape)
         masks = prune_masks({"w": weight, "large": LARGE}, policy=FixedFraction(0.5), scope=scope)
         assert masks["w"].shape == weight.shape
@@ -77,14 +77,14 @@ class TestScopes:
         }
         assert int(masks["w"].sum()) == whole[scope][shape]
 
-    def test_an_unknown_one(self):
+    def test_unknown_scope_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("Unknown scope 'channel'")):
             prune_masks({"w": SMALL}, policy=FixedFraction(0.5), scope="channel")
 
 
 class TestMeasure:
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-    def test_before_is_that_of_the_survivors_in_every_scope(self, scope):
+    def test_decision_measures_the_kept_weights_before_in_every_scope(self, scope):
         before = torch.tensor([[False, False], [False, True]])
         measure = step(scope, SparsityInformed(1.0, 2.0), small=before).before
         alive = SMALL[~before]
@@ -94,16 +94,16 @@ class TestMeasure:
         assert measure.overall == pytest.approx(float(pq_index(whole, 1.0, 2.0)), rel=1e-12)
         assert measure.layer_mean == pytest.approx(sum(measure.layers.values()) / 2)
 
-    def test_of_nothing(self):
+    def test_measure_of_nothing_is_zero(self):
         assert summary({}, 0.5, 1.0) == Measure(0.0, {}, {})
         assert Measure(0.0, {}, {}).layer_mean == 0.0
         assert prune_masks({}, policy=FixedFraction(0.5)) == {}
 
-    def test_sums_by_unit(self):
+    def test_measure_by_unit_gives_its_sums(self):
         sums = sums_of(pieces(), 0.5, 1.0, by_unit=True)
         assert [part.count.tolist() for part in sums.values()] == [[2, 2], [3, 3]]
 
-    def test_of_a_module_without_a_pruner(self):
+    def test_measure_of_a_module_without_a_pruner(self):
         module = mlp()
         found = dense_tensors(module)
         assert list(found) == ["0.weight", "3.weight"]
@@ -115,39 +115,39 @@ class TestMeasure:
 class TestLimits:
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
     @pytest.mark.parametrize("exactly", range(10 + 1))
-    def test_exactly_so_many_go_whatever_the_policy_wants(self, scope, exactly):
+    def test_limits_fix_the_count_whatever_the_policy_wants(self, scope, exactly):
         for fraction in (0.0, 0.5, 0.99):
             found = step(scope, FixedFraction(fraction), Limits(least=exactly, most=exactly))
             assert found.count == exactly == 10 - sum(found.masks.survivors.values())
 
-    def test_most_is_cut_in_proportion_largest_remainders_first(self):
+    def test_limits_most_is_cut_in_proportion_largest_remainders_first(self):
         found = step(policy=FixedFraction(0.99), limits=Limits(most=4))  # 3 and 5 are wanted: 1.5 and 2.5 of 4
         assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20])
 
-    def test_least_is_added_in_proportion(self):
+    def test_limits_least_is_added_in_proportion(self):
         found = step(policy=FixedFraction(0.34), limits=Limits(least=6))  # 1 and 2 are wanted: 1 and 2 more
         assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20, 30, 40])
 
-    def test_least_of_a_policy_that_wants_nothing_goes_by_size(self):
+    def test_limits_least_of_an_idle_policy_goes_by_size(self):
         found = step(policy=FixedFraction(0.0), limits=Limits(least=5))
         assert (gone(found, "small"), gone(found, "large")) == ([1, 2], [10, 20, 30])
 
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-    def test_floors(self, scope):
+    def test_limits_floors_are_kept(self, scope):
         found = step(scope, FixedFraction(0.99), Limits({"small": 3, "large": 2}))
         assert found.masks.survivors["small"] >= 3
         assert found.masks.survivors["large"] >= 2
         assert found.masks.survivors == {"small": 3, "large": 2} or scope == "neuron"
 
-    def test_in_global_scope_the_next_smallest_elsewhere_go_instead(self):
+    def test_limits_floors_in_global_scope_prune_the_next_smallest_elsewhere(self):
         found = step("global", limits=Limits({"small": 3}))
         assert (gone(found, "small"), gone(found, "large")) == ([1], [10, 20, 30, 40])
 
-    def test_floors_above_what_is_alive_prune_nothing_more(self):
+    def test_limits_floors_above_the_kept_prune_nothing_more(self):
         found = step(policy=FixedFraction(0.5), limits=Limits({"small": 99, "large": 99}))
         assert found.count == 0
 
-    def test_floors_before_least(self):
+    def test_limits_floors_come_before_least(self):
         found = step(limits=Limits({"small": 4, "large": 5}, least=9))
         assert found.masks.survivors == {"small": 4, "large": 5}
 
@@ -174,7 +174,7 @@ class TestLimits:
 
 class TestRefusals:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_weights_that_are_not_finite_are_named(self, value):
+    def test_decision_names_weights_that_are_not_finite(self, value):
         bad = SMALL.clone()
         bad[0, 0] = value
         weights = {"good": LARGE, "bad": bad}
@@ -184,17 +184,17 @@ class TestRefusals:
         assert prune_masks(weights, masks, policy=FixedFraction(0.4))["bad"].sum() == 2
 
     @pytest.mark.parametrize(("what", "given"), [("masks", SMALL > 0), ("units", lambda weight: weight.T)])
-    def test_masks_and_units_of_unknown_weights(self, what, given):
+    def test_decision_refuses_masks_and_units_of_unknown_weights(self, what, given):
         message = f"There are {what} for ['v'], but no such weights; the weights are ['w']."
         with pytest.raises(ValueError, match=re.escape(message)):
             prune_masks({"w": SMALL}, policy=FixedFraction(0.5), **{what: {"v": given}})
 
-    def test_what_is_no_policy(self):
+    def test_decision_refuses_what_is_no_policy(self):
         with pytest.raises(TypeError, match=r"policy must be a Policy such as SparsityInformed\(\) .*, got 0.5\."):
             prune_masks({"w": SMALL}, policy=0.5)
 
     @pytest.mark.parametrize("mask", [torch.ones(2, 2), torch.ones(3, 2, dtype=torch.bool)])
-    def test_a_mask_that_does_not_fit(self, mask):
+    def test_decision_refuses_a_mask_that_does_not_fit(self, mask):
         with pytest.raises(ValueError, match=re.escape("The mask of w must be a bool tensor of its shape (2, 2)")):
             prune_masks({"w": SMALL}, {"w": mask}, policy=FixedFraction(0.5))
 
@@ -211,7 +211,7 @@ class TestRefusals:
             lambda n: n.sum().repeat(5),
         ],
     )
-    def test_a_policy_that_returns_no_counts(self, wrong, scope):
+    def test_decision_refuses_a_policy_that_returns_no_counts(self, wrong, scope):
         class Wrong(Policy):
             def __call__(self, sums, round):
                 return wrong(sums.count)
@@ -219,50 +219,50 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"Wrong\(\) must return how many weights each group loses: int64 of at"):
             prune_masks({"w": SMALL}, policy=Wrong(), scope=scope)
 
-    def test_a_dtype_that_is_not_floating(self):
+    def test_decision_refuses_a_dtype_that_is_not_floating(self):
         with pytest.raises(TypeError, match="w must be of one of the dtypes"):
             prune_masks({"w": SMALL.long()}, policy=FixedFraction(0.5))
 
 
 class TestPiece:
-    def test_rows_and_back(self):
+    def test_piece_to_rows_and_back(self):
         piece = PrunableTensor(LARGE)
         assert torch.equal(piece.from_rows(piece.rows(LARGE > 25)), LARGE > 25)
 
     @pytest.mark.parametrize("groups", [1, 2])
-    def test_rows_of_a_transposed_convolution_and_back(self, groups):
+    def test_piece_of_a_transposed_convolution_to_rows_and_back(self, groups):
         weight = prunable_weights(nn.ConvTranspose2d(4, 6, (2, 3), groups=groups))["weight"]
         piece = PrunableTensor(weight.parameter.detach(), None, weight.units)
         mask = torch.rand(weight.parameter.shape) < 0.5
         assert torch.equal(piece.from_rows(piece.rows(mask)), mask)
 
-    def test_one_dimension(self):
+    def test_piece_of_one_dimension_to_rows_and_back(self):
         vector = torch.tensor([3.0, 1.0, 2.0])
         assert PrunableTensor(vector).rows(vector).shape == (3, 1)
         assert prune_masks({"v": vector}, policy=FixedFraction(0.4))["v"].tolist() == [True, False, True]
 
 
 class TestDeadUnits:
-    def test_rows_without_a_weight_are_counted(self):
+    def test_dead_units_are_rows_without_a_kept_weight(self):
         pruned = torch.tensor([[True, True], [True, False], [True, True], [False, False]])
         found = dead_units({"a": PrunableTensor(torch.ones(4, 2), pruned), "b": PrunableTensor(torch.ones(3, 2))})
         assert found == {"a": (2, 4), "b": (0, 0)}
 
-    def test_nothing_is_pruned(self):
+    def test_dead_units_are_none_without_pruning(self):
         assert dead_units({"a": PrunableTensor(torch.ones(4, 2)), "b": PrunableTensor(torch.ones(4))}) == {
             "a": (0, 0),
             "b": (0, 0),
         }
         assert dead_units({}) == {}
 
-    def test_the_filters_of_a_convolution(self):
+    def test_dead_units_of_a_convolution_are_filters(self):
         pruned = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
         pruned[1] = True
         pruned[2, 0] = True
         assert dead_units({"conv": PrunableTensor(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
 
     @pytest.mark.parametrize(("groups", "dead"), [(1, 1), (2, 2)])
-    def test_the_units_of_a_transposed_convolution(self, groups, dead):
+    def test_dead_units_of_a_transposed_convolution(self, groups, dead):
         """Of `(in, out / groups, …)`: pruned is output 1 of every group, and of group 0 alone output 0."""
         weight = prunable_weights(nn.ConvTranspose2d(4, 6, 2, groups=groups))["weight"]
         pruned = torch.zeros(weight.parameter.shape, dtype=torch.bool)
@@ -277,7 +277,7 @@ class TestDeadUnits:
             "w": (dead + 1, 6)
         }
 
-    def test_each_entry_of_a_vector_is_a_unit(self):
+    def test_dead_units_of_a_vector_are_its_entries(self):
         assert dead_units({"v": PrunableTensor(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
 
 
@@ -291,14 +291,14 @@ class TestProtocol:
         assert SAPCallback(p=0.3, q=2.0).orders() == (0.3, 2.0)
         assert PruningCallback(FixedFraction(0.5)).orders() == (0.5, 1.0)
 
-    def test_before_the_first_fit(self):
+    def test_pruners_answer_before_the_first_fit(self):
         pruner, module = SAPCallback(), Net()
         assert list(pruner.tensors(module)) == ["net.0.weight", "net.3.weight"]
         assert pruner.current_round() == 0
         assert pruner.pqi_after_pruning() is None
         assert (pruner.masks, pruner.remaining, len(pruner.history)) == ({}, 1.0, 0)
 
-    def test_anything_that_answers_them_is_one(self):
+    def test_anything_that_answers_as_a_pruner_is_one(self):
         answers = (
             "orders", "tensors", "prunes", "current_round", "ends_round", "pqi_after_pruning",
         )  # fmt: skip

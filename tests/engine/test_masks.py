@@ -19,7 +19,7 @@ def masks():
 
 
 class TestCounts:
-    def test_of_two_tensors(self):
+    def test_mask_counts_of_two_tensors(self):
         m = masks()
         assert m.total == 8
         assert m.survivors == {"a": 3, "b": 2}
@@ -28,31 +28,31 @@ class TestCounts:
         assert torch.equal(m.kept["a"], ~A)
         assert torch.equal(m.kept["b"], ~B)
 
-    def test_of_nothing(self):
+    def test_mask_counts_of_nothing(self):
         empty = MaskSet({})
         assert (empty.total, empty.survivors, empty.remaining, empty.is_dense) == (0, {}, 1.0, True)
 
-    def test_dense(self):
+    def test_mask_counts_of_dense_weights(self):
         dense = MaskSet.dense({"w": torch.zeros(2, 3, dtype=torch.float16)})
         assert dense.is_dense
         assert dense.survivors == {"w": 6}
 
-    def test_from_zeros(self):
+    def test_mask_counts_from_zeros(self):
         found = MaskSet.from_zeros({"w": torch.tensor([0.0, -0.0, 1e-45, 2.0, float("nan")])})
         assert found.pruned["w"].tolist() == [True, True, False, False, False]
 
-    def test_above_what_float32_counts(self):
+    def test_mask_counts_above_what_float32_counts(self):
         count = 2**24 + 3
         assert MaskSet.dense({"w": torch.zeros(1).expand(count)}).survivors == {"w": count}
 
-    def test_what_it_hands_out_is_new(self):
+    def test_masks_handed_out_are_new(self):
         m = masks()
         m.kept["a"].fill_(False)
         assert m.survivors == {"a": 3, "b": 2}
         assert torch.equal(m.kept["a"], ~A)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64])
-    def test_only_bool(self, dtype):
+    def test_masks_that_are_not_bool_are_refused(self, dtype):
         message = f"The mask of 'w' must be a bool tensor, got {dtype}."
         with pytest.raises(TypeError, match=re.escape(message)):
             MaskSet({"ok": A, "w": torch.ones(2, dtype=dtype)})
@@ -60,34 +60,34 @@ class TestCounts:
 
 class TestApply:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-    def test_in_place_even_where_it_is_not_finite(self, dtype):
+    def test_apply_zeroes_in_place_even_where_weights_are_not_finite(self, dtype):
         weight = torch.tensor([[float("nan"), 1.0, float("inf")], [2.0, -3.0, 7.0]], dtype=dtype)
         address = weight.data_ptr()
         masks().apply_({"a": weight})
         assert weight.tolist() == [[0.0, 1.0, 0.0], [2.0, -3.0, 0.0]]
         assert weight.data_ptr() == address
 
-    def test_parameters_without_a_gradient_and_their_version(self):
+    def test_apply_leaves_parameters_leaves_that_need_a_gradient(self):
         weight = torch.nn.Parameter(torch.ones(2, 3))
         masks().apply_({"a": weight})
         assert weight.requires_grad
         assert weight.is_leaf
         assert weight.grad_fn is None
 
-    def test_dense_ones_and_unknown_names_are_not_touched(self):
+    def test_apply_leaves_dense_and_unknown_parameters_alone(self):
         dense, unknown = torch.full((2,), float("nan")), torch.ones(4)
         versions = dense._version, unknown._version
         masks().apply_({"b": dense, "else": unknown})
         assert (dense._version, unknown._version) == versions
 
-    def test_a_tensor_that_is_not_contiguous(self):
+    def test_apply_zeroes_a_tensor_that_is_not_contiguous(self):
         weight = torch.ones(3, 2).t()
         masks().apply_({"a": weight})
         assert torch.equal(weight, (~A).float())
 
     @pytest.mark.parametrize("mask_too", [False, True])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_channels_last(self, dtype, mask_too):
+    def test_apply_zeroes_a_channels_last_tensor(self, dtype, mask_too):
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(96, 64, 5, 5, generator=generator).to(dtype).to(memory_format=torch.channels_last)
         pruned = torch.rand(weight.shape, generator=generator) > 0.5
@@ -98,7 +98,7 @@ class TestApply:
         assert torch.equal(weight, expected)
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
-    def test_a_sparse_gradient(self):
+    def test_apply_zeroes_a_sparse_gradient(self):
         rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
         gradient = torch.sparse_coo_tensor([[1, 0, 1]], rows, (2, 3), check_invariants=True)
         expected = gradient.to_dense().masked_fill(A, 0.0)
@@ -108,48 +108,48 @@ class TestApply:
 
 
 class TestMoved:
-    def test_only_those_whose_tensors_are_named(self):
+    def test_masks_move_only_with_the_tensors_named(self):
         moved = masks().moved({"b": torch.zeros(2, dtype=torch.float64), "else": torch.ones(4)})
         assert moved.pruned.keys() == masks().pruned.keys()
         assert all(torch.equal(mask, masks().pruned[name]) for name, mask in moved.pruned.items())
 
 
 class TestHoldsFor:
-    def test_zeros_where_it_prunes(self):
+    def test_masks_hold_for_zeros_where_they_prune(self):
         assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2)})
 
-    def test_one_pruned_weight_that_is_alive(self):
+    def test_masks_do_not_hold_for_one_pruned_weight_that_is_not_zero(self):
         weight = (~A).float()
         weight[0, 0] = 1e-30
         assert not masks().holds_for({"a": weight, "b": torch.zeros(2)})
 
-    def test_names_and_shapes(self):
+    def test_masks_do_not_hold_for_other_names_and_shapes(self):
         assert not masks().holds_for({"a": (~A).float()})
         assert not masks().holds_for({"a": (~A).float(), "b": torch.zeros(3)})
         assert not masks().holds_for({"a": (~A).float(), "c": torch.zeros(2)})
 
-    def test_weights_that_joined_since(self):
+    def test_masks_hold_for_weights_that_joined_since(self):
         assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2), "c": torch.ones(5)})
 
 
 class TestExtended:
-    def test_new_names_are_dense(self):
+    def test_extended_masks_are_dense_for_new_names(self):
         grown = masks().extended({"b": torch.ones(2), "a": torch.ones(2, 3), "c": torch.ones(4)})
         assert torch.equal(grown.pruned["a"], A)
         assert grown.survivors == {"a": 3, "b": 2, "c": 4}
 
-    def test_nothing_new(self):
+    def test_extended_masks_are_the_same_without_new_names(self):
         m = masks()
         assert m.extended({"a": torch.ones(2, 3)}) is m
 
 
 class TestLike:
-    def test_in_the_order_of_the_weights(self):
+    def test_masks_like_weights_are_in_their_order(self):
         ordered = masks().like({"b": torch.ones(2), "a": torch.ones(2, 3)})
         assert list(ordered.pruned) == ["b", "a"]
         assert torch.equal(ordered.pruned["a"], A)
 
-    def test_everything_that_differs_is_named(self):
+    def test_masks_unlike_weights_are_refused_with_every_difference(self):
         message = (
             "The masks do not belong to the prunable weights of this model: missing ['c'], surplus ['b'], of another "
             "shape ['a (2, 3) instead of (3, 2)']. Give the same model, `include` and `exclude` as when the masks were "
@@ -161,18 +161,18 @@ class TestLike:
 
 class TestPacking:
     @given(st.lists(st.integers(0, 9), min_size=0, max_size=4), st.integers(0, 2**32 - 1))
-    def test_there_and_back(self, shape, seed):
+    def test_masks_packed_and_unpacked_are_the_same(self, shape, seed):
         mask = torch.from_numpy(np.asarray(np.random.default_rng(seed).random(shape) < 0.5))
         packed = MaskSet({"w": mask}).pack()
         assert packed["w"]["bits"].dtype == torch.uint8
         assert packed["w"]["bits"].numel() == -(-mask.numel() // 8)
         assert torch.equal(MaskSet.unpack(packed).pruned["w"], mask)
 
-    def test_a_mask_that_is_not_contiguous(self):
+    def test_mask_that_is_not_contiguous_is_packed(self):
         packed = MaskSet({"w": A.t()}).pack()
         assert torch.equal(MaskSet.unpack(packed).pruned["w"], A.t())
 
-    def test_it_is_saved_as_such(self, tmp_path):
+    def test_packed_masks_load_with_weights_only(self, tmp_path):
         torch.save(masks().pack(), tmp_path / "masks.pt")
         again = MaskSet.unpack(torch.load(tmp_path / "masks.pt", weights_only=True))
         assert {n: m.tolist() for n, m in again.pruned.items()} == {"a": A.tolist(), "b": B.tolist()}

@@ -30,13 +30,13 @@ class TestMemory:
     def piece(self, pruned=None):
         return {"w": PrunableTensor(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), pruned, None, Memory())}
 
-    def test_the_same_is_measured_once(self, taken):
+    def test_same_weights_are_measured_once(self, taken):
         pieces = self.piece()
         first, second = sums_of(pieces, 0.5, 1.0), sums_of(pieces, 0.5, 1.0)
         assert first["w"].sum_q.tolist() == second["w"].sum_q.tolist() == [10.0]
         assert len(taken) == 1
 
-    def test_a_weight_that_was_written_to_is_measured_anew(self, taken):
+    def test_weight_that_was_written_to_is_measured_anew(self, taken):
         pieces = self.piece()
         sums_of(pieces, 0.5, 1.0)
         pieces["w"].weight.data[1, 0] = 5.0  # which the tensor's version does not tell
@@ -52,7 +52,7 @@ class TestMemory:
         assert sums_of(masked, 1.0, 2.0, by_unit=True)["w"].sum_p.tolist() == [2.0, 3.0]
         assert len(taken) == 4
 
-    def test_without_a_memory_all_is_measured(self, taken):
+    def test_every_weight_is_measured_without_a_memory(self, taken):
         pieces = {"w": self.piece()["w"]._replace(memory=None)}
         sums_of(pieces, 0.5, 1.0)
         sums_of(pieces, 0.5, 1.0)
@@ -62,7 +62,7 @@ class TestMemory:
 class TestBits:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("length", [1, 3, 8, 17])
-    def test_every_entry_counts_wherever_it_lies(self, dtype, length):
+    def test_fingerprint_counts_every_entry_wherever_it_lies(self, dtype, length):
         weight = torch.randn(length + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:]
         (bits,) = fingerprints([weight])
         for i in range(length):
@@ -71,7 +71,7 @@ class TestBits:
             assert fingerprints([other]) != [bits]
         assert fingerprints([weight.clone()]) == [bits]
 
-    def test_strided_tensors(self):
+    def test_fingerprint_of_strided_tensors(self):
         weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
         assert fingerprints([weight.T]) == fingerprints([weight.T.contiguous()])
 
@@ -87,7 +87,7 @@ def test_what_the_monitor_measured_the_pruner_does_not_measure_again(taken):
     assert measured(SAPCallback(rounds=1, every_n_epochs=1), PQIMonitor(stop_on=None)) == alone
 
 
-def test_changes_that_cancel_in_a_plain_sum_of_the_bits_are_seen():
+def test_fingerprint_sees_changes_that_cancel_in_a_plain_sum():
     weight = torch.full((64,), 0.6)
     other = weight.clone()
     bits = other.view(torch.int32)
@@ -111,13 +111,13 @@ def some_signs_flipped(x):
 @pytest.mark.parametrize("change", [doubled, torch.neg, lambda x: 0.5 * x, some_signs_flipped, lambda x: x.flip(0)])
 @pytest.mark.parametrize("shape", [(64, 64), (1024, 1024), (2048, 2048)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_what_many_weights_have_in_common_does_not_cancel(change, shape, dtype):
+def test_fingerprint_sees_the_same_change_of_many_weights(change, shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert fingerprints([change(weight)]) != fingerprints([weight])
 
 
 @pytest.mark.parametrize("byte", range(8))
-def test_masks_that_differ_in_where_equal_words_are(byte):
+def test_fingerprint_tells_masks_with_equal_words_in_other_places(byte):
     masks = torch.zeros(3, 8, 8, dtype=torch.bool)
     for mask, words in zip(masks, ([0, 7], [1, 6], [3, 4]), strict=True):
         mask[words, byte] = True
@@ -125,7 +125,7 @@ def test_masks_that_differ_in_where_equal_words_are(byte):
 
 
 @pytest.mark.parametrize("column", [0, 7])
-def test_masks_of_one_weight_differ_wherever_it_is(column):
+def test_fingerprint_tells_masks_of_one_weight_by_its_place(column):
     masks = torch.zeros(64, 64, 1024, dtype=torch.bool)
     masks[range(64), range(64), column] = True
     assert len(set(fingerprints(list(masks)))) == 64

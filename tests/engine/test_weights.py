@@ -56,10 +56,10 @@ class Odd(nn.Module):
 
 
 class TestDefault:
-    def test_trainable_weights_of_two_or_more_dimensions_without_embeddings(self):
+    def test_default_selects_trainable_weights_of_two_dimensions_without_embeddings(self):
         assert names(block()) == ["1.weight", "3.weight", "4.weight"]
 
-    def test_the_own_name_decides(self):
+    def test_default_goes_by_the_parameters_own_name(self):
         assert names(Odd()) == ["weight_table", "reweighted"]
 
     def test_a_module_called_weight_does_not_make_its_parameters_weights(self):
@@ -86,11 +86,11 @@ class TestDefault:
             (lambda: nn.LSTM(3, 4, proj_size=2), ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"]),
         ],
     )  # fmt: skip
-    def test_of_layers(self, build, expected):
+    def test_default_selects_weights_of_layers(self, build, expected):
         module = nn.Sequential(build(), nn.Linear(2, 2))
         assert names(module) == [*(f"0.{name}" for name in expected), "1.weight"]
 
-    def test_a_transformer(self):
+    def test_default_selects_weights_of_a_transformer(self):
         module = nn.TransformerEncoderLayer(4, 2, 8)
         assert names(module) == [
             "self_attn.in_proj_weight",
@@ -105,14 +105,14 @@ class TestDefault:
         assert names(module) == ["3.weight", "4.weight"]
         assert names(module, include="*weight") == ["0.weight", "3.weight", "4.weight"]
 
-    def test_a_lazy_layer_before_its_first_forward(self):
+    def test_default_leaves_out_a_lazy_layer_before_its_first_forward(self):
         module = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
         assert names(module) == ["1.weight"]
         module(torch.ones(1, 3))
         assert names(module) == ["0.weight", "1.weight"]
 
     @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-    def test_what_has_no_elements_is_left_out(self):
+    def test_default_leaves_out_what_has_no_elements(self):
         assert list(prunable_weights(nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 0), nn.Linear(4, 2)))) == ["2.weight"]
 
 
@@ -139,14 +139,14 @@ class TestIncludeAndExclude:
             (None, [], ["1.weight", "3.weight", "4.weight"]),
         ],
     )
-    def test_what_they_match(self, include, exclude, expected):
+    def test_include_and_exclude_match_names_types_and_predicates(self, include, exclude, expected):
         assert names(block(), include, exclude) == expected
 
-    def test_an_empty_list_matches_nothing(self):
+    def test_include_of_an_empty_list_matches_nothing(self):
         with pytest.raises(ValueError, match=re.escape("no prunable weight with include=[]")):
             names(block(), include=[])
 
-    def test_a_type_around_the_owner_counts(self):
+    def test_include_by_a_type_around_the_owner_counts(self):
         module = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
         assert names(module, exclude=nn.TransformerEncoderLayer) == ["head.weight"]
         assert names(module, include=nn.MultiheadAttention) == [
@@ -157,7 +157,7 @@ class TestIncludeAndExclude:
     def test_include_never_lifts_the_rules_on_dimensions_and_training(self):
         assert names(Odd(), include="*") == ["weight_table", "reweighted", "scale"]
 
-    def test_case_counts(self):
+    def test_include_patterns_are_case_sensitive(self):
         module = nn.ModuleDict({"FC": nn.Linear(2, 2), "fc": nn.Linear(2, 2)})
         assert names(module, include="FC.*") == ["FC.weight"]
 
@@ -169,7 +169,7 @@ class TestIncludeAndExclude:
 
 
 class TestMistakes:
-    def test_a_pattern_that_matches_nothing(self):
+    def test_include_pattern_without_a_match_is_refused(self):
         message = (
             "The pattern 'linear.weight' matches no parameter. Patterns are globs on whole parameter names (say "
             "'*.fc.*'); the closest names are ["
@@ -180,7 +180,7 @@ class TestMistakes:
         assert len(closest) == 5
         assert set(closest) <= {name for name, _ in block().named_parameters()}
 
-    def test_a_model_without_parameters(self):
+    def test_model_without_parameters_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("The first parameters of the model are [].")):
             names(nn.ReLU())
 
@@ -194,16 +194,16 @@ class TestTied:
         assert prunable_weights(module)[name].parameter is module.embedding.weight
 
     @pytest.mark.parametrize("pattern", ["head.*", "embedding.*", nn.Embedding, nn.Linear])
-    def test_any_of_its_names_and_owners_can_be_matched(self, pattern):
+    def test_tied_weight_is_matched_by_any_of_its_names_and_owners(self, pattern):
         assert names(Tied(), include=pattern) == ["embedding.weight"]
         with pytest.raises(ValueError, match="no prunable weight"):
             names(Tied(), exclude=pattern)
 
-    def test_a_shared_layer_counts_once(self):
+    def test_shared_layer_counts_once(self):
         layer = nn.Linear(3, 3)
         assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0.weight"]
 
-    def test_it_is_pruned_once(self):
+    def test_tied_weight_is_pruned_once(self):
         network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 3, bias=False))
         network[1].weight = network[0].weight
         module, pruner = Net(network), PruningCallback(FixedFraction(0.5), rounds=1)
@@ -240,7 +240,7 @@ class TestParametrized:
         module = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))
         assert names(module) == ["0.parametrizations.weight.original", "1.weight"]
 
-    def test_they_go_by_the_parametrized_name(self):
+    def test_parametrized_weights_go_by_the_parametrized_name(self):
         module = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Embedding(5, 4))
         parametrizations.weight_norm(module[1])
         assert names(module) == ["0.parametrizations.weight.original1"]  # an embedding stays one
@@ -260,7 +260,7 @@ class TestParametrized:
         parametrize.register_parametrization(module[0], "bias", Flat())
         assert names(module) == ["0.weight", "1.weight"]
 
-    def test_a_whole_fit(self):
+    def test_parametrized_weights_are_masked_through_a_whole_fit(self):
         network = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3))
         keys = list(Net(network).state_dict())
         module, pruner = Net(network), PruningCallback(FixedFraction(0.5), rounds=2, rewind_weights="init")
@@ -272,12 +272,12 @@ class TestParametrized:
 
 
 class TestUnits:
-    def test_axis_0_unless_told(self):
+    def test_units_are_along_axis_0_unless_told(self):
         module = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(2, 3), nn.ConvTranspose1d(2, 3, 3))
         found = prunable_weights(module)
         assert [weight.units is None for weight in found.values()] == [True, True, False]
 
-    def test_of_a_transposed_convolution(self):
+    def test_units_of_a_transposed_convolution_with_groups(self):
         """in 4, out 6, groups 2: weight (4, 3, 2); unit (g, j) is inputs 2g and 2g + 1 at output index j."""
         module = nn.Sequential(nn.ConvTranspose1d(4, 6, 2, groups=2))
         weight = prunable_weights(module)["0.weight"]
@@ -301,12 +301,12 @@ class TestUnits:
                 output = layer(torch.ones(1, 4, 5, 5))[0]
             assert [int(output[c].any()) for c in range(8)] == [int(c == channel) for c in range(8)]
 
-    def test_of_a_parametrized_transposed_convolution(self):
+    def test_units_of_a_parametrized_transposed_convolution(self):
         module = nn.Sequential(parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 2, groups=2)))
         weight = prunable_weights(module)["0.parametrizations.weight.original1"]
         assert weight.units(weight.parameter).shape == (6, 4)
 
-    def test_a_whole_fit_prunes_every_unit_alike(self):
+    def test_neuron_scope_prunes_every_unit_alike_in_a_whole_fit(self):
         class Net1d(Net):
             def loss(self, batch):
                 return (self.net(batch[0][:, :, None]).mean(2) - batch[1]).square().mean()
@@ -325,7 +325,7 @@ class TestUnits:
 
 
 class TestCompiled:
-    def test_prefixes_are_ignored(self):
+    def test_compiled_prefixes_are_ignored(self):
         plain, whole, part = block(), torch.compile(block()), block()
         part[4] = torch.compile(part[4])
         for module in (whole, part):
@@ -333,12 +333,12 @@ class TestCompiled:
             assert names(module, include="4.*") == ["4.weight"]
             assert list(parameter_names(module)) == [name for name, _ in plain.named_parameters()]
 
-    def test_the_parameter_is_the_modules_own(self):
+    def test_compiled_modules_parameter_is_the_modules_own(self):
         module = block()
         compiled = torch.compile(module)
         assert prunable_weights(compiled)["4.weight"].parameter is module[4].weight
 
-    def test_types_and_units_are_seen_through_them(self):
+    def test_types_and_units_are_seen_through_compiled_modules(self):
         module = nn.Sequential(torch.compile(nn.ConvTranspose1d(4, 6, 2)), nn.Linear(2, 2))
         assert names(module, exclude=nn.ConvTranspose1d) == ["1.weight"]
         assert prunable_weights(module)["0.weight"].transposed_groups == 1
@@ -377,12 +377,12 @@ def adapters(module, **selection):
 
 
 class TestLowRankAdapters:
-    def test_as_peft_names_them(self):
+    def test_adapters_are_found_as_peft_names_them(self):
         module = nn.Sequential(Peft(), nn.Linear(6, 6))
         assert adapters(module) == ["0.lora_A.default.weight", "0.lora_B.default.weight"]
 
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_by_hand_beside_the_weight(self, transposed):
+    def test_adapters_are_found_by_hand_beside_the_weight(self, transposed):
         module = nn.Sequential(LoRALinear(transposed=transposed), nn.Linear(6, 3))
         assert adapters(module) == ["0.down_weight", "0.up_weight"]
 
@@ -395,21 +395,21 @@ class TestLowRankAdapters:
         ],
         ids=["linear", "convolution", "embedding"],
     )
-    def test_as_modules_beside_a_frozen_one(self, base, down, up):
+    def test_adapters_are_found_as_modules_beside_a_frozen_one(self, base, down, up):
         assert adapters(nn.Sequential(nn.Linear(3, 8), Siblings(base, down, up))) == ["1.down.weight", "1.up.weight"]
 
-    def test_only_those_that_are_pruned(self):
+    def test_adapters_are_found_only_where_they_are_pruned(self):
         module = nn.Sequential(Peft(), nn.Linear(6, 6))
         assert adapters(module, exclude="*lora_*") == []
         assert adapters(module, exclude="*lora_A*") == ["0.lora_B.default.weight"]
 
-    def test_factors_of_full_rank_are_none(self):
+    def test_adapters_are_not_factors_of_full_rank(self):
         assert adapters(Siblings(nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 6))) == []
 
-    def test_nothing_frozen_no_adapter(self):
+    def test_adapters_are_none_where_nothing_is_frozen(self):
         layer = Siblings(nn.Linear(8, 6), nn.Linear(8, 2), nn.Linear(2, 6)).requires_grad_(True)
         assert adapters(layer) == []
 
-    def test_a_frozen_backbone_and_its_head_are_none(self):
+    def test_adapters_are_not_a_frozen_backbone_and_its_head(self):
         backbone = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)).requires_grad_(False)
         assert adapters(nn.Sequential(backbone, nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))) == []

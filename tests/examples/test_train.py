@@ -181,7 +181,7 @@ def test_number_of_parameters(models, name, count):
     ("schedule", "expected"),
     [("cosine", [1.0, 0.8535534, 0.5, 0.1464466, 0.0]), ("step", [1.0, 1.0, 0.1, 0.01, 0.01])],
 )
-def test_schedules(models, schedule, expected):
+def test_schedule_options_build_the_schedule(models, schedule, expected):
     model = models.linear(input_shape=(1, 2, 2), num_classes=2, lr=1.0, schedule=schedule, schedule_epochs=4)
     [optimizer], [scheduler] = model.configure_optimizers()
     rates = [scheduler.get_last_lr()[0]]
@@ -192,7 +192,7 @@ def test_schedules(models, schedule, expected):
     assert rates == pytest.approx(expected)
 
 
-def test_no_schedule(models):
+def test_no_schedule_is_built_unless_asked(models):
     model = models.linear(input_shape=(1, 2, 2), num_classes=2, schedule="none")
     assert isinstance(model.configure_optimizers(), torch.optim.SGD)
 
@@ -232,7 +232,7 @@ def test_it_prunes_unless_told_otherwise(cli):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs(cli, path, tmp_path):
+def test_every_config_builds_its_run(cli, path, tmp_path):
     app = from_config(cli, path, tmp_path)
     [pruner] = pruners(app)
     [_] = [callback for callback in app.trainer.callbacks if isinstance(callback, PQIMonitor)]

@@ -40,16 +40,16 @@ class TestRetainedLowerBound:
             (0.75, 4, 0.5, 1.0, 0.0, 1.0),
         ],
     )
-    def test_by_hand(self, index, d, p, q, eta_r, bound):
+    def test_retained_lower_bound_by_hand(self, index, d, p, q, eta_r, bound):
         r = retained_lower_bound(index, d, p, q, eta_r=eta_r)
         assert r.dtype == torch.float64
         assert r.item() == pytest.approx(bound, rel=1e-14)
 
-    def test_tensors_go_in_and_come_out(self):
+    def test_retained_lower_bound_takes_and_returns_tensors(self):
         index, d = torch.tensor([0.0, 0.25, 0.5], dtype=torch.float64), torch.tensor([10, 100, 2])
         assert retained_lower_bound(index, d, 0.5, 1.0).tolist() == pytest.approx([10.0, 75.0, 1.0])
 
-    def test_is_the_participation_ratio_for_one_and_two(self):
+    def test_retained_lower_bound_is_the_participation_ratio_for_one_and_two(self):
         w = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         ratio = w.abs().sum() ** 2 / w.square().sum()
         r = retained_lower_bound(pq_index(w, 1.0, 2.0), w.numel(), 1.0, 2.0)
@@ -85,7 +85,7 @@ class TestPruneCount:
             (-1e-6, 100, {}, 0),  # an index that rounding took below zero
         ],
     )
-    def test_by_hand(self, index, d, options, count):
+    def test_prune_count_by_hand(self, index, d, options, count):
         c = prune_count(index, d, 0.5, 1.0, **options)
         assert c.dtype == torch.int64
         assert c.item() == count
@@ -113,7 +113,7 @@ class TestPruneCount:
         assert prune_count(1 - r / 10, 10, 0.5, 1.0).tolist() == [2, 2, 2]
         assert prune_count(0.5, 10, 0.5, 1.0, gamma=0.799999).item() == 3
 
-    def test_one_count_per_group(self):
+    def test_prune_count_is_one_count_per_group(self):
         index, d = torch.tensor([0.0, 0.25, 0.9, 0.0], dtype=torch.float64), torch.tensor([10, 100, 10, 0])
         assert prune_count(index, d, 0.5, 1.0).tolist() == [0, 25, 9, 0]
 
@@ -133,10 +133,10 @@ class TestPolicies:
 
     @pytest.mark.parametrize("policy", [SparsityInformed(p=0.5, q=1.0, eta_r=1.0), FixedFraction(0.5)])
     @pytest.mark.parametrize("x", [torch.zeros(0), torch.zeros(8)])
-    def test_nothing_goes_of_a_group_without_weight(self, policy, x):
+    def test_policies_prune_nothing_of_a_group_without_weight(self, policy, x):
         assert decide(policy, x) == 0
 
-    def test_constant_groups_go_by_eta_only(self):
+    def test_policies_prune_constant_groups_by_eta_only(self):
         constant = torch.full((100,), 0.1)
         assert decide(SparsityInformed(p=0.5, q=1.0), constant) == 0
         assert decide(SparsityInformed(p=0.5, q=1.0, gamma=20.0), constant) == 0
@@ -144,14 +144,14 @@ class TestPolicies:
 
     @pytest.mark.parametrize("options", [{}, {"eta_r": 0.001, "gamma": 1.2}, {"gamma": 5.0}, {"eta_r": 1.0}])
     @pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 2.0), (0.2, 1.0), (1.0, 1.4)])
-    def test_one_count_per_row(self, p, q, options):
+    def test_policies_return_one_count_per_row(self, p, q, options):
         x = torch.randn(9, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         x[3] = 0
         counts = SparsityInformed(p=p, q=q, **options)(power_sums(x, p, q, dim=1), 2)
         assert counts.dtype == torch.int64
         assert counts.tolist() == [oracle.prune_count(row.numpy(), p, q, **options) for row in x]
 
-    def test_a_range_beyond_one_double(self):
+    def test_policies_hold_over_a_range_beyond_one_double(self):
         """With p this small the tiny weight still counts: r = (1 + 1e-6)² / (1 + 1e-12) lies just above one."""
         x = torch.tensor([1e300, 1e-300], dtype=torch.float64)
         assert decide(SparsityInformed(p=0.01, q=0.02), x, p=0.01, q=0.02) == 0
@@ -160,7 +160,7 @@ class TestPolicies:
         ("fraction", "d", "count"),
         [(0.2, 10, 2), (0.2, 14, 2), (0.29, 100, 29), (0.57, 100, 57), (0.0, 10, 0), (0.5, 2**24 + 3, 2**23 + 1)],
     )
-    def test_fixed_fraction(self, fraction, d, count):
+    def test_fixed_fraction_takes_its_share_in_every_round(self, fraction, d, count):
         assert decide(FixedFraction(fraction), torch.ones(d, dtype=torch.bfloat16)) == count
         assert decide(FixedFraction(fraction), torch.ones(d, dtype=torch.bfloat16), round_number=7) == count
 
@@ -183,25 +183,25 @@ class TestRanges:
     ]
 
     @pytest.mark.parametrize("wrong", ORDERS + OPTIONS)
-    def test_sparsity_informed(self, wrong):
+    def test_sparsity_informed_refuses_options_out_of_range(self, wrong):
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
             SparsityInformed(**({"p": 0.5, "q": 1.0} | wrong))
 
     @pytest.mark.parametrize("wrong", ORDERS + OPTIONS)
-    def test_prune_count(self, wrong):
+    def test_prune_count_refuses_arguments_out_of_range(self, wrong):
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
             prune_count(0.5, 10, **({"p": 0.5, "q": 1.0} | wrong))
 
     @pytest.mark.parametrize("wrong", ORDERS + OPTIONS[:2])
-    def test_retained_lower_bound(self, wrong):
+    def test_retained_lower_bound_refuses_arguments_out_of_range(self, wrong):
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
             retained_lower_bound(0.5, 10, **({"p": 0.5, "q": 1.0} | wrong))
 
     @pytest.mark.parametrize("fraction", [1.0, -0.125, 1.5, math.nan])
-    def test_fixed_fraction(self, fraction):
+    def test_fixed_fraction_refuses_a_fraction_out_of_range(self, fraction):
         with pytest.raises(ValueError, match=f"fraction.*{re.escape(str(fraction))}"):
             FixedFraction(fraction)
 
@@ -216,7 +216,7 @@ class TestSpread:
         assert split(8, [4, 0, 1, 3, 3, 1], [3, 0, 1, 3, 3, 2]) == [3, 0, 1, 2, 2, 0]
 
     @given(st.data(), st.sampled_from([3, 40, 2**30, 2**40]))
-    def test_as_the_oracle_does(self, data, most):
+    def test_spread_equals_the_oracle(self, data, most):
         numbers = st.lists(st.tuples(st.integers(0, most), st.integers(0, most)), min_size=1, max_size=8)
         shares, room = zip(*data.draw(numbers), strict=True)
         total = data.draw(st.integers(0, 2 * most))

@@ -47,34 +47,34 @@ class TestPQIndexByHand:
             ((7,), 0.2, 1.0, 0.0),
         ],
     )
-    def test_small_vectors(self, weights, p, q, index):
+    def test_pq_index_of_small_vectors_by_hand(self, weights, p, q, index):
         assert pq_index(vector(*weights), p, q).item() == exactly(index)
 
-    def test_defaults_are_one_half_and_one(self):
+    def test_pq_index_defaults_are_one_half_and_one(self):
         assert pq_index(vector(1, 4)).item() == exactly(0.1)
 
     @pytest.mark.parametrize(("p", "q"), ORDERS)
     @pytest.mark.parametrize("d", [1, 2, 10, 1000])
-    def test_one_hot_is_the_largest_value(self, p, q, d):
+    def test_pq_index_of_one_hot_is_the_largest_value(self, p, q, d):
         one_hot = torch.zeros(d)
         one_hot[d // 2] = -0.3
         assert pq_index(one_hot, p, q).item() == exactly(1 - d ** (1 / q - 1 / p))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("p", "q"), ORDERS)
-    def test_constant_is_zero(self, p, q, dtype):
+    def test_pq_index_of_a_constant_is_zero(self, p, q, dtype):
         index = pq_index(torch.full((999,), -0.1, dtype=dtype), p, q).item()
         assert 0.0 <= index == exactly(0.0)
 
     @pytest.mark.parametrize(("p", "q"), ORDERS)
-    def test_k_equal_of_d(self, p, q):
+    def test_pq_index_of_k_equal_of_d(self, p, q):
         x = torch.zeros(50)
         x[10:20] = 3.0
         assert pq_index(x, p, q).item() == exactly(1 - (10 / 50) ** (1 / p - 1 / q))
 
     @pytest.mark.parametrize("measure", [pq_index, gini_index])
     @pytest.mark.parametrize("x", [torch.zeros(0), torch.zeros(5), torch.zeros(3, 0), -torch.zeros(2, 2)])
-    def test_nothing_to_measure_is_zero(self, measure, x):
+    def test_pq_index_of_nothing_is_zero(self, measure, x):
         assert measure(x).item() == 0.0
 
 
@@ -209,11 +209,11 @@ class TestGiniByHand:
             ((2,), 0.0),
         ],
     )
-    def test_small_vectors(self, weights, index):
+    def test_gini_index_of_small_vectors_by_hand(self, weights, index):
         assert gini_index(vector(*weights)).item() == exactly(index)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_every_dtype(self, dtype):
+    def test_gini_index_of_every_dtype(self, dtype):
         x = gaussian(777, dtype=dtype)
         assert gini_index(x).dtype == torch.float64
         assert gini_index(x).item() == exactly(oracle.gini_index(x.double().numpy()))
@@ -222,7 +222,7 @@ class TestGiniByHand:
         ("scale", "dtype"),
         [(1e308, torch.float64), (1e-320, torch.float64), (6e4, torch.float16), (1e38, torch.float32)],
     )
-    def test_any_finite_scale(self, scale, dtype):
+    def test_gini_index_at_any_finite_scale(self, scale, dtype):
         x = (torch.linspace(0.1, 1, 1000, dtype=torch.float64) * scale).to(dtype)
         assert gini_index(x).item() == exactly(oracle.gini_index(x.double().numpy()))
 
@@ -242,23 +242,23 @@ class TestMistakes:
             (1.0, 1001.0, "1001"),
         ],
     )
-    def test_orders_out_of_range(self, p, q, named):
+    def test_pq_index_refuses_orders_out_of_range(self, p, q, named):
         with pytest.raises(ValueError, match=re.escape(named)):
             pq_index(torch.ones(3), p, q)
 
     @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-    def test_the_largest_order_is_nearly_the_maximum(self, scale):
+    def test_largest_order_is_nearly_the_maximum(self, scale):
         index = pq_index(scale * torch.tensor([2.0, 1.0, 0.1]), 1.0, 1000.0).item()
         assert index == pytest.approx(1 - 3 ** (1 / 1000 - 1) * 3.1 / 2, rel=1e-6)
 
     @pytest.mark.parametrize("measure", [pq_index, gini_index])
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
-    def test_weights_are_floating_point(self, measure, dtype):
+    def test_pq_index_refuses_weights_that_are_not_floating(self, measure, dtype):
         with pytest.raises((TypeError, ValueError), match=str(dtype).removeprefix("torch.")):
             measure(torch.ones(3, dtype=dtype))
 
     @pytest.mark.parametrize("measure", [pq_index, gini_index])
-    def test_mask_of_another_shape(self, measure):
+    def test_pq_index_refuses_a_mask_of_another_shape(self, measure):
         with pytest.raises(ValueError, match="mask"):
             measure(torch.ones(3, 4), mask=torch.ones(4, 3, dtype=torch.bool))
 

@@ -63,14 +63,14 @@ def kept(masks, scope):
     return per_layer if scope == "layer" else per_layer.sum(keepdims=True)
 
 
-def test_indices(case):
+def test_indices_equal_the_papers_reference(case):
     case, rounds = case
     for weights, masks, record in rounds:
         ours = indices(weights, masks, case["scope"], case["p"], case["q"])
         np.testing.assert_allclose(ours, flat(record["pqi"]), rtol=0, atol=1e-9)
 
 
-def test_kept_counts(case):
+def test_kept_counts_equal_the_papers_reference(case):
     case, rounds = case
     options = {key: case[key] for key in ("p", "q", "eta_r", "gamma", "beta")}
     for weights, masks, record in rounds:

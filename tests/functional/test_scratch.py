@@ -12,18 +12,18 @@ def address(size):
     return scratch(size).data_ptr()
 
 
-def test_the_next_one_gets_the_same_memory():
+def test_next_scratch_gets_the_same_memory():
     assert scratch(10).numel() == 10
     assert address(10) == address(SIZE)
 
 
-def test_more_than_is_kept_is_memory_of_its_own():
+def test_scratch_larger_than_is_kept_is_memory_of_its_own():
     large = scratch(SIZE + 1)
     assert large.numel() == SIZE + 1
     assert not address(1) <= large.data_ptr() < address(1) + SIZE
 
 
-def test_each_thread_has_its_own():
+def test_each_thread_has_its_own_scratch():
     found = []
     thread = threading.Thread(target=lambda: found.append(address(10)))
     thread.start()
@@ -31,7 +31,7 @@ def test_each_thread_has_its_own():
     assert found != [address(10)]
 
 
-def test_what_inference_mode_made_serves_outside_of_it():
+def test_scratch_made_in_inference_mode_serves_outside_of_it():
     weights, found = {"w": torch.randn(300, 300)}, []
     for_both = {"policy": SparsityInformed(), "scope": "layer"}
 
@@ -46,7 +46,7 @@ def test_what_inference_mode_made_serves_outside_of_it():
     assert found == [True]
 
 
-def test_it_is_on_the_cpu_whatever_the_default_device_is():
+def test_scratch_is_on_the_cpu_whatever_the_default_device():
     found = []
 
     def ask():

@@ -94,24 +94,24 @@ class TestByHand:
             ("neuron", [[1, 0, 0, 1], [0, 0, 1, 1]], [[0, 1], [1, 0]]),
         ],
     )
-    def test_half_of_each_group(self, scope, a, b):
+    def test_prune_masks_takes_half_of_each_group_by_hand(self, scope, a, b):
         masks = prune_masks(self.WEIGHTS, policy=FixedFraction(0.5), scope=scope)
         assert masks["a"].int().tolist() == a
         assert masks["b"].int().tolist() == b
 
-    def test_what_is_gone_stays_gone_and_is_not_counted(self):
+    def test_prune_masks_keeps_pruned_weights_pruned_and_does_not_count_them(self):
         masks = {"a": torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool(), "b": torch.ones(2, 2).bool()}
         masks = prune_masks(self.WEIGHTS, masks, policy=FixedFraction(0.5), scope="layer")
         assert masks["a"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
         assert masks["b"].int().tolist() == [[0, 1], [1, 0]]
 
-    def test_surviving_zeros_go_first(self):
+    def test_prune_masks_takes_kept_zeros_first(self):
         weights = {"w": torch.tensor([[0.0, 1e-30, -0.0, 2.0]])}
         assert prune_masks(weights, policy=FixedFraction(0.5), scope="layer")["w"].tolist() == [
             [False, True, False, True]
         ]
 
-    def test_units_of_a_transposed_weight(self):
+    def test_prune_masks_along_units_of_a_transposed_weight(self):
         weights = {"up": torch.tensor([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])}
         by_column = {"up": lambda w: w.T}
         masks = prune_masks(weights, policy=FixedFraction(0.5), scope="neuron", units=by_column)
@@ -122,7 +122,7 @@ class TestTies:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("scope", ["global", "layer"])
     @pytest.mark.parametrize("fraction", [0.01, 0.37, 0.9])
-    def test_exactly_the_asked_count_goes_lower_position_first(self, dtype, scope, fraction):
+    def test_ties_go_at_the_lower_position_first_to_the_exact_count(self, dtype, scope, fraction):
         generator = torch.Generator().manual_seed(0)
         weights = {n: (torch.randn(100, 200, generator=generator) * 8).round().div(8).to(dtype) for n in "ab"}
         masks = prune_masks(weights, policy=FixedFraction(fraction), scope=scope)
@@ -139,7 +139,7 @@ class TestTies:
 
     @pytest.mark.parametrize("scope", ["global", "layer"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_more_weights_than_float32_can_count(self, scope, dtype):
+    def test_ties_among_more_weights_than_float32_counts(self, scope, dtype):
         d = 2**24 + 3
         weights = {"w": torch.full((1, d), 0.25, dtype=dtype)}
         weights["w"][0, -1] = 0.125
@@ -151,7 +151,7 @@ class TestTies:
         assert not mask[-1]
 
     @pytest.mark.parametrize("k", [1, 3])
-    def test_k_weights_among_very_many_zeros_survive(self, k):
+    def test_ties_of_zeros_leave_k_weights_kept(self, k):
         w = torch.zeros(1, 2**24 + 3, dtype=torch.bfloat16)
         w[0, :k] = -0.3
         policy = SparsityInformed(p=0.5, q=1.0, eta_r=0.0, gamma=1.0, beta=1 - 2**-40)
@@ -170,7 +170,7 @@ class TestAgainstTheOracle:
         policy=st.sampled_from(POLICIES),
         seed=st.integers(0, 2**16),
     )
-    def test_bit_for_bit(self, dtype, scope, layers, density, policy, seed):
+    def test_prune_masks_equals_the_oracle_bit_for_bit(self, dtype, scope, layers, density, policy, seed):
         rng = np.random.default_rng(seed)
         weights, masks = {}, None if density is None else {}
         for i, (kind, shape) in enumerate(layers):
@@ -185,7 +185,7 @@ class TestAgainstTheOracle:
 
     @pytest.mark.parametrize("policy", POLICIES, ids=repr)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_units_along_another_axis(self, dtype, policy):
+    def test_prune_masks_equals_the_oracle_along_another_axis(self, dtype, policy):
         weights = {
             n: adversarial("two values", 90, dtype, np.random.default_rng(i)).reshape(6, 5, 3)
             for i, n in enumerate("ab")
@@ -198,7 +198,7 @@ class TestAgainstTheOracle:
 
     @pytest.mark.parametrize("policy", POLICIES, ids=repr)
     @pytest.mark.parametrize("scope", SCOPES)
-    def test_dtypes_together(self, scope, policy):
+    def test_prune_masks_equals_the_oracle_with_mixed_dtypes(self, scope, policy):
         rng = np.random.default_rng(0)
         weights = {
             str(dtype): adversarial(kind, 60, dtype, rng).reshape(6, 10)
@@ -209,13 +209,13 @@ class TestAgainstTheOracle:
         assert_same(prune_masks(weights, policy=policy, scope=scope), twin)
 
     @pytest.mark.parametrize("scope", SCOPES)
-    def test_parameters_without_weights(self, scope):
+    def test_prune_masks_equals_the_oracle_with_empty_parameters(self, scope):
         weights = {"a": torch.zeros(0, 3), "b": torch.tensor([[1.0, 2.0], [4.0, 3.0]]), "c": torch.zeros(3, 0)}
         twin = twin_masks(weights, None, policy=FixedFraction(0.5), scope=scope)
         assert_same(prune_masks(weights, policy=FixedFraction(0.5), scope=scope), twin)
 
     @pytest.mark.parametrize("scope", SCOPES)
-    def test_three_rounds_on_strided_parameters(self, scope):
+    def test_prune_masks_equals_the_oracle_for_three_rounds_on_strided_parameters(self, scope):
         generator = torch.Generator().manual_seed(0)
         weights = {
             "a": torch.nn.Parameter(torch.randn(30, 20, generator=generator).T),
@@ -234,7 +234,7 @@ class TestManyWeights:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("density", [None, 0.5])
-    def test_the_first_of_a_stable_sort(self, kind, dtype, density):
+    def test_smallest_are_the_first_of_a_stable_sort(self, kind, dtype, density):
         rng = np.random.default_rng(0)
         weights = [adversarial(kind, 9000 * n, dtype, rng).reshape(-1, 90) for n in (1, 3)] + [torch.zeros(0, 2)]
         dead = [None if density is None else torch.from_numpy(rng.random(w.shape) > density) for w in weights]
@@ -247,19 +247,19 @@ class TestManyWeights:
             np.testing.assert_array_equal(np.flatnonzero(picked), np.sort(order[:k]))
 
     @pytest.mark.parametrize("bracket", [(1, 2), (0, 2**31 - 1), (2**30, 2**31 - 1)], ids=["below", "wide", "above"])
-    def test_a_sample_that_leads_nowhere(self, bracket, monkeypatch):
+    def test_smallest_are_found_where_the_sample_misleads(self, bracket, monkeypatch):
         monkeypatch.setattr(select, "_bracket", lambda *_: bracket)
         weights = [torch.arange(20_000.0).flip(0)]
         assert smallest(weights, [None], 7)[0].nonzero().flatten().tolist() == list(range(19_993, 20_000))
 
-    def test_so_many_that_several_chunks_are_read(self):
+    def test_smallest_are_found_over_several_chunks(self):
         weights = torch.randn(300_000, generator=torch.Generator().manual_seed(0)).round(decimals=3)
         order = weights.abs().argsort(stable=True)
         for k in (1, 100_000, 299_999):
             flags = smallest([weights[:1], weights[1:]], [None, None], k)
             assert torch.equal(torch.cat(flags).nonzero().flatten(), order[:k].sort().values)
 
-    def test_more_than_survive_cannot_go(self):
+    def test_picking_more_than_are_kept_is_refused(self):
         with pytest.raises(ValueError, match="Cannot pick 3 weights where only 2 may go"):
             smallest([torch.ones(3)], [torch.tensor([True, False, False])], 3)
 
@@ -270,7 +270,7 @@ class TestOtherDevices:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("density", [None, 0.5])
-    def test_picks_as_the_cpu_does(self, kind, dtype, density):
+    def test_gpu_picks_as_the_cpu_does(self, kind, dtype, density):
         rng = np.random.default_rng(0)
         rows = adversarial(kind, 600, dtype, rng).reshape(20, 30)
         dead = None if density is None else torch.from_numpy(rng.random(rows.shape) > density)
@@ -288,7 +288,7 @@ class TestOtherDevices:
     @pytest.mark.skipif(torch.__version__ < "2.9", reason="fake CUDA tensors ask for a driver in older PyTorch")
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("masked", [False, True])
-    def test_measuring_and_picking_never_wait(self, dtype, masked):
+    def test_measuring_and_picking_never_wait_for_the_device(self, dtype, masked):
         with FakeTensorMode():  # whatever would look at a value raises
             rows = torch.randn(20, 30, device="cuda").to(dtype)
             dead = rows < 0 if masked else None
@@ -302,14 +302,14 @@ class TestMistakes:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("scope", SCOPES)
-    def test_non_finite_weights_are_named(self, value, dtype, scope):
+    def test_prune_masks_names_non_finite_weights(self, value, dtype, scope):
         weights = {"good.weight": torch.ones(2, 3, dtype=dtype), "bad.weight": torch.ones(3, 2, dtype=dtype)}
         weights["bad.weight"][1, 1] = value
         with pytest.raises(ValueError, match=r"bad\.weight") as error:
             prune_masks(weights, policy=FixedFraction(0.5), scope=scope)
         assert "good.weight" not in str(error.value)
 
-    def test_unknown_scope(self):
+    def test_prune_masks_refuses_an_unknown_scope(self):
         with pytest.raises(ValueError, match="channel") as error:
             prune_masks({"w": torch.ones(2, 2)}, policy=FixedFraction(0.5), scope="channel")
         assert all(scope in str(error.value) for scope in SCOPES)

@@ -55,7 +55,7 @@ class Shrinking(LRScheduler):
 
 
 class TestGroups:
-    def test_come_back_without_their_parameters(self):
+    def test_groups_come_back_without_their_parameters(self):
         optimizer = sgd(weight_decay=0.5)
         saved = take_groups(optimizer)
         assert "params" not in saved[0]
@@ -67,7 +67,7 @@ class TestGroups:
         assert (group["lr"], group["weight_decay"], group["momentum"]) == (1.0, 0.5, 0.9)
         assert group["params"][0] is parameter
 
-    def test_copies_share_nothing_with_the_optimizer(self):
+    def test_groups_taken_share_nothing_with_the_optimizer(self):
         optimizer = sgd()
         optimizer.param_groups[0]["notes"] = [1]
         saved = take_groups(optimizer)
@@ -76,7 +76,7 @@ class TestGroups:
         optimizer.param_groups[0]["notes"].append(3)
         assert saved[0]["notes"] == [1]
 
-    def test_a_tensor_is_filled_in_place(self):
+    def test_groups_restore_a_tensor_in_place(self):
         optimizer = sgd(torch.tensor(0.5))
         saved, live = take_groups(optimizer), optimizer.param_groups[0]["lr"]
         live.fill_(0.1)
@@ -99,7 +99,7 @@ class TestTicks:
         ("frequency", "calls"),
         [(1, [0, 1, 2, 3, 4, 5, 6]), (2, [0, 0, 1, 1, 2, 2, 3]), (3, [0, 0, 0, 1, 1, 1, 2])],
     )
-    def test_epochs_are_counted_through(self, frequency, calls):
+    def test_ticks_of_epochs_are_counted_through(self, frequency, calls):
         ticks = Ticks(frequency=frequency)
         assert [ticks.calls(tick) for tick in range(7)] == calls
 
@@ -114,27 +114,27 @@ class TestTicks:
             (3, [2, 4, 6], [0, 0, 0, 1, 1, 1, 2]),  # batch 3 makes no step
         ],
     )
-    def test_steps_start_anew_with_each_epoch(self, frequency, batches, calls):
+    def test_ticks_of_steps_start_anew_with_each_epoch(self, frequency, batches, calls):
         ticks = Ticks(frequency=frequency, steps_of_epoch=batches)
         assert [ticks.calls(tick) for tick in range(7)] == calls
 
 
 class TestTrace:
-    def test_is_what_the_schedule_does_left_alone(self):
+    def test_trace_is_what_the_schedule_does_left_alone(self):
         replay = chosen(StepLR(sgd(), 2, gamma=0.5), training=5)
         assert replay.trace(step) == [1.0, 1.0, 0.5, 0.5, 0.25]
         assert replay.length == 5
 
-    def test_sums_over_the_groups(self):
+    def test_trace_sums_over_the_groups(self):
         optimizer = sgd()
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 4.0})
         assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trace(step) == [5.0, 2.5, 1.25]
 
-    def test_keeps_to_the_frequency(self):
+    def test_trace_keeps_to_the_frequency(self):
         replay = chosen(StepLR(sgd(), 1, gamma=0.5), training=6, frequency=2, steps_of_epoch=[1, 2, 3])
         assert replay.trace(step) == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
 
-    def test_ends_where_the_schedule_does(self):
+    def test_trace_ends_where_the_schedule_does(self):
         optimizer = sgd()
         replay = chosen(OneCycleLR(optimizer, max_lr=1.0, total_steps=4), training=12)
         assert replay.length == 4
@@ -143,14 +143,14 @@ class TestTrace:
         assert rates[1] == pytest.approx(0.812, abs=1e-3)  # the peak is at 0.2
         assert rates[-1] == pytest.approx(1 / 25e4)
 
-    def test_ends_where_the_schedule_refuses_to_go_on(self):
+    def test_trace_ends_where_the_schedule_refuses_to_go_on(self):
         optimizer = sgd()
         inner = [ConstantLR(optimizer, 1.0, total_iters=1), OneCycleLR(optimizer, max_lr=1.0, total_steps=3)]
         replay = chosen(SequentialLR(optimizer, inner, milestones=[2]), training=12)
         assert replay.length < 12
         replay.advance_(11, 12, step)  # no crash
 
-    def test_leaves_the_schedule_and_its_groups_as_they_were(self):
+    def test_trace_leaves_the_schedule_and_its_groups_as_they_were(self):
         scheduler = Shrinking(sgd(weight_decay=0.5))
         replay = Replay(scheduler)
         replay.ticks = Ticks(training=12)
@@ -162,13 +162,13 @@ class TestTrace:
         assert take_groups(scheduler.optimizer) == groups
         assert scheduler.left == [0.5, 0.2]
 
-    def test_is_silent_before_the_first_optimizer_step(self):
+    def test_trace_is_silent_before_the_first_optimizer_step(self):
         optimizer = SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trace(step) == [1.0, 0.5, 0.25]
 
-    def test_of_a_training_of_unknown_length_is_its_first_value(self):
+    def test_trace_of_a_training_of_unknown_length_is_its_first_value(self):
         replay = chosen(StepLR(sgd(), 1), training=None)
         assert replay.trace(step) == [1.0]
         assert replay.length is None
@@ -176,17 +176,17 @@ class TestTrace:
 
 class TestChoose:
     @pytest.mark.parametrize("wanted", ["restart", "squeeze", "keep"])
-    def test_what_was_asked_for(self, wanted):
+    def test_choose_takes_what_was_asked_for(self, wanted):
         replay = chosen(StepLR(sgd(), 1), wanted)
         assert (replay.mode, replay.reason) == (wanted, "asked for")
 
     @pytest.mark.parametrize(("wanted", "mode"), [("auto", "restart"), ("squeeze", "restart"), ("keep", "keep")])
-    def test_one_driven_by_a_metric_is_never_squeezed(self, wanted, mode):
+    def test_choose_never_squeezes_a_schedule_driven_by_a_metric(self, wanted, mode):
         replay = Replay(StepLR(sgd(), 1), metric_driven=True)
         replay.choose(wanted, Ticks(4, 12), step)
         assert replay.mode == mode
 
-    def test_squeeze_needs_a_known_length(self):
+    def test_choose_squeeze_needs_a_known_length(self):
         with pytest.raises(ValueError, match="lr_schedule='squeeze' needs to know how many optimizer steps"):
             chosen(StepLR(sgd(), 1), "squeeze", training=None)
 
@@ -204,19 +204,19 @@ class TestChoose:
             pytest.param(lambda o: LambdaLR(o, lambda t: 1.0), "restart", "it is constant", id="constant"),
         ],
     )
-    def test_auto_looks_at_the_end_of_a_round(self, schedule, mode, reason):
+    def test_choose_auto_looks_at_the_end_of_a_round(self, schedule, mode, reason):
         replay = chosen(schedule(sgd()), "auto", training=12, round=4)
         assert replay.mode == mode
         assert reason in replay.reason
 
     @pytest.mark.parametrize(("end", "mode"), [(0.19, "restart"), (0.2, "restart"), (0.21, "squeeze")])
-    def test_auto_draws_the_line_at_a_fifth(self, end, mode):
+    def test_choose_auto_draws_the_line_at_a_fifth(self, end, mode):
         values = [1.0, 1.0, 1.0, 1.0, end, 0.0]
         replay = chosen(LambdaLR(sgd(), lambda tick: values[min(tick, 5)]), "auto", training=12, round=4)
         assert replay.mode == mode
 
     @pytest.mark.parametrize("ticks", [{"round": None}, {"training": None, "round": 4}])
-    def test_auto_restarts_where_the_length_is_unknown(self, ticks):
+    def test_choose_auto_restarts_where_the_length_is_unknown(self, ticks):
         replay = chosen(StepLR(sgd(), 1), "auto", **ticks)
         assert replay.mode == "restart"
         assert "not known beforehand" in replay.reason
@@ -236,17 +236,17 @@ class TestPosition:
             (9, 1, [0]),
         ],
     )
-    def test_squeezed(self, length, round_ticks, positions):
+    def test_position_of_a_squeezed_schedule(self, length, round_ticks, positions):
         replay = Replay(StepLR(sgd(), 1), mode="squeeze", length=length)
         assert [replay.position(s, round_ticks) for s in range(round_ticks)] == positions
         assert replay.position(round_ticks + 3, round_ticks) == positions[-1]
 
     @pytest.mark.parametrize(("length", "positions"), [(None, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 2, 2])])
-    def test_restarted_it_goes_on_to_its_end(self, length, positions):
+    def test_position_of_a_restarted_schedule_goes_on_to_its_end(self, length, positions):
         replay = Replay(StepLR(sgd(), 1), length=length)
         assert [replay.position(s, 4) for s in range(5)] == positions
 
-    def test_a_round_without_an_end_is_not_squeezed(self):
+    def test_position_in_a_round_without_an_end_is_not_squeezed(self):
         replay = Replay(StepLR(sgd(), 1), mode="squeeze", length=9)
         assert [replay.position(s, None) for s in (0, 1, 8, 9)] == [0, 1, 8, 8]
 
@@ -259,7 +259,7 @@ class TestRounds:
             seen.append(rate(replay))
         return seen
 
-    def test_each_starts_the_schedule_anew(self):
+    def test_restarted_schedule_starts_anew_in_each_round(self):
         replay = chosen(Shrinking(sgd(weight_decay=0.5)))
         for _ in range(3):
             assert self.rates(replay, 5) == pytest.approx([1.0, 0.8, 0.5, 0.2, 0.2])
@@ -269,14 +269,14 @@ class TestRounds:
             assert replay.calls == 0
             assert replay.scheduler.optimizer.param_groups[0]["weight_decay"] == 1.5
 
-    def test_each_squeezes_all_of_it(self):
+    def test_squeezed_schedule_runs_whole_in_each_round(self):
         replay = chosen(LambdaLR(sgd(), lambda tick: tick), "squeeze", training=10)
         for _ in range(3):
             assert self.rates(replay, 4) == [0, 3, 6, 9]
             replay.rewind_()
         assert self.rates(replay, 2) == [0, 9]  # a round of another length
 
-    def test_kept_it_is_never_rewound(self):
+    def test_kept_schedule_is_never_rewound(self):
         replay = chosen(StepLR(sgd(), 1, gamma=0.5), "keep")
         replay.scheduler.step()
         replay.rewind_()
@@ -294,7 +294,7 @@ class TestRounds:
         assert (live.item(), optimizer.param_groups[0]["momentum"]) == first
         assert optimizer.param_groups[0]["lr"] is live
 
-    def test_advancing_twice_to_the_same_tick_does_nothing(self):
+    def test_advancing_a_schedule_twice_to_the_same_tick_does_nothing(self):
         replay = chosen(StepLR(sgd(), 1, gamma=0.5))
         replay.advance_(2, 4, step)
         replay.advance_(2, 4, step)

@@ -25,7 +25,7 @@ def train(module):
 
 
 class TestTakeAndRestore:
-    def test_everything_comes_back(self):
+    def test_restored_weights_and_buffers_equal_the_snapshot(self):
         module = network()
         before, addresses = copied(module.state_dict()), [p.data_ptr() for p in module.parameters()]
         snapshot = take_weights(module)
@@ -65,7 +65,7 @@ class TestTakeAndRestore:
         restore_weights_(torch.compile(module), snapshot)
         assert same(take_weights(module), snapshot)
 
-    def test_dtypes_stay(self):
+    def test_restored_weights_keep_their_dtypes(self):
         module = nn.Linear(2, 2).to(torch.bfloat16)
         snapshot = take_weights(module)
         assert snapshot["weight"].dtype == torch.bfloat16
@@ -76,7 +76,7 @@ class TestTakeAndRestore:
 
 
 class TestWhatDiffers:
-    def test_tensors_the_snapshot_does_not_know_stay(self):
+    def test_restore_leaves_tensors_the_snapshot_does_not_know(self):
         module = network()
         snapshot = take_weights(module)
         module.append(nn.Linear(2, 2))
@@ -85,14 +85,14 @@ class TestWhatDiffers:
         restore_weights_(module, snapshot)
         assert module[3].weight.unique().tolist() == [7.0]
 
-    def test_tensors_that_are_gone_are_not_missed(self):
+    def test_restore_passes_over_tensors_that_were_removed(self):
         module = network()
         snapshot = take_weights(module)
         del module.not_saved
         restore_weights_(module, snapshot)
         assert same({n: snapshot[n] for n in module.state_dict()}, dict(module.state_dict()))
 
-    def test_a_changed_shape_is_refused_before_anything_is_written(self):
+    def test_restore_refuses_a_changed_shape_before_anything_is_written(self):
         module = network()
         snapshot = take_weights(module)
         train(module)

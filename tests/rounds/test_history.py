@@ -23,34 +23,34 @@ class TestBest:
     @pytest.mark.parametrize(
         ("tolerance", "round"), [(0.0, 1), (0.004, 1), (0.0051, 2), (0.02, 2), (0.46, 2), (0.471, 3), (9.0, 3)]
     )
-    def test_the_sparsest_within_the_tolerance(self, history, tolerance, round):
+    def test_best_is_the_sparsest_within_the_tolerance(self, history, tolerance, round):
         assert history.best(monitor="acc", tolerance=tolerance).round == round
         assert history.best(monitor="loss", mode="min", tolerance=tolerance).round == round
 
-    def test_the_other_way_round(self, history):
+    def test_best_in_mode_min_takes_the_lowest(self, history):
         assert history.best(monitor="acc", mode="min").round == 3
 
-    def test_rounds_without_the_metric_are_passed_over(self, history):
+    def test_best_passes_over_rounds_without_the_metric(self, history):
         history.append(record(4, 0.01))
         assert history.best(monitor="acc", tolerance=9.0).round == 3
 
-    def test_of_equals_the_first(self):
+    def test_best_of_equals_is_the_first(self):
         assert History([record(0, 0.5, acc=1.0), record(1, 0.5, acc=1.0)]).best("acc").round == 0
 
-    def test_an_unknown_metric_lists_those_logged(self, history):
+    def test_best_by_an_unknown_metric_lists_those_logged(self, history):
         message = "No round knows the metric 'val_acc'; those logged are ['acc', 'loss']."
         with pytest.raises(ValueError, match=re.escape(message)):
             history.best("val_acc")
         with pytest.raises(ValueError, match=re.escape("those logged are [].")):
             History().best("val_acc")
 
-    def test_an_unknown_mode(self, history):
+    def test_best_in_an_unknown_mode_is_refused(self, history):
         with pytest.raises(ValueError, match=re.escape("mode must be 'max' or 'min', got 'maximum'.")):
             history.best("acc", mode="maximum")
 
 
 class TestSequence:
-    def test_of_records(self, history):
+    def test_history_is_a_sequence_of_records(self, history):
         assert len(history) == 4
         assert [r.round for r in history] == [0, 1, 2, 3]
         assert history[-1].remaining == 0.1
@@ -60,7 +60,7 @@ class TestSequence:
 
 
 class TestNotes:
-    def test_what_became_known_later_is_added_to_the_record_of_that_round(self, history):
+    def test_note_is_added_to_the_record_of_that_round(self, history):
         before = list(history)
         noted = history.note(2, phase="collapse", reason="It is empty.")
         assert (noted.phase, noted.reason, noted.remaining) == ("collapse", "It is empty.", 0.3)
@@ -87,11 +87,11 @@ class TestNotes:
 
 
 class TestRows:
-    def test_the_index_right_after_a_pruning_by_parameter(self):
+    def test_rows_hold_the_index_right_after_a_pruning_by_parameter(self):
         row = RoundRecord(0, 0, 1, 1.0, {}, 0.2, {}, layers_pqi_pruned={"w": 0.1}).row()
         assert (row["pqi_pruned/w"], "layers_pqi_pruned" in row) == (0.1, False)
 
-    def test_one_flat_mapping_per_round(self, history):
+    def test_rows_are_one_flat_mapping_per_round(self, history):
         assert history.rows()[1] == {
             "acc": 0.97, "loss": 1 - 0.97, "round": 1, "first_epoch": 2, "last_epoch": 3, "remaining": 0.5, "pqi": 0.2,
             "pruned": None, "pqi_pruned": None, "lr": None, "seconds": None, "remaining/w": 0.5, "pqi/w": 0.3,
@@ -99,10 +99,10 @@ class TestRows:
             "first_step": None, "last_step": None, "unit": "epoch", "regrown": None, "taken_back": False,
         }  # fmt: skip
 
-    def test_a_metric_named_like_a_field_does_not_hide_it(self):
+    def test_rows_keep_fields_beside_metrics_of_the_same_name(self):
         assert RoundRecord(3, 6, 7, 0.5, {}, 0.2, {}, metrics={"round": 99.0}).row()["round"] == 3
 
-    def test_a_file(self, history, tmp_path):
+    def test_csv_file_of_a_history_holds_its_rows(self, history, tmp_path):
         history.append(record(4, 0.05, late=1.0))
         history.to_csv(tmp_path / "history.csv")
         with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
@@ -113,13 +113,13 @@ class TestRows:
         assert [row["late"] for row in rows] == ["", "", "", "", "1.0"]
         assert {row["pruned"] for row in rows} == {""}
 
-    def test_of_no_rounds(self, tmp_path):
+    def test_csv_file_of_no_rounds_is_empty(self, tmp_path):
         History().to_csv(tmp_path / "history.csv")
         assert (tmp_path / "history.csv").read_text().strip() == ""
 
 
 class TestOfAFit:
-    def test_every_field(self):
+    def test_history_of_a_fit_has_every_field(self):
         pruner = PruningCallback(FixedFraction(0.5), rounds=2, every_n_epochs=2)
         losses, index, rates = [], [], []
 
@@ -145,7 +145,7 @@ class TestOfAFit:
         assert history[-1].pqi_pruned is None
         assert history.best("val_loss", "min", tolerance=1e9).round == 2
 
-    def test_a_run_cut_short_by_a_stop_closes_its_round(self):
+    def test_history_of_a_stopped_fit_closes_its_round(self):
         pruner = PruningCallback(FixedFraction(0.5), rounds=2, every_n_epochs=2)
         stop = Watch(on_train_epoch_end=lambda t, m: setattr(t, "should_stop", t.current_epoch == 2))
         trainer = fit(Net(), pruner, stop, max_epochs=6)

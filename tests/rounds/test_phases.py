@@ -126,7 +126,7 @@ class TestNoise:
 class TestHardFacts:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["index", "layer", "metric"])
-    def test_not_finite(self, value, where):
+    def test_collapse_by_an_index_that_is_not_finite(self, value, where):
         detector = PhaseDetector()
         feed(detector, [0.2, 0.1], metric=[0.9, 0.9])
         given = {
@@ -139,7 +139,7 @@ class TestHardFacts:
         name = {"index": "the index", "layer": "the index of fc", "metric": "the metric"}[where]
         assert detector.reason == f"In round 2 {name} is {value}."
 
-    def test_an_index_fallen_to_nothing(self):
+    def test_collapse_by_an_index_fallen_to_nothing(self):
         detector = PhaseDetector()
         assert feed(detector, [0.2, 0.1, 0.001]) == ["regularization", "regularization", "collapse"]
         assert (detector.since, detector.reason) == (
@@ -148,7 +148,7 @@ class TestHardFacts:
         )
         assert feed(PhaseDetector(floor=0.001), [0.2, 0.1, 0.001])[-1] == "regularization"
 
-    def test_a_layer_that_lost_its_last_weight_whatever_the_metric_says(self):
+    def test_collapse_by_a_layer_that_lost_its_last_weight(self):
         detector = PhaseDetector()
         layers = [{"a": (0.1, 100), "b": (0.1, left)} for left in (50, 5, 0)]
         assert feed(detector, [0.2, 0.1, 0.1], layers=layers, metric=[0.8, 0.9, 0.9])[1:] == [
@@ -157,13 +157,13 @@ class TestHardFacts:
         ]
         assert (detector.since, detector.reason) == (2, "In round 2 b lost its last weight.")
 
-    def test_a_layer_that_never_had_weights_died_of_something_else(self):
+    def test_no_collapse_by_a_layer_that_never_had_weights(self):
         layers = [{"a": (0.1, 100), "b": (0.0, 0)}] * 4
         assert set(feed(PhaseDetector(), [0.1] * 4, layers=layers)) == {"regularization"}
 
 
 class TestExhaustion:
-    def test_a_layer_with_nothing_to_spare(self):
+    def test_collapse_by_a_layer_with_nothing_to_spare(self):
         detector = PhaseDetector()
         layers = [{"a": (0.1, 1000), "b": (index, 10)} for index in (0.2, 0.05, 0.002, 0.002, 0.002)]
         assert feed(detector, [0.1] * 5, layers=layers)[2:] == ["regularization", "collapse", "collapse"]
@@ -172,24 +172,24 @@ class TestExhaustion:
             "Since round 2 b has nothing to spare: 10 weights of index 0.002.",
         )
 
-    def test_only_of_a_layer_that_once_had(self):
+    def test_no_collapse_by_a_layer_that_never_had_to_spare(self):
         layers = [{"a": (0.1, 1000), "b": (index, 4)} for index in (0.2, 0.05, 0.002, 0.002)]
         assert set(feed(PhaseDetector(), [0.1] * 4, layers=layers)) == {"regularization"}
 
-    def test_not_once_the_network_compresses(self):
+    def test_no_collapse_by_exhaustion_once_the_network_compresses(self):
         """There the second turn is the witness: a layer may run dry while the others work."""
         curve = [*FALLING, *RISING, 0.13, 0.14, 0.15]
         layers = [{"a": (index, 1000), "b": (0.012 if t < 9 else 1e-4, 100)} for t, index in enumerate(curve)]
         assert feed(PhaseDetector(), [0.1] * 14, layers=layers)[-5:] == ["compression"] * 5
 
-    def test_not_while_the_metric_is_near_its_best(self):
+    def test_no_collapse_by_exhaustion_while_the_metric_is_near_its_best(self):
         layers = [{"a": (0.1, 1000), "b": (index, 10)} for index in (0.2, 0.05, 0.002, 0.002, 0.002)]
         assert feed(PhaseDetector(), [0.1] * 5, layers=layers, metric=[0.9] * 4 + [0.89])[-1] == "regularization"
         assert feed(PhaseDetector(), [0.1] * 5, layers=layers, metric=[0.9] * 2 + [0.8] * 3)[-1] == "collapse"
 
 
 class TestMetric:
-    def test_alone(self):
+    def test_collapse_by_the_metric_alone(self):
         detector = PhaseDetector()
         assert feed(detector, [0.1] * 6, metric=[0.90, 0.95, 0.90, 0.70, 0.72, 0.60])[3:] == [
             "regularization",
@@ -201,10 +201,10 @@ class TestMetric:
             "Since round 3 the metric is far from its best: 0.72 after 0.95.",
         )
 
-    def test_a_single_bad_round_is_none(self):
+    def test_no_collapse_by_a_single_bad_round(self):
         assert set(feed(PhaseDetector(), [0.1] * 5, metric=[0.9, 0.1, 0.9, 0.1, 0.9])) == {"regularization"}
 
-    def test_mode_min(self):
+    def test_collapse_by_a_metric_in_mode_min(self):
         detector = PhaseDetector(mode="min")
         losses = [0.30, 0.10, 0.30, 0.90, 1.10, 1.20]
         assert feed(detector, [0.1] * 6, metric=losses)[-2:] == ["regularization", "collapse"]
@@ -222,13 +222,13 @@ class TestMetric:
     def test_a_round_without_metric_changes_nothing(self):
         assert feed(PhaseDetector(), [0.1] * 5, metric=[0.9, 0.5, None, 0.5, None])[-2:] == ["collapse"] * 2
 
-    def test_near_its_best_it_holds_back_the_second_turn(self):
+    def test_metric_near_its_best_holds_back_the_second_turn(self):
         curve = FALLING + RISING + FALLING_AGAIN
         good, bad = [0.9] * len(curve), [0.9] * (len(curve) - 3) + [0.8] * 3
         assert feed(PhaseDetector(), curve, metric=good)[-1] == "compression"
         assert feed(PhaseDetector(), curve, metric=bad)[-1] == "collapse"
 
-    def test_how_far_is_an_option(self):
+    def test_metric_distance_of_a_collapse_is_an_option(self):
         score = [0.9, 0.8, 0.8]
         assert feed(PhaseDetector(), [0.1] * 3, metric=score)[-1] == "regularization"
         assert feed(PhaseDetector(metric_change=0.05), [0.1] * 3, metric=score)[-1] == "collapse"
@@ -245,63 +245,63 @@ class TestLastSound:
             found.append(detector.last_sound)
         return found
 
-    def test_before_any_round_there_is_none(self):
+    def test_last_sound_round_before_any_round_is_none(self):
         assert PhaseDetector().last_sound is None
 
-    def test_by_a_score_it_is_the_latest_within_two_hundredths_of_the_best_so_far(self):
+    def test_last_sound_round_by_a_score_is_within_two_hundredths_of_the_best(self):
         score = [0.50, 0.90, 0.883, 0.881, 1.00, 0.99, 0.97, 0.985]
         assert self.sound(PhaseDetector(), [0.1] * 8, metric=score) == [0, 1, 2, 2, 4, 5, 5, 7]
 
-    def test_by_a_loss_it_is_the_latest_within_a_twentieth_of_the_best_so_far(self):
+    def test_last_sound_round_by_a_loss_is_within_a_twentieth_of_the_best(self):
         loss = [2.0, 1.0, 1.04, 1.06, 0.5, 0.52, 0.53]
         assert self.sound(PhaseDetector("min"), [0.1] * 7, metric=loss) == [0, 1, 2, 2, 4, 5, 5]
 
-    def test_a_score_below_zero_is_taken_as_a_loss(self):
+    def test_last_sound_round_takes_a_score_below_zero_as_a_loss(self):
         score = [-2.0, -1.0, -1.04, -1.06]
         assert self.sound(PhaseDetector("max"), [0.1] * 4, metric=score) == [0, 1, 2, 2]
 
     @pytest.mark.parametrize(("tolerance", "last"), [(0.005, 1), (0.03, 2), (0.2, 3)])
-    def test_the_tolerance_is_an_option(self, tolerance, last):
+    def test_last_sound_round_tolerance_is_an_option(self, tolerance, last):
         score = [0.50, 1.00, 0.98, 0.85]
         assert self.sound(PhaseDetector(tolerance=tolerance), [0.1] * 4, metric=score)[-1] == last
 
-    def test_once_the_network_collapsed_only_rounds_before_that_count(self):
+    def test_last_sound_round_is_before_the_collapse(self):
         detector, score = PhaseDetector(), [0.90, 0.89, 0.60, 0.50, 0.90]
         assert self.sound(detector, [0.1] * 5, metric=score) == [0, 1, 1, 1, 1]
         assert (detector.phase, detector.since) == ("collapse", 2)
 
-    def test_a_round_without_the_metric_is_not_sound_once_there_was_one(self):
+    def test_last_sound_round_has_the_metric_once_there_was_one(self):
         assert self.sound(PhaseDetector(), [0.1] * 4, metric=[0.9, None, None, 0.9]) == [0, 0, 0, 3]
 
-    def test_rounds_before_the_first_metric_go_by_the_layers(self):
+    def test_last_sound_round_before_the_first_metric_goes_by_the_layers(self):
         layers = [{"a": (0.1, left)} for left in (1000, 500, 20, 10)]
         assert self.sound(PhaseDetector(), [0.1] * 4, layers=layers, metric=[None] * 4) == [0, 1, 1, 1]
         assert self.sound(PhaseDetector(), [0.1] * 4, layers=layers, metric=[None, None, 0.9, 0.9]) == [0, 1, 2, 3]
 
-    def test_by_the_layers_each_must_spare_a_twentieth_of_the_most_that_it_ever_could(self):
+    def test_last_sound_round_by_the_layers_spares_a_twentieth_of_the_most(self):
         """Index times surviving weights: of a 100, 120, 40, 6, 5; of b always 10."""
         a = [(0.1, 1000), (0.2, 600), (0.1, 400), (0.1, 61), (0.1, 59)]
         layers = [{"a": values, "b": (0.1, 100)} for values in a]
         assert self.sound(PhaseDetector(), [0.1] * 5, layers=layers) == [0, 1, 2, 3, 3]
         assert self.sound(PhaseDetector(reserve=0.2), [0.1] * 5, layers=layers) == [0, 1, 2, 2, 2]
 
-    def test_one_exhausted_layer_is_enough(self):
+    def test_last_sound_round_is_before_one_layer_is_exhausted(self):
         layers = [{"a": (0.1, 1000), "b": (0.1, left)} for left in (1000, 500, 10)]
         assert self.sound(PhaseDetector(), [0.1] * 3, layers=layers) == [0, 1, 1]
 
-    def test_a_layer_that_joins_is_measured_by_itself(self):
+    def test_last_sound_round_measures_a_layer_that_joins_by_itself(self):
         layers = [{"a": (0.1, 1000)}, {"a": (0.1, 800), "b": (0.1, 10)}, {"a": (0.1, 600), "b": (0.1, 8)}]
         assert self.sound(PhaseDetector(), [0.1] * 3, layers=layers) == [0, 1, 2]
 
-    def test_by_the_overall_index_alone_every_round_before_the_collapse_is_sound(self):
+    def test_last_sound_round_by_the_overall_index_is_before_the_collapse(self):
         assert self.sound(PhaseDetector(), [0.2, 0.1, 0.05, 0.0]) == [0, 1, 2, 2]
 
-    def test_what_is_not_finite_is_not_sound(self):
+    def test_last_sound_round_is_finite(self):
         assert self.sound(PhaseDetector(), [math.nan]) == [None]
         assert self.sound(PhaseDetector(), [0.1, math.inf]) == [0, 0]
         assert self.sound(PhaseDetector(), [0.1, 0.1], metric=[0.9, math.nan]) == [0, 0]
 
-    def test_where_the_first_round_is_lost_there_is_none(self):
+    def test_last_sound_round_is_none_where_the_first_is_lost(self):
         detector = PhaseDetector(patience=1)
         assert self.sound(detector, [0.1], layers=[{"a": (math.nan, 100)}]) == [None]
         assert detector.phase == "collapse"
@@ -315,13 +315,13 @@ class TestState:
         return detector
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
-    def test_copies_go_on_alike(self, clone):
+    def test_copied_phase_detector_goes_on_alike(self, clone):
         detector = self.middle()
         other = clone(detector)
         assert feed(other, FALLING_AGAIN) == feed(detector, FALLING_AGAIN)
         assert other == detector
 
-    def test_the_state_is_plain_and_travels(self):
+    def test_phase_detector_state_is_plain_and_travels(self):
         detector = self.middle()
         state = json.loads(json.dumps(detector.state_dict()))
         other = PhaseDetector()
@@ -332,7 +332,7 @@ class TestState:
         assert state == before
         assert (other.since, other.reason) == (detector.since, detector.reason)
 
-    def test_every_round_can_be_the_last_before_a_restart(self):
+    def test_phase_detector_restored_after_any_round_goes_on_alike(self):
         curve = noisy(FALLING + RISING + FALLING_AGAIN, 0.05, 1)
         through = feed(whole := PhaseDetector(), curve)
         for stop in range(len(curve)):
@@ -342,7 +342,7 @@ class TestState:
             assert before + feed(second, curve[stop:]) == through
             assert (second.since, second.reason) == (whole.since, whole.reason)
 
-    def test_only_plain_types(self):
+    def test_phase_detector_state_holds_only_plain_types(self):
         numpy = pytest.importorskip("numpy")
         detector = PhaseDetector()
         for index in FALLING + RISING:
@@ -356,7 +356,7 @@ class TestState:
 
         assert plain(detector.state_dict())
 
-    def test_a_state_of_an_older_version_lacks_some_values(self):
+    def test_phase_detector_state_of_an_older_version_keeps_defaults(self):
         detector = PhaseDetector()
         detector.load_state_dict({"phase": "compression", "since": 3, "unknown": 1})
         assert (detector.update(0.1), detector.since) == (Phase.COMPRESSION, 3)
@@ -377,7 +377,7 @@ class TestOptions:
             ({"reserve": 1.0}, "reserve must be above 0 and below 1"),
         ],
     )
-    def test_out_of_range(self, options, message):
+    def test_phase_detector_refuses_options_out_of_range(self, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             PhaseDetector(**options)
 
@@ -400,19 +400,19 @@ class TestMeasuredRuns:
         words = "caught|missed|false stops|median delay|worst|found|without a turn|from"
         return {name: float(n) for name, n in re.findall(rf"({words}) ([\d.]+)", capsys.readouterr().out)}
 
-    def test_collapse_by_the_index(self, shared, monkeypatch, capsys):
+    def test_measured_run_collapses_by_the_index(self, shared, monkeypatch, capsys):
         score = self.score(shared, monkeypatch, capsys)
         assert score["caught"] >= 18
         assert score["false stops"] == 0
         assert score["median delay"] == 0
 
     @pytest.mark.parametrize("metric", ["val_acc", "val_loss"])
-    def test_collapse_by_a_metric_too(self, shared, monkeypatch, capsys, metric):
+    def test_measured_run_collapses_by_a_metric_too(self, shared, monkeypatch, capsys, metric):
         score = self.score(shared, monkeypatch, capsys, "--metric", metric)
         assert score["missed"] == score["false stops"] == 0
         assert score["worst"] <= 1
 
-    def test_compression(self, shared, monkeypatch, capsys):
+    def test_measured_run_compresses(self, shared, monkeypatch, capsys):
         score = self.score(shared, monkeypatch, capsys, "--phase", "compression")
         assert score["found"] >= 16
         assert score["without a turn"] <= 5

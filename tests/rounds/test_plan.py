@@ -28,24 +28,24 @@ class TestPlanRounds:
             (200, 15, 12),
         ],
     )
-    def test_neither_is_given(self, max_epochs, rounds, epochs):
+    def test_plan_with_neither_rounds_nor_length_takes_defaults(self, max_epochs, rounds, epochs):
         assert plan_rounds(max_epochs) == RoundPlan(rounds, epochs, 0, max_epochs)
 
     @pytest.mark.parametrize(
         ("max_epochs", "rounds", "epochs"),
         [(10, 0, 10), (10, 1, 5), (10, 2, 3), (10, 3, 2), (10, 4, 2), (10, 5, 1), (10, 9, 1), (1, 0, 1)],
     )
-    def test_as_long_ones_as_fit(self, max_epochs, rounds, epochs):
+    def test_plan_with_rounds_alone_makes_them_as_long_as_fit(self, max_epochs, rounds, epochs):
         assert plan_rounds(max_epochs, rounds=rounds) == RoundPlan(rounds, epochs, 0, max_epochs)
 
     @pytest.mark.parametrize(
         ("max_epochs", "rounds", "epochs"), [(10, 9, 1), (10, 4, 2), (10, 2, 3), (10, 1, 4), (10, 1, 5), (2, 1, 1)]
     )
-    def test_as_many_as_fit(self, max_epochs, rounds, epochs):
+    def test_plan_with_a_length_alone_makes_as_many_as_fit(self, max_epochs, rounds, epochs):
         assert plan_rounds(max_epochs, every=epochs) == RoundPlan(rounds, epochs, 0, max_epochs)
 
     @pytest.mark.parametrize(("rounds", "epochs"), [(2, 3), (4, 2), (9, 1), (1, 5), (1, 2), (0, 10), (0, 1)])
-    def test_both_are_given(self, rounds, epochs):
+    def test_plan_with_rounds_and_length_keeps_both(self, rounds, epochs):
         assert plan_rounds(10, rounds, epochs) == RoundPlan(rounds, epochs, 0, 10)
 
     @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ class TestPlanRounds:
             ({"rounds": 0}, RoundPlan(0, 1)),
         ],
     )
-    def test_training_without_an_end(self, max_epochs, given, plan):
+    def test_plan_of_training_without_an_end(self, max_epochs, given, plan):
         assert plan_rounds(max_epochs, **given) == plan
 
     @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ class TestPlanRounds:
             ),
         ],
     )
-    def test_what_cannot_fit_says_what_would(self, arguments, message):
+    def test_plan_that_cannot_fit_is_refused_with_what_would(self, arguments, message):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             plan_rounds(**arguments)
 

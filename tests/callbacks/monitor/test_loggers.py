@@ -32,7 +32,7 @@ class TestTensorBoard:
         fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
         return events(folder), look
 
-    def test_one_value_of_every_epoch(self, found):
+    def test_tensorboard_holds_one_value_of_every_epoch(self, found):
         file, look = found
         for key in look.expected[0]:
             if key != "gini/global":
@@ -43,7 +43,7 @@ class TestTensorBoard:
         assert [s.value for s in file.Scalars("sap/pruned")] == [0, 36, 18, 9]
         assert len(file.Scalars("pqi/global_pruned")) == 4
 
-    def test_the_layout_names_curves_that_exist(self, found):
+    def test_tensorboard_layout_names_curves_that_exist(self, found):
         from tensorboard.plugins.custom_scalar import layout_pb2
 
         file, _ = found
@@ -62,7 +62,7 @@ class TestTensorBoard:
         for pattern in (pattern for chart in charts.values() for pattern in chart):
             assert len([tag for tag in tags if re.match(pattern, tag)]) == 1
 
-    def test_the_figure_is_among_the_images(self, found):
+    def test_tensorboard_images_hold_the_figure(self, found):
         pytest.importorskip("matplotlib")
         file, _ = found
         (image,) = file.Images("pqi/rounds")
@@ -70,7 +70,7 @@ class TestTensorBoard:
         assert image.encoded_image_string.startswith(b"\x89PNG")
         assert min(image.width, image.height) > 300
 
-    def test_without_matplotlib_there_is_no_figure(self, tmp_path, monkeypatch):
+    def test_tensorboard_images_hold_no_figure_without_matplotlib(self, tmp_path, monkeypatch):
         import lightning_sap.callbacks.monitor.callback as room
 
         monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
@@ -85,7 +85,7 @@ class TestTensorBoard:
 
 
 class TestOtherLoggers:
-    def test_csv(self, tmp_path):
+    def test_csv_logger_holds_the_values_of_every_epoch(self, tmp_path):
         look = Expecting(pruner := half())
         logger = CSVLogger(tmp_path, name="", version="")
         fit(Net(), pruner, PQIMonitor(stop_on=None, log_layers=True), look, logger=logger, **STEPS_PER_LOG)
@@ -96,7 +96,7 @@ class TestOtherLoggers:
                 assert float(row[key]) == close(expected[key])
         assert [float(row["sap/remaining"]) for row in rows] == [1.0, 0.5, 0.25, 0.125]
 
-    def test_several_at_once(self, tmp_path):
+    def test_two_loggers_at_once_both_hold_the_index(self, tmp_path):
         loggers = [TensorBoardLogger(tmp_path, name="a", version=""), CSVLogger(tmp_path, name="b", version="")]
         fit(Net(), half(), PQIMonitor(stop_on=None), logger=loggers, **STEPS_PER_LOG)
         assert len(events(tmp_path / "a").Scalars("pqi/global")) == 4

@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("hook", ["validation-end", "train-epoch-end"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_every_file(tmp_path, whole, kind, hook, order):
+def test_resume_from_every_file_reaches_the_same_verdict(tmp_path, whole, kind, hook, order):
     """The last of them were written after the verdict, or right before it."""
     through, folder = whole(kind, order)
     assert through["verdict"].round == LAST[kind]
@@ -43,7 +43,7 @@ def test_from_every_file(tmp_path, whole, kind, hook, order):
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_from_every_saved_round(tmp_path, whole, kind, order):
+def test_resume_from_every_saved_round_reaches_the_same_verdict(tmp_path, whole, kind, order):
     """The last of them is the round with the verdict."""
     through, folder = whole(kind, order)
     for round in range(LAST[kind] + 1):
@@ -61,7 +61,7 @@ def test_from_every_saved_round(tmp_path, whole, kind, order):
         ("on_fit_end", 6),  # after that, before it is restored
     ],
 )
-def test_after_a_crash(tmp_path, whole, hook, epoch, order):
+def test_resume_after_a_crash_reaches_the_same_verdict(tmp_path, whole, hook, epoch, order):
     through, _ = whole("collapse", order)
     die = Watch(**{hook: lambda t, m: crash() if t.current_epoch == epoch else None})
     folder = tmp_path / "first"
@@ -71,7 +71,7 @@ def test_after_a_crash(tmp_path, whole, hook, epoch, order):
     assert differences(through, outcome(resumed)) == []
 
 
-def test_a_process_that_is_killed(tmp_path, whole):
+def test_resume_after_sigkill_reaches_the_same_verdict(tmp_path, whole):
     through, _ = whole("collapse", 1)
     with pytest.raises(AssertionError, match=re.escape("exit codes by rank, within 90 s: [-9]")):
         run_ranks("distributed.stops:killed", tmp_path, world=1)
@@ -82,7 +82,7 @@ def test_a_process_that_is_killed(tmp_path, whole):
     ]
 
 
-def test_resumed_without_anything_to_stop_on_it_goes_on(tmp_path, whole):
+def test_resume_without_stop_on_trains_to_the_end(tmp_path, whole):
     _, folder = whole("collapse", 1)
     file = folder / "train-epoch-end" / "epoch=5.ckpt"
     monitor = PQIMonitor(monitor="val_acc", stop_on=None, verbose=False)
@@ -93,7 +93,7 @@ def test_resumed_without_anything_to_stop_on_it_goes_on(tmp_path, whole):
     assert [record.phase for record in found.pruner.history] == ["regularization"] * 5 + ["collapse"] * 3
 
 
-def test_resumed_with_something_to_stop_on_it_stops_after_the_next_round(tmp_path):
+def test_resume_with_stop_on_stops_after_the_next_round(tmp_path):
     logging = PQIMonitor(monitor="val_acc", stop_on=None, verbose=False)
     whole = run(
         tmp_path, *savers(tmp_path, alike=False), monitor=logging, pruner=pruner_of(save_rounds=True),
@@ -105,7 +105,7 @@ def test_resumed_with_something_to_stop_on_it_stops_after_the_next_round(tmp_pat
     assert same(found.module.state_dict(), whole.rounds.states[3])
 
 
-def test_a_file_of_the_run_loads_with_weights_only(whole):
+def test_checkpoint_of_a_stopped_run_loads_with_weights_only(whole):
     _, folder = whole("collapse", 1)
     state = torch.load(folder / "train-epoch-end" / "epoch=5.ckpt", weights_only=True)["callbacks"]
     assert state["lightning_sap.monitor/pqi"]["judge"]["verdict"]["restore"] == 3

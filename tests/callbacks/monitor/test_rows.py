@@ -12,7 +12,7 @@ from lightning_sap import PQIMonitor
 
 
 class TestRows:
-    def test_the_last_epoch_of_each_round(self):
+    def test_rows_are_of_the_last_epoch_of_each_round(self):
         pruner, monitor, losses = half(every_n_epochs=2), PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), []
         look = Watch(on_train_epoch_end=lambda t, m: losses.append(float(t.callback_metrics["val_loss"])))
         expecting = Expecting(pruner)
@@ -23,18 +23,18 @@ class TestRows:
         assert [r["pqi"] for r in rows] == close([values["pqi/global"] for values in expecting.expected[1::2]])
         assert [r["pqi"] for r in rows] == close([record.pqi for record in pruner.history])
 
-    def test_without_a_pruner_each_epoch(self):
+    def test_rows_without_a_pruner_are_of_each_epoch(self):
         monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         assert [(r["epoch"], r["round"], r["remaining"]) for r in monitor.rows()] == [(e, None, 1.0) for e in range(4)]
 
-    def test_a_second_fit_starts_over(self):
+    def test_rows_of_a_second_fit_start_over(self):
         monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         fit(Net(), monitor, max_epochs=2)
         assert [row["epoch"] for row in monitor.rows()] == [0, 1]
 
-    def test_they_survive_a_resume(self, tmp_path):
+    def test_rows_survive_a_resume(self, tmp_path):
         whole = PQIMonitor(stop_on=None, monitor="train_loss")
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         fit(Net(), half(), whole, saver, enable_checkpointing=True)
@@ -42,7 +42,7 @@ class TestRows:
         fit(Net(), half(), resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
         assert resumed.rows() == whole.rows()
 
-    def test_copies_and_pickles(self):
+    def test_copied_and_pickled_monitors_start_their_own_rows(self):
         monitor = PQIMonitor(stop_on=None, log_layers=["net.3.*"], monitor="train_loss")
         during = []
         look = Watch(on_train_epoch_end=lambda t, m: during.append(pickle.loads(pickle.dumps(monitor))))
@@ -54,7 +54,7 @@ class TestRows:
 
 
 class TestPlot:
-    def test_over_the_rounds(self):
+    def test_plot_shows_index_remaining_and_metric_over_the_rounds(self):
         monitor = PQIMonitor(stop_on=None, monitor="val_loss")
         fit(Net(), half(every_n_epochs=2), monitor, val=loader(), max_epochs=6)
         index, remaining, metric = monitor.plot().axes
@@ -65,19 +65,19 @@ class TestPlot:
         assert metric.get_ylabel() == "val_loss"
         assert metric.get_xlabel() == "round (number of prunings)"
 
-    def test_without_a_pruner_over_the_epochs(self):
+    def test_plot_without_a_pruner_goes_over_the_epochs(self):
         monitor = PQIMonitor(stop_on=None)
         fit(Net(), monitor)
         axes = monitor.plot().axes
         assert axes[-1].get_xlabel() == "epoch"
         assert axes[0].lines[0].get_xdata().tolist() == [0, 1, 2, 3]
 
-    def test_before_any_epoch_it_says_so(self):
+    def test_plot_before_any_epoch_is_refused(self):
         with pytest.raises(ValueError, match="nothing to plot yet"):
             PQIMonitor(stop_on=None).plot()
 
 
-def test_a_file_that_is_only_validated_leaves_what_is_known(tmp_path):
+def test_validating_a_file_leaves_the_rows_as_they_are(tmp_path):
     monitor, saver = PQIMonitor(stop_on=None), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     module = Net()
     trainer = fit(module, half(), monitor, saver, val=loader(), enable_checkpointing=True)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # whole fits, many of them
 
 class TestCollapse:
     @pytest.mark.parametrize("order", [1, -1])
-    def test_training_stops_and_the_last_sound_round_is_back(self, tmp_path, caplog, order):
+    def test_collapse_stops_training_and_restores_the_last_sound_round(self, tmp_path, caplog, order):
         with caplog.at_level("INFO"):
             found = run(tmp_path, order=order)
         sap, record = found.pruner, found.pruner.history[3]
@@ -49,7 +49,7 @@ class TestCollapse:
             f"pqi: the module holds round 3 again, {record.remaining:.2%} of the weights: {record.path}"
         ]
 
-    def test_what_it_reports_and_draws(self, tmp_path):
+    def test_report_and_plots_of_a_collapse_show_stop_and_restored_round(self, tmp_path):
         found = run(tmp_path)
         assert found.monitor.phase == "collapse"
         assert found.monitor.reason == COLLAPSE.reason
@@ -76,7 +76,7 @@ class TestCollapse:
         assert again == pytest.approx(losses[3], rel=1e-6)
         assert abs(again - losses[5]) > 1e-4
 
-    def test_a_file_that_is_saved_afterwards_holds_it(self, tmp_path):
+    def test_checkpoint_saved_after_a_stop_holds_the_restored_round(self, tmp_path):
         found = run(tmp_path)
         found.trainer.save_checkpoint(tmp_path / "end.ckpt")
         file = torch.load(tmp_path / "end.ckpt", weights_only=True)
@@ -85,7 +85,7 @@ class TestCollapse:
         twin.load_state_dict(file["callbacks"]["lightning_sap/sap"])
         assert same(twin.masks, found.rounds.masks[3][0])
 
-    def test_a_loss_is_better_when_smaller(self, tmp_path):
+    def test_collapse_of_a_loss_is_seen_in_mode_min(self, tmp_path):
         class Losing(Scripted):
             def validation_step(self, batch, batch_idx):
                 self.log("loss", self.now((2.0, 1.0, 0.50, 0.52, 0.6, 6.0, 7.0, 8.0)))
@@ -96,7 +96,7 @@ class TestCollapse:
         )
         assert holds(found, 3)
 
-    def test_patience_is_an_option(self, tmp_path):
+    def test_patience_decides_when_a_collapse_stops(self, tmp_path):
         found = run(tmp_path, monitor=monitor_of(patience=1))
         assert (found.monitor.verdict.round, found.monitor.verdict.restore) == (4, 3)
         assert found.trainer.current_epoch == 5
@@ -157,7 +157,7 @@ class TestCollapse:
         found = run(tmp_path, module=Scripted(COLLAPSING, every=1), pruner=pruner_of(every_n_epochs=4))
         assert stays_in(found) == [COLLAPSING[3], COLLAPSING[7]]
 
-    def test_where_no_round_was_sound_it_says_so(self, tmp_path):
+    def test_stop_without_a_sound_round_warns_and_leaves_the_module(self, tmp_path):
         with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, module=Scripted([math.nan]))
         assert [str(w.message) for w in caught if "sound" in str(w.message)] == [
@@ -167,7 +167,7 @@ class TestCollapse:
         assert found.trainer.current_epoch == 1
         assert holds(found, 0)
 
-    def test_where_the_round_is_not_kept_any_more_it_says_so(self, tmp_path):
+    def test_stop_without_the_saved_round_warns_and_leaves_the_module(self, tmp_path):
         with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, pruner=pruner_of(save_rounds=2))
         assert [str(w.message) for w in caught if "module stays" in str(w.message)] == [
@@ -176,10 +176,10 @@ class TestCollapse:
         assert found.monitor.verdict == COLLAPSE
         assert holds(found, 5)
 
-    def test_as_many_rounds_as_that_takes_are_enough(self, tmp_path):
+    def test_three_saved_rounds_are_enough_to_restore(self, tmp_path):
         assert holds(run(tmp_path, pruner=pruner_of(save_rounds=3)), 3)
 
-    def test_weights_are_rewound_in_training_and_not_in_what_comes_back(self, tmp_path):
+    def test_restored_round_holds_trained_weights_under_rewinding(self, tmp_path):
         assert holds(run(tmp_path, pruner=pruner_of(rewind_weights="init")), 3)
 
     def test_rounds_without_validation_are_judged_by_the_index_alone(self, tmp_path):
@@ -191,7 +191,7 @@ class TestCollapse:
         assert [row["metric"] is None for row in found.monitor.rows()] == [True, False] * 4
         assert holds(found, 3)
 
-    def test_a_metric_of_training_alone(self, tmp_path):
+    def test_collapse_is_seen_in_a_training_metric(self, tmp_path):
         class Scored(Scripted):
             def training_step(self, batch, batch_idx):
                 self.log("acc", self.now(self.scores), on_epoch=True, on_step=False)
@@ -202,13 +202,13 @@ class TestCollapse:
             assert found.monitor.verdict == COLLAPSE
             assert holds(found, 3)
 
-    def test_several_validations_an_epoch(self, tmp_path):
+    def test_collapse_is_seen_with_several_validations_an_epoch(self, tmp_path):
         found = run(tmp_path, val_check_interval=1)
         assert found.monitor.verdict == COLLAPSE
         assert holds(found, 3)
 
     @pytest.mark.filterwarnings("ignore:.*barebones")
-    def test_without_logging_it_goes_by_the_index(self, tmp_path):
+    def test_collapse_is_seen_by_the_index_without_logging(self, tmp_path):
         """In barebones mode the metric is not known; a collapse that the index shows is seen all the same."""
         module = Scripted(STEADY, (2.0, 1.5, 1.2, 1.0, 0.0, 0.0))
         found = run(tmp_path, module=module, pruner=pruner_of(0.1), **BAREBONES)
@@ -224,7 +224,7 @@ class TestCompression:
         return run(folder, module=module, pruner=pruner_of(0.1), monitor=monitor_of(**options), max_epochs=11)
 
     @pytest.mark.parametrize("monitor", ["val_acc", None])
-    def test_it_goes_back_to_the_round_that_the_turn_dates_from(self, tmp_path, monitor):
+    def test_compression_restores_the_round_that_the_turn_dates_from(self, tmp_path, monitor):
         found = self.turning(tmp_path, monitor=monitor)
         verdict = found.monitor.verdict
         assert (verdict.phase, verdict.round, verdict.restore) == ("compression", 8, 5)
@@ -233,12 +233,12 @@ class TestCompression:
         assert holds(found, 5)
         assert found.pruner.history.restored.round == 5
 
-    def test_it_is_no_reason_where_only_a_collapse_stops(self, tmp_path):
+    def test_compression_does_not_stop_where_only_a_collapse_does(self, tmp_path):
         found = self.turning(tmp_path, stop_on="collapse")
         assert stays(found, epochs=11)
         assert [r.phase for r in found.pruner.history] == ["regularization"] * 8 + ["compression"] * 3
 
-    def test_a_collapse_that_comes_first_stops_too(self, tmp_path):
+    def test_collapse_before_compression_stops_too(self, tmp_path):
         found = self.turning(tmp_path, scores=COLLAPSING)
         assert found.monitor.verdict == COLLAPSE
         assert holds(found, 3)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow  # whole fits, many of them
 
 
 class TestFits:
-    def test_a_second_fit_starts_anew(self, tmp_path):
+    def test_second_fit_is_judged_anew(self, tmp_path):
         found = run(tmp_path / "a")
         left = found.pruner.remaining
         again = run(tmp_path / "b", module=found.module, pruner=found.pruner, monitor=found.monitor)
@@ -46,7 +46,7 @@ class TestFits:
         assert same(found.module.state_dict(), rounds.states[3])
         assert same(found.pruner.masks, rounds.masks[3][0])
 
-    def test_at_validation_end_too_it_has_caught_up(self, tmp_path):
+    def test_a_monitor_that_joins_has_caught_up_at_validation_end(self, tmp_path):
         self.without_the_monitor(tmp_path)
         early = EarlyStopping(
             "pqi/phase", patience=100, divergence_threshold=1.5, mode="min", check_on_train_epoch_end=False
@@ -54,14 +54,14 @@ class TestFits:
         run(tmp_path, early, monitor=monitor_of(stop_on=None), ckpt_path=tmp_path / "files" / "epoch=4.ckpt")
         assert early.stopped_epoch == 5
 
-    def test_a_fast_dev_run_is_left_alone(self, tmp_path):
+    def test_fast_dev_run_is_never_stopped(self, tmp_path):
         monitor, pruner = PQIMonitor(verbose=False), SAPCallback()
         fit(Net(), pruner, monitor, val=loader(), fast_dev_run=True, max_epochs=None, default_root_dir=tmp_path)
         assert monitor.verdict is None
         assert [record.phase for record in pruner.history] == ["regularization"]
         assert not (tmp_path / "rounds").exists()
 
-    def test_training_without_end_stops_by_it(self, tmp_path):
+    def test_collapse_stops_training_without_an_end(self, tmp_path):
         found = run(tmp_path, max_epochs=-1)
         assert found.monitor.verdict == COLLAPSE
         assert found.trainer.current_epoch == 6

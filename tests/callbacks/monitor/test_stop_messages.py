@@ -26,7 +26,7 @@ class TestVerbose:
         assert "Rounds" in printed
         assert f"11 rounds are saved, that of the module as {found.pruner.history[10].path}." in printed
 
-    def test_otherwise_only_the_verdict_is(self, tmp_path, caplog, capsys):
+    def test_only_the_verdict_is_said_unless_verbose(self, tmp_path, caplog, capsys):
         with caplog.at_level("INFO"):
             run(tmp_path)
         assert lines(caplog, "pqi:")[0] == LINE
@@ -52,7 +52,7 @@ class TestVerbose:
         assert text.step == found.trainer.global_step
         assert [len(file.Images(f"pqi/{kind}")) for kind in ("rounds", "layers")] == [1, 1]
 
-    def test_before_any_fit_there_is_no_report(self):
+    def test_report_before_any_fit_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to report yet: no round has ended.")):
             PQIMonitor().report()
 
@@ -65,7 +65,7 @@ class TestWithoutAPruner:
 
     @pytest.mark.filterwarnings("ignore:.*named tensors")
     @pytest.mark.parametrize("other", ["dense", "ModelPruning", "held masks"])
-    def test_it_logs_and_warns_and_never_stops(self, tmp_path, other):
+    def test_monitor_without_a_pruner_warns_and_never_stops(self, tmp_path, other):
         others = {
             "dense": [],
             "ModelPruning": [ModelPruning("l1_unstructured", amount=0.9)],
@@ -81,10 +81,10 @@ class TestWithoutAPruner:
         assert all({"pqi/global", "pqi/layer_mean"} <= keys and "pqi/phase" not in keys for keys in seen)
         assert [row["phase"] for row in monitor.rows()] == [None] * 8
 
-    def test_what_only_logs_does_not_warn(self, recwarn):
+    def test_monitor_that_only_logs_does_not_warn(self, recwarn):
         fit(Net(), PQIMonitor(stop_on=None))
         assert not [w for w in recwarn if "never stops" in str(w.message)]
 
-    def test_evaluation_is_left_alone(self, recwarn):
+    def test_monitor_does_not_warn_in_evaluation(self, recwarn):
         quiet_trainer(PQIMonitor()).validate(Net(), loader(), verbose=False)
         assert not [w for w in recwarn if "never stops" in str(w.message)]

@@ -17,7 +17,7 @@ from lightning_sap.engine.masks import MaskSet
 class TestValues:
     @pytest.mark.parametrize("validate", [False, True])
     @pytest.mark.parametrize("order", [1, -1])
-    def test_beside_a_pruner_they_are_those_of_the_survivors(self, order, validate):
+    def test_index_beside_a_pruner_is_that_of_the_kept_weights(self, order, validate):
         pruner, monitor = half(), PQIMonitor(stop_on=None, log_layers=True, gini=True)
         look = Expecting(pruner)
         fit(Net(), *[pruner, monitor][::order], look, val=loader() if validate else None)
@@ -27,7 +27,7 @@ class TestValues:
             assert {key: seen[key] for key in expected} == close(expected)
         assert [seen["remaining/net.0.weight"] for seen in look.seen] == [1.0, 0.5, 0.25, 0.125]
 
-    def test_at_validation_end_they_are_of_the_same_epoch(self):
+    def test_index_at_validation_end_is_of_the_same_epoch(self):
         pruner = half()
         look = Expecting(pruner, hook="on_validation_end")
         fit(Net(), pruner, PQIMonitor(stop_on=None), look, val=loader())
@@ -37,7 +37,7 @@ class TestValues:
             assert seen["pqi/layer_mean"] == close(expected["pqi/layer_mean"])
 
     @pytest.mark.parametrize("order", [1, -1])
-    def test_beside_an_averaging_callback_they_are_those_of_the_model(self, order):
+    def test_index_beside_averaging_is_that_of_the_model(self, order):
         watched = {"on_validation_start": [], "on_validation_end": []}
 
         def measure(trainer, module):
@@ -52,7 +52,7 @@ class TestValues:
         assert watched["on_validation_end"] == [close(gini) for gini in watched["on_validation_start"]]
         assert len(watched["on_validation_end"]) == 4
 
-    def test_without_a_pruner_all_prunable_weights_count(self):
+    def test_index_without_a_pruner_is_that_of_all_prunable_weights(self):
         look = Expecting()
         fit(Net(), PQIMonitor(stop_on=None, log_layers=True, gini=True), look)
         assert len(look.seen) == 4
@@ -60,7 +60,7 @@ class TestValues:
             assert seen == close(expected)
         assert len({seen["pqi/global"] for seen in look.seen}) == 4  # it follows the training
 
-    def test_orders_are_the_pruners_unless_given(self):
+    def test_orders_of_the_index_are_the_pruners_unless_given(self):
         for monitor, p, q in ((PQIMonitor(stop_on=None), 1.0, 2.0), (PQIMonitor(stop_on=None, p=0.3, q=0.7), 0.3, 0.7)):
             pruner = SAPCallback(p=1.0, q=2.0, rounds=3)
             look = Expecting(pruner, p=p, q=q)
@@ -69,7 +69,7 @@ class TestValues:
                 assert seen["pqi/global"] == close(expected["pqi/global"])
                 assert ("pqi/global_pruned" in seen) == ((p, q) == (1.0, 2.0))  # the pruner took it in its own orders
 
-    def test_right_after_a_pruning(self):
+    def test_index_right_after_a_pruning_is_that_of_the_rounds_start(self):
         """Measured here at the first batch of each round, before it is trained."""
         pruner, starts, seen, module = half(every_n_epochs=2), {}, [], Net()
         look = Watch(
@@ -82,7 +82,7 @@ class TestValues:
         assert seen == close([starts[0], starts[0], starts[1], starts[1], starts[2], starts[2]])
         assert len(set(seen)) == 3
 
-    def test_beside_two_pruners_both_parts_count(self):
+    def test_index_beside_two_pruners_is_that_of_both_parts(self):
         a, b = half(name="a", include="net.0.*"), half(name="b", include="net.3.*", every_n_epochs=2)
         seen, expected = [], []
 
@@ -94,7 +94,7 @@ class TestValues:
         fit(Net(), a, PQIMonitor(stop_on=None), b, Watch(on_train_epoch_end=compare))
         assert seen == close(expected)
 
-    def test_a_dense_model_with_integer_weights(self):
+    def test_index_of_a_dense_model_with_integer_weights_is_exact(self):
         """Of the weights 4, 4, 0, 0: ‖w‖₀.₅ = (2 + 2)² = 16, ‖w‖₁ = 8, d⁻¹ = 1/4, so I = 1 - 16 / 8 / 4 = 0.5."""
         module = Net(nn.Linear(4, 1, bias=False), lambda p: torch.optim.SGD(p, lr=0.0))
         module.net.weight = nn.Parameter(torch.tensor([[4.0, -4.0, 0.0, 0.0]]))
@@ -115,12 +115,12 @@ class TestLogLayers:
             ([], []),
         ],
     )
-    def test_which_parameters_are_logged(self, log_layers, names):
+    def test_log_layers_selects_the_parameters_logged(self, log_layers, names):
         trainer = fit(Net(), PQIMonitor(stop_on=None, log_layers=log_layers), max_epochs=1)
         keys = {"pqi/global", "pqi/layer_mean", *(f"{kind}/{name}" for kind in ("pqi", "remaining") for name in names)}
         assert set(logged(trainer)) == keys
 
-    def test_gini_only_where_asked_for(self):
+    def test_gini_is_logged_only_where_asked_for(self):
         assert "gini/global" not in fit(Net(), PQIMonitor(stop_on=None), max_epochs=1).callback_metrics
         assert "gini/global" in fit(Net(), PQIMonitor(stop_on=None, gini=True), max_epochs=1).callback_metrics
 
@@ -128,7 +128,7 @@ class TestLogLayers:
 class TestMonitoring:
     @pytest.mark.parametrize("mode", ["max", "min"])
     @pytest.mark.parametrize("validate", [False, True])
-    def test_a_checkpoint_keeps_the_epoch_whose_weights_give_that_value(self, tmp_path, mode, validate):
+    def test_best_checkpoint_by_index_holds_the_weights_of_that_index(self, tmp_path, mode, validate):
         pruner, seen = half(), []
         saver = ModelCheckpoint(tmp_path, "{epoch}", monitor="pqi/global", mode=mode)
         look = Watch(on_train_epoch_end=lambda t, m: seen.append(logged(t)["pqi/global"]))
@@ -144,7 +144,7 @@ class TestMonitoring:
 
     @pytest.mark.parametrize("val_every", [None, 1, 2])
     @pytest.mark.parametrize("key", ["pqi/global", "pqi/layer_mean", "pqi/global_pruned"])
-    def test_early_stopping_finds_the_keys_in_every_epoch(self, key, val_every):
+    def test_early_stopping_finds_the_index_in_every_epoch(self, key, val_every):
         epochs = []
         options = {} if val_every is None else {"val": loader(), "check_val_every_n_epoch": val_every}
         stop = EarlyStopping(key, patience=100)
@@ -152,7 +152,7 @@ class TestMonitoring:
         fit(Net(), stop, PQIMonitor(stop_on=None), half(), look, **options)
         assert epochs == [0, 1, 2, 3]
 
-    def test_several_validations_an_epoch(self):
+    def test_index_is_logged_at_each_of_several_validations(self):
         look = Expecting(pruner := half(), hook="on_validation_end")
         fit(Net(), pruner, PQIMonitor(stop_on=None), look, val=loader(), val_check_interval=1)
         assert len(look.seen) == 4 * BATCHES
@@ -188,27 +188,27 @@ class TestMonitoring:
 
 class TestArguments:
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.5, float("inf"))])
-    def test_orders_out_of_range(self, p, q):
+    def test_monitor_refuses_orders_out_of_range(self, p, q):
         with pytest.raises(ValueError, match=re.escape(f"0 < p < q <= 1000, got p={p} and q={q}; try p=0.5, q=1.0.")):
             PQIMonitor(p=p, q=q)
 
     @pytest.mark.parametrize("one", [{"p": 0.5}, {"q": 1.0}])
-    def test_one_order_alone(self, one):
+    def test_monitor_refuses_one_order_alone(self, one):
         with pytest.raises(ValueError, match="Give both p and q, or neither"):
             PQIMonitor(**one)
 
-    def test_an_unknown_mode(self):
+    def test_monitor_refuses_an_unknown_mode(self):
         with pytest.raises(ValueError, match=re.escape("mode must be 'max' or 'min', got 'maximum'.")):
             PQIMonitor(mode="maximum")
 
 
 class TestOutsideFit:
-    def test_evaluation_logs_nothing(self):
+    def test_monitor_logs_nothing_in_evaluation(self):
         trainer = quiet_trainer(PQIMonitor(stop_on=None), half())
         trainer.validate(Net(), loader(), verbose=False)
         assert set(trainer.callback_metrics) == {"val_loss"}
 
-    def test_barebones_is_said_to_silence_it_and_the_rows_are_kept(self):
+    def test_barebones_warns_that_the_monitor_is_silent_and_keeps_rows(self):
         pruner, monitor = half(), PQIMonitor(stop_on=None, monitor="train_loss")
         message = (
             "PQIMonitor: Trainer(barebones=True) silences logging: pqi/global and the other values reach no logger and "
@@ -222,7 +222,7 @@ class TestOutsideFit:
         assert rows == [(2.0**-t, pruner.history[t].pqi, None) for t in range(4)]
 
 
-def test_two_monitors_of_different_orders_and_names(tmp_path):
+def test_two_monitors_of_different_orders_log_under_their_names(tmp_path):
     pruner = half()
     a, b = PQIMonitor(stop_on=None), PQIMonitor(stop_on=None, p=1.0, q=2.0, name="pr")
     trainer = fit(Net(), pruner, a, b)
@@ -231,7 +231,7 @@ def test_two_monitors_of_different_orders_and_names(tmp_path):
     assert json.loads(json.dumps(b.state_dict()))["rows"][-1]["pqi"] == close(expected["pqi/global"])
 
 
-def test_one_glob_needs_no_list_and_one_that_matches_nothing_is_refused():
+def test_log_layers_takes_one_glob_and_refuses_one_without_a_match():
     trainer = fit(Net(), half(), PQIMonitor(stop_on=None, log_layers="net.0*"), max_epochs=2)
     assert "pqi/net.0.weight" in trainer.callback_metrics
     assert "pqi/net.3.weight" not in trainer.callback_metrics
@@ -240,6 +240,6 @@ def test_one_glob_needs_no_list_and_one_that_matches_nothing_is_refused():
 
 
 @pytest.mark.parametrize("name", ["", "a/b"])
-def test_names_that_would_spoil_the_keys_are_refused(name):
+def test_monitor_refuses_names_that_would_spoil_the_keys(name):
     with pytest.raises(ValueError, match="name must be a non-empty text without '/'"):
         PQIMonitor(name=name)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # whole fits, many of them
 
 
 class TestFiles:
-    def test_each_round_has_one_that_holds_its_trained_weights_and_masks(self, tmp_path):
+    def test_saved_round_holds_its_trained_weights_and_masks(self, tmp_path):
         _, pruner, rounds, _ = archived(tmp_path)
         assert [record.path for record in pruner.history] == [
             str(tmp_path / "rounds" / f"sap-round-0{round}.ckpt") for round in range(3)
@@ -31,13 +31,13 @@ class TestFiles:
             assert same(twin.masks, rounds.masks[record.round][0])
             assert twin.remaining == record.remaining == 0.5**record.round
 
-    def test_the_rounds_differ(self, tmp_path):
+    def test_saved_rounds_differ_from_each_other(self, tmp_path):
         """The ground of the test above."""
         _, _, rounds, _ = archived(tmp_path)
         assert not any(same(rounds.states[t], rounds.states[t + 1]) for t in range(2))
         assert not any(same(rounds.masks[t][0], rounds.masks[t + 1][0]) for t in range(2))
 
-    def test_they_load_into_the_module_and_into_a_plain_one(self, tmp_path):
+    def test_saved_round_loads_into_the_module_and_into_a_plain_one(self, tmp_path):
         _, pruner, rounds, _ = archived(tmp_path)
         for record in pruner.history:
             loaded = Decaying.load_from_checkpoint(record.path)
@@ -54,19 +54,19 @@ class TestFiles:
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("order", [1, -1])
-    def test_which_are_kept(self, tmp_path, save_rounds, stop_on, kept, order):
+    def test_save_rounds_decides_which_rounds_are_kept(self, tmp_path, save_rounds, stop_on, kept, order):
         pruner = archiving_half(save_rounds=save_rounds, dirpath=str(tmp_path / "kept"))
         fit(Net(), *[pruner, PQIMonitor(stop_on=stop_on, verbose=False)][::order], max_epochs=6)
         assert [record.round for record in pruner.history if record.path] == kept
         files = sorted(path.name for path in (tmp_path / "kept").glob("*"))
         assert files == [f"sap-round-0{round}.ckpt" for round in kept]
 
-    def test_a_monitor_that_does_not_restore_keeps_none(self, tmp_path):
+    def test_monitor_without_restore_saves_no_rounds(self, tmp_path):
         pruner = archiving_half(save_rounds=None, dirpath=str(tmp_path / "kept"))
         fit(Net(), pruner, PQIMonitor(restore=False, verbose=False), max_epochs=6)
         assert not (tmp_path / "kept").exists()
 
-    def test_a_monitor_that_would_restore_what_is_not_kept_is_refused(self):
+    def test_monitor_with_restore_and_no_saved_rounds_is_refused(self):
         message = (
             "PQIMonitor(restore=True) goes back to a round that was saved, and save_rounds=False saves none; leave "
             "save_rounds out, or give restore=False."
@@ -77,11 +77,11 @@ class TestFiles:
             fit(module, PQIMonitor(), archiving_half(save_rounds=False), max_epochs=6)
         assert unchanged(before, module)
 
-    def test_masks_that_are_only_held_have_no_rounds_to_keep(self, tmp_path):
+    def test_rounds_0_saves_no_rounds(self, tmp_path):
         fit(Net(), PruningCallback(FixedFraction(0.5), rounds=0, save_rounds=True, dirpath=str(tmp_path / "kept")))
         assert not (tmp_path / "kept").exists()
 
-    def test_each_pruner_keeps_its_own_under_its_name(self, tmp_path):
+    def test_each_pruner_saves_rounds_under_its_name(self, tmp_path):
         a, b = archiving_half(name="a", include="net.0.*"), archiving_half(name="b", include="net.3.*", rounds=1)
         fit(Net(), a, b, max_epochs=6, default_root_dir=tmp_path)
         assert [Path(record.path).name for record in a.history] == [f"a-round-0{t}.ckpt" for t in range(3)]
@@ -89,7 +89,7 @@ class TestFiles:
         assert all(Path(record.path).is_file() for record in [*a.history, *b.history])
         assert {Path(record.path).parent for record in [*a.history, *b.history]} == {tmp_path / "rounds"}
 
-    def test_the_plan_says_what_is_kept_and_where(self, tmp_path, caplog):
+    def test_plan_says_which_rounds_are_saved_and_where(self, tmp_path, caplog):
         with caplog.at_level("INFO"):
             archived(tmp_path, Net(), archiving_half(save_rounds=2))
         assert f"archive: checkpoints of the latest 2 rounds in {tmp_path / 'rounds'}" in caplog.text
@@ -99,16 +99,16 @@ class TestFiles:
 
 
 class TestFolder:
-    def test_one_that_is_not_empty_gets_a_number(self, tmp_path):
+    def test_folder_of_rounds_that_is_not_empty_gets_a_number(self, tmp_path):
         folders = [Path(archived(tmp_path)[1].history[0].path).parent.name for _ in range(3)]
         assert folders == ["rounds", "rounds-v1", "rounds-v2"]
 
-    def test_an_empty_one_is_taken(self, tmp_path):
+    def test_folder_of_rounds_that_is_empty_is_taken(self, tmp_path):
         (tmp_path / "mine").mkdir()
         _, pruner, _, _ = archived(tmp_path, Net(), archiving_half(dirpath=str(tmp_path / "mine")))
         assert Path(pruner.history[0].path).parent == tmp_path / "mine"
 
-    def test_one_that_another_run_has_chosen_gets_a_number_before_there_is_a_round_in_it(self, tmp_path):
+    def test_folder_of_rounds_that_another_run_chose_gets_a_number(self, tmp_path):
         other = archiving_half()
         second = Watch(on_train_epoch_start=lambda trainer, _: trainer.current_epoch or archived(tmp_path, None, other))
         module, pruner, rounds, _ = archived(tmp_path, None, None, second)
@@ -117,11 +117,11 @@ class TestFolder:
         pruner.restore_round(0, module)
         assert same(module.state_dict(), rounds.states[0])
 
-    def test_as_a_path(self, tmp_path):
+    def test_folder_of_rounds_may_be_a_path(self, tmp_path):
         _, pruner, _, _ = archived(tmp_path, Net(), archiving_half(dirpath=tmp_path / "mine"))
         assert Path(pruner.history[0].path).parent == tmp_path / "mine"
 
-    def test_one_that_cannot_be_had_where_a_run_goes_on_is_chosen_anew(self, tmp_path):
+    def test_folder_of_rounds_that_cannot_be_had_on_resume_is_chosen_anew(self, tmp_path):
         _, pruner, _, _ = archived(tmp_path / "there")
         file = pruner.history[0].path
         checkpoint = torch.load(file, weights_only=True)
@@ -132,7 +132,7 @@ class TestFolder:
         fit(Decaying(), pruner, max_epochs=6, default_root_dir=tmp_path / "here", ckpt_path=tmp_path / "moved.ckpt")
         assert [Path(record.path).parent for record in pruner.history[1:]] == [tmp_path / "here" / "rounds"] * 2
 
-    def test_old_rounds_that_cannot_be_deleted_stay(self, tmp_path):
+    def test_old_rounds_that_cannot_be_deleted_stay_with_a_warning(self, tmp_path):
         _, pruner, _, _ = archived(tmp_path / "there")
         checkpoint = torch.load(pruner.history[1].path, weights_only=True)
         (tmp_path / "no folder").touch()
@@ -145,22 +145,22 @@ class TestFolder:
             fit(Decaying(), pruner, max_epochs=6, ckpt_path=tmp_path / "moved.ckpt", **options)
         assert os.listdir(tmp_path / "here" / "rounds") == ["sap-round-02.ckpt"]
 
-    def test_one_that_nothing_was_saved_in_is_given_up(self, tmp_path):
+    def test_folder_of_rounds_without_a_file_is_removed(self, tmp_path):
         with pytest.raises(ZeroDivisionError):
             archived(tmp_path, None, None, Watch(on_train_batch_end=lambda *_: 1 / 0))
         assert not (tmp_path / "rounds").exists()
 
-    def test_a_relative_one_is_noted_in_full(self):
+    def test_folder_of_rounds_that_is_relative_is_recorded_in_full(self):
         _, pruner, _, _ = archived(None, Net(), archiving_half(dirpath="mine"))
         assert pruner.history[0].path == os.path.abspath("mine/sap-round-00.ckpt")
 
-    def test_beside_a_logger_it_is_in_its_folder(self, tmp_path):
+    def test_folder_of_rounds_is_inside_the_loggers(self, tmp_path):
         from lightning.pytorch.loggers import CSVLogger
 
         _, pruner, _, _ = archived(tmp_path, logger=CSVLogger(tmp_path, "run", "one"))
         assert Path(pruner.history[0].path).parent == tmp_path / "run" / "one" / "rounds"
 
-    def test_one_that_is_not_on_a_disk_is_refused_before_training(self):
+    def test_folder_of_rounds_that_is_remote_is_refused_before_training(self):
         message = (
             "The rounds are saved in a local folder, got 's3://bucket/rounds'; give dirpath='...', or "
             "save_rounds=False (and PQIMonitor(restore=False))."

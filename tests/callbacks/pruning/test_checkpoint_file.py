@@ -9,7 +9,7 @@ from torch import nn
 
 
 class TestRestoredInTraining:
-    def test_masks_and_history_are_those_of_the_file_at_once(self, tmp_path):
+    def test_state_loaded_in_training_gives_masks_and_history_at_once(self, tmp_path):
         """As a callback does that goes back to an earlier file while it trains."""
         module, pruner, seen = Net(), half(), []
 
@@ -33,7 +33,7 @@ class TestRestoredInTraining:
 
 
 class TestFile:
-    def test_it_loads_with_weights_only(self, tmp_path):
+    def test_checkpoint_loads_with_weights_only_and_holds_these_keys(self, tmp_path):
         run_saving_epochs(Scheduled, lambda: half(rewind_weights="init"), tmp_path, validate=True)
         file = torch.load(tmp_path / "epoch=4.ckpt", weights_only=True)
         state = file["callbacks"][STATE]
@@ -45,18 +45,18 @@ class TestFile:
         assert [record["remaining"] for record in state["history"]] == [1.0, 0.5, 0.25, 0.125]
         assert {type(key) for key in state} == {str}
 
-    def test_no_first_weights_after_the_last_pruning(self, tmp_path):
+    def test_checkpoint_holds_no_first_weights_after_the_last_pruning(self, tmp_path):
         run_saving_epochs(Net, lambda: half(rewind_weights="init"), tmp_path)
         state = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)["callbacks"][STATE]
         assert state["round"] == 5
         assert state["first_weights"] is None
 
-    def test_no_first_weights_unless_they_are_rewound_to(self, tmp_path):
+    def test_checkpoint_holds_no_first_weights_without_rewinding(self, tmp_path):
         run_saving_epochs(Net, half, tmp_path)
         file = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)
         assert file["callbacks"][STATE]["first_weights"] is None
 
-    def test_masks_take_one_bit_per_weight(self, tmp_path):
+    def test_checkpoint_masks_take_one_bit_per_weight(self, tmp_path):
         module = Net(nn.Sequential(nn.Linear(6, 101, bias=False), nn.Linear(101, 3, bias=False)))
         pruner = half()
         trainer = fit(module, pruner, max_epochs=2)
@@ -68,7 +68,7 @@ class TestFile:
             assert bits.untyped_storage().nbytes() == -(-size // 8)
             assert masks[name]["shape"] == list(module.state_dict()[name].shape)
 
-    def test_the_whole_file_is_hardly_larger_than_the_dense_one(self, tmp_path):
+    def test_checkpoint_is_hardly_larger_than_a_dense_one(self, tmp_path):
         sizes = []
         for pruner in ([], [half()]):
             module = Net(nn.Sequential(nn.Linear(6, 4000, bias=False), nn.Linear(4000, 3, bias=False)))
@@ -78,7 +78,7 @@ class TestFile:
                 sizes.append(sum(entry.file_size for entry in file.infolist()))
         assert sizes[1] - sizes[0] < 36000 / 8 + 4000  # a bit per weight, and what is not masks
 
-    def test_it_can_be_taken_up_outside_a_trainer(self, tmp_path):
+    def test_checkpoint_state_loads_outside_a_trainer(self, tmp_path):
         _, pruner, *_ = run_saving_epochs(Net, half, tmp_path)
         file = torch.load(tmp_path / "epoch=5.ckpt", weights_only=True)
         fresh = half()
@@ -87,7 +87,7 @@ class TestFile:
         assert fresh.remaining == pruner.remaining == 3 / 72
         assert [record.round for record in fresh.history] == [0, 1, 2, 3, 4]
 
-    def test_saving_changes_nothing(self, tmp_path):
+    def test_saving_a_checkpoint_changes_nothing(self, tmp_path):
         module, pruner = Net(), half(rewind_weights="init")
         trainer = fit(module, pruner)
         before, masks = copied(module.state_dict()), pruner.masks

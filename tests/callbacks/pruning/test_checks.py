@@ -27,7 +27,7 @@ def refused(message, *callbacks, module=None, error=ValueError, whole=True, **op
 
 
 class TestRounds:
-    def test_that_do_not_fit(self):
+    def test_rounds_that_do_not_fit_into_max_epochs_are_refused(self):
         message = (
             "rounds=3, every_n_epochs=2 with 4 epochs of training: they need (rounds + 1) · every_n_epochs = 8 epochs. "
             "Give max_epochs=8, or fewer or shorter rounds."
@@ -42,7 +42,7 @@ class TestRounds:
         refused(message, SAPCallback(), max_epochs=-1, max_steps=-1)
 
     @pytest.mark.parametrize(("k", "epochs", "options"), [(2, 1, {}), (3, 2, {"max_epochs": 9, "rounds": 3})])
-    def test_rewinding_to_beyond_the_first_round(self, k, epochs, options):
+    def test_rewinding_to_beyond_the_first_round_is_refused(self, k, epochs, options):
         pruner = half(rewind_weights=k, every_n_epochs=epochs, rounds=options.pop("rounds", None))
         message = (
             f"rewind_weights={k} lies beyond the first round, which has {epochs} epochs; give at most {epochs}, or a "
@@ -50,14 +50,14 @@ class TestRounds:
         )
         refused(message, pruner, **options)
 
-    def test_a_target_without_prunings(self):
+    def test_target_without_prunings_is_refused(self):
         message = (
             "target_remaining=0.5 cannot be reached: the number of prunings is 0. Give rounds, or max_epochs for at "
             "least two rounds."
         )
         refused(message, half(rounds=0, every_n_epochs=None, target_remaining=0.5))
 
-    def test_a_target_of_a_run_without_an_end(self):
+    def test_target_of_a_run_without_an_end_is_refused(self):
         message = (
             "target_remaining=0.5 cannot be reached: the number of prunings is not known beforehand. Give rounds, or "
             "max_epochs for at least two rounds."
@@ -65,23 +65,23 @@ class TestRounds:
         refused(message, half(target_remaining=0.5), max_epochs=-1, max_steps=9)
 
     @pytest.mark.parametrize("asked", [{"rounds": 3, "every_n_epochs": None}, {"rounds": 3}, {"every_n_epochs": 3}])
-    def test_more_than_the_steps_allow(self, asked):
+    def test_more_rounds_than_max_steps_allow_are_refused(self, asked):
         message = "max_steps=9 ends training in epoch 2; give more steps, or fewer or shorter rounds. (rounds="
         refused(message, half(**asked), max_epochs=12, max_steps=9, whole=False)
 
-    def test_as_many_as_fit_into_the_steps(self):
+    def test_as_many_rounds_as_max_steps_allow_are_pruned(self):
         pruner = half(target_remaining=0.25)
         fit(Net(), pruner, max_epochs=40, max_steps=10)
         assert [record.round for record in pruner.history] == [0, 1, 2, 3]
         assert pruner.remaining == 0.25
 
-    def test_rounds_that_are_not_asked_for_fit_into_the_steps(self):
+    def test_rounds_left_open_fit_into_max_steps(self):
         pruner = half(every_n_epochs=None, target_remaining=0.25)
         fit(Net(), pruner, max_epochs=40, max_steps=9)
         assert [record.round for record in pruner.history] == [0, 1, 2]
         assert pruner.remaining == 0.25
 
-    def test_a_target_below_what_is_frozen(self):
+    def test_target_below_what_is_frozen_is_refused(self):
         module, pruner = Net(), half(target_remaining=0.25)
         with pytest.raises(ZeroDivisionError):
             fit(module, pruner, Watch(on_train_epoch_end=lambda t, m: 1 / (1 - t.current_epoch)))  # after one pruning
@@ -94,7 +94,7 @@ class TestRounds:
         refused(message, pruner, module=module, whole=False)
         assert list(pruner.history) == history
 
-    def test_a_target_below_what_is_frozen_and_the_floors_of_the_others(self):
+    def test_target_below_frozen_weights_and_floors_is_refused(self):
         module, first, pruner = Net(), half(), half(target_remaining=0.4, min_remaining=0.4)
         fit(module, first, max_epochs=2)
         module.net[3].requires_grad_(False)  # 12 are left, and 20 of 48 stay at least
@@ -102,13 +102,13 @@ class TestRounds:
         message = "target_remaining=0.4 cannot be met: that is 29 of 72 weights, and 12 of frozen parameters stay."
         refused(message, pruner, module=module, whole=False)
 
-    def test_a_target_that_rounded_floors_lie_above_is_met_but_for_these(self):
+    def test_target_below_rounded_floors_is_met_but_for_these(self):
         pruner = half(target_remaining=0.1, min_remaining=0.1)
         fit(Net(), pruner)
         assert survivors(pruner) == {"net.0.weight": 5, "net.3.weight": 3}  # 8 of 72, where 7 are a tenth
 
     @pytest.mark.parametrize(("manual", "every"), [(True, None), (False, 3)])
-    def test_steps_that_are_never_reached_limit_nothing(self, manual, every):
+    def test_max_steps_that_are_never_reached_limit_nothing(self, manual, every):
         class Rare(Net):
             def training_step(self, batch, batch_idx):
                 loss = self.loss(batch)
@@ -125,27 +125,27 @@ class TestRounds:
         fit(module, pruner, *others, max_epochs=4, max_steps=5)
         assert [record.round for record in pruner.history] == [0, 1, 2, 3]
 
-    def test_a_target_above_what_is_left(self):
+    def test_target_above_what_is_left_is_refused(self):
         module = Net()
         with torch.no_grad():
             module.net[0].weight.zero_()
         message = "target_remaining=0.5 cannot be met: that is 36 of 72 weights, and only 24 survive already."
         refused(message, half(target_remaining=0.5, keep_zeros=True), module=module, whole=False)
 
-    def test_nothing_of_this_under_fast_dev_run(self):
+    def test_fast_dev_run_skips_the_checks_of_rounds(self):
         fit(Net(), half(rounds=9, every_n_epochs=9, rewind_weights=99, target_remaining=0.5), fast_dev_run=True)
 
 
 class TestSelection:
     @pytest.mark.parametrize("option", ["include", "exclude"])
-    def test_a_pattern_that_matches_nothing_lists_the_closest_names(self, option):
+    def test_include_pattern_without_a_match_lists_the_closest_names(self, option):
         message = (
             "The pattern 'net.0.wieght' matches no parameter. Patterns are globs on whole parameter names (say "
             "'*.fc.*'); the closest names are ['net.0.weight', 'net.3.weight', 'net.1.weight', "
         )
         refused(message, half(**{option: ["net.3.*", "net.0.wieght"]}), whole=False)
 
-    def test_a_model_without_a_prunable_weight(self):
+    def test_model_without_a_prunable_weight_is_refused(self):
         module = Net(nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)))
         module.net[0].requires_grad_(False)
         message = (
@@ -156,12 +156,12 @@ class TestSelection:
         )
         refused(message, half(), module=module)
 
-    def test_everything_excluded(self):
+    def test_excluding_every_weight_is_refused(self):
         message = "The model has no prunable weight with include=None, exclude='*weight'."
         refused(message, half(exclude="*weight"), whole=False)
 
     @pytest.mark.parametrize("order", [1, -1])
-    def test_a_parameter_of_two_callbacks(self, order):
+    def test_parameter_of_two_callbacks_is_refused(self, order):
         a, b = half(name="a", include="net.0.*"), SAPCallback(name="b", rounds=2)
         first, second = [a, b][::order]
         message = (
@@ -170,7 +170,7 @@ class TestSelection:
         )
         refused(message, first, second)
 
-    def test_a_parameter_of_two_callbacks_that_is_unfrozen_later(self):
+    def test_parameter_of_two_callbacks_that_is_unfrozen_later_is_refused(self):
         module = Net()
         module.net[0].requires_grad_(False)
         unfreeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch >= 1))
@@ -179,13 +179,13 @@ class TestSelection:
         with pytest.raises(ValueError, match=r"The callbacks 'a' and 'b' both prune 'net\.0\.weight'"):
             fit(module, a, b, unfreeze)
 
-    def test_a_tied_parameter_of_two_callbacks(self):
+    def test_tied_parameter_of_two_callbacks_is_refused(self):
         module = Net(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)))
         module.net[1].weight = module.net[0].weight
         a, b = half(name="a", include="net.0.weight"), half(name="b", include="net.1.weight")
         refused("The callbacks 'a' and 'b' both prune 'net.0.weight'.", a, b, module=module, whole=False)
 
-    def test_two_callbacks_of_one_name(self):
+    def test_two_callbacks_of_one_name_are_refused(self):
         with pytest.raises(RuntimeError, match=r"`callback\.state_key` must be unique"):
             quiet_trainer(half(include="net.0.*"), half(include="net.3.*"))
 
@@ -202,14 +202,14 @@ class TestStrategies:
             half().setup(trainer, Net(), "validate")
 
     @pytest.mark.parametrize("strategy", [strategies.DDPStrategy, strategies.ModelParallelStrategy])
-    def test_others_are_not(self, strategy):
+    def test_unsharded_strategies_are_allowed(self, strategy):
         checks.check_strategy(SimpleNamespace(strategy=object.__new__(strategy)))
 
 
 class TestNonFiniteWeights:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-    def test_they_end_the_run_at_the_rounds_end(self, scope, value):
+    def test_non_finite_weights_are_an_error_at_the_rounds_end(self, scope, value):
         module, pruner, steps = Net(), half(scope=scope), []
 
         def diverge(trainer, module):
@@ -231,7 +231,7 @@ class TestNonFiniteWeights:
         assert not module.net[3].weight.isnan().all()
 
     @pytest.mark.parametrize("options", [None, {"stop_on": None}, {"restore": False}])
-    def test_they_are_an_error_in_the_last_round_too(self, options):
+    def test_non_finite_weights_are_an_error_in_the_last_round_too(self, options):
         module, pruner = Net(), half()
         beside = [] if options is None else [PQIMonitor(**options)]
 
@@ -245,7 +245,7 @@ class TestNonFiniteWeights:
         assert pruner.remaining == 0.125
 
     @pytest.mark.parametrize("beside", [False, True])
-    def test_a_training_that_was_stopped_for_them_ends_with_a_warning(self, beside):
+    def test_non_finite_weights_after_a_stop_are_warned_of(self, beside):
         module, pruner = Net(), half(every_n_epochs=2)
         monitors = [PQIMonitor(stop_on=None, verbose=False)] if beside else []
 
@@ -259,12 +259,12 @@ class TestNonFiniteWeights:
             fit(module, pruner, *monitors, Watch(on_train_batch_end=diverge), stop, val=loader(seed=3))
         assert pruner.current_round() == 1
 
-    def test_fast_dev_run_checks_nothing(self):
+    def test_non_finite_weights_are_not_looked_for_in_fast_dev_run(self):
         diverge = Watch(on_train_batch_end=lambda t, m: m.net[3].weight.data.fill_(float("nan")))
         fit(Net(), half(), diverge, fast_dev_run=True)
 
     @pytest.mark.parametrize("order", [1, -1])
-    def test_a_monitor_goes_back_from_them_if_it_can(self, tmp_path, order):
+    def test_monitor_restores_a_round_before_non_finite_weights(self, tmp_path, order):
         for epoch in (0, 2):
             module, pruner, monitor = Net(), half(), PQIMonitor(verbose=False)
 
@@ -287,7 +287,7 @@ class TestNonFiniteWeights:
                 assert not module.net[3].weight.isnan().any()
             assert monitor.verdict.reason == f"In round {epoch} the index of net.3.weight is nan."
 
-    def test_pruned_ones_do_not_count(self):
+    def test_non_finite_weights_that_are_pruned_do_not_count(self):
         """What is masked is zero again before anyone measures it."""
         module, pruner = Net(), half()
 
@@ -307,7 +307,7 @@ class TestCheckpointUnderAnotherName:
         fit(Net(), half(name="first"), saver, max_epochs=2, enable_checkpointing=True)
         return tmp_path / "epoch=0.ckpt"
 
-    def test_it_gives_both_names(self, file):
+    def test_checkpoint_of_another_name_is_refused_with_both_names(self, file):
         message = (
             "The checkpoint holds pruning state named ['first'], but this callback is named 'second'. "
             "Give name='first' to go on with it."
@@ -315,7 +315,7 @@ class TestCheckpointUnderAnotherName:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             fit(Net(), half(name="second"), ckpt_path=file)
 
-    def test_one_that_is_there_and_one_that_is_new(self, file):
+    def test_checkpoint_of_one_callback_is_found_beside_a_new_one(self, file):
         """A second callback may be added to a run, as long as the first finds its state."""
         a, b = half(name="first", include="net.0.*"), half(name="second", include="net.3.*")
         with pytest.raises(ValueError, match=r"surplus \['net\.3\.weight'\]"):
@@ -324,7 +324,7 @@ class TestCheckpointUnderAnotherName:
         with pytest.raises(ValueError, match="no prunable weight"):
             fit(Net(), a, b, ckpt_path=file)
 
-    def test_one_that_is_missing_is_warned_of(self, tmp_path):
+    def test_checkpoint_of_a_missing_callback_is_warned_of(self, tmp_path):
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         a, b = (half(name=name, include=f"net.{i}.weight") for name, i in (("a", 0), ("b", 3)))
         fit(Net(), a, b, saver, max_epochs=2, enable_checkpointing=True)
@@ -332,14 +332,14 @@ class TestCheckpointUnderAnotherName:
         with pytest.warns(UserWarning, match=re.escape(message)):
             fit(Net(), half(name="a", include="net.0.weight"), ckpt_path=tmp_path / "epoch=0.ckpt")
 
-    def test_evaluation_does_not_mind(self, file):
+    def test_checkpoint_of_another_name_is_evaluated(self, file):
         trainer = quiet_trainer(half(name="second"))
         trainer.validate(Net(), loader(), ckpt_path=str(file), verbose=False, weights_only=True)
         assert "val_loss" in trainer.callback_metrics
 
 
 class TestClipsGradients:
-    def test_by_the_trainer_or_by_the_module(self):
+    def test_gradient_clipping_of_trainer_and_module_is_seen(self):
         class Own(LightningModule):
             def configure_gradient_clipping(self, *arguments, **options):
                 pass

@@ -68,19 +68,19 @@ class TestClipping:
         ],
         ids=["by the Trainer", "by hand", "by the module's hook", "before the step", "after the backward"],
     )
-    def test_pruned_weights_take_no_part_in_the_norm(self, build, options):
+    def test_clipping_by_norm_leaves_pruned_weights_out_of_the_norm(self, build, options):
         module = build()
         fit(module, half(rounds=1), max_epochs=2, train=loader(8), **options)
         whole = [2.5 * g / 13 for g in (3, 4, 12)]
         assert module.seen == [pytest.approx(whole, rel=1e-5), pytest.approx([1.5, 2.0, 0.0], rel=1e-5)]
 
-    def test_values(self):
+    def test_clipping_by_value_leaves_pruned_weights_at_zero(self):
         module = OneLayer()
         options = {"gradient_clip_val": 3.5, "gradient_clip_algorithm": "value"}
         fit(module, half(rounds=1), max_epochs=2, train=loader(8), **options)
         assert module.seen == [pytest.approx([3.0, 3.5, 3.5]), pytest.approx([3.0, 3.5, 0.0])]
 
-    def test_accumulated_gradients(self):
+    def test_clipping_of_accumulated_gradients_leaves_pruned_weights_out(self):
         module = OneLayer()
         options = {"gradient_clip_val": 2.5, "accumulate_grad_batches": 2}
         fit(module, half(rounds=1), max_epochs=2, train=loader(16), **options)

@@ -85,7 +85,7 @@ def test_averaged_weights_are_rewound_too(pruner_first):
     assert len(seen) == 2
 
 
-def test_without_the_pruner_the_average_would_be_dense():
+def test_averaged_copies_are_dense_without_the_pruner():
     """The ground of the test above: weights that went to zero late leave a trace in an average."""
     module = Net()
 
@@ -145,7 +145,7 @@ def test_learning_rate_monitor_sees_each_round_start_anew(tmp_path, interval):
     assert logged[0] == 0.1
 
 
-def test_gradient_accumulation_that_changes():
+def test_gradient_accumulation_that_changes_keeps_the_rounds():
     pruner = sap()
     fit(WithSchedule(), GradientAccumulationScheduler({0: 1, 3: 3}), pruner, max_epochs=6)
     assert [record.round for record in pruner.history] == [0, 1, 2]
@@ -164,7 +164,7 @@ class WithBackbone(Net):
 
 
 @pytest.mark.parametrize("pruner_first", [True, False])
-def test_a_backbone_joins_when_it_is_unfrozen(pruner_first):
+def test_backbone_that_is_unfrozen_joins_the_pruning(pruner_first):
     pruner, module = sap(), WithBackbone()
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=3, verbose=False)
     fit(module, *ordered(pruner_first, pruner, finetuning), max_epochs=6)

@@ -43,7 +43,7 @@ class TestCopies:
     def options(self):
         return {"rewind_weights": "init", "include": ["*weight", nn.Linear], "exclude": ["net.1.*", "*bias"]}
 
-    def test_before_fit(self, copy_of):
+    def test_copy_before_fit_prunes_by_itself(self, copy_of):
         original = half(**self.options())
         twin = copy_of(original)
         assert twin.options == original.options
@@ -51,7 +51,7 @@ class TestCopies:
         assert survivors(twin) == {"net.0.weight": 6, "net.3.weight": 3}
         assert original.masks == {}
 
-    def test_during_fit(self, copy_of):
+    def test_copy_during_fit_holds_the_masks_of_that_moment(self, copy_of):
         twins, pruner, module = [], half(**self.options()), Net()
         look = Watch(on_train_batch_end=lambda t, m: twins.append((pruner.masks, copy_of(pruner))))
         fit(module, pruner, look)
@@ -62,7 +62,7 @@ class TestCopies:
         assert sum(survivors(twins[-1][1]).values()) == 5
         assert sum(survivors(pruner).values()) == 9
 
-    def test_after_fit(self, copy_of):
+    def test_copy_after_fit_holds_masks_and_history(self, copy_of):
         module, pruner = Net(), half(**self.options())
         fit(module, pruner)
         twin = copy_of(pruner)
@@ -74,7 +74,7 @@ class TestCopies:
         assert same(first[0], pruner.masks)
         assert sum(survivors(twin).values()) == 5
 
-    def test_it_does_not_carry_the_module(self, copy_of):
+    def test_copy_does_not_carry_the_module(self, copy_of):
         module, pruner = Net(), half()
         module.lock = object()
         fit(module, pruner)
@@ -93,7 +93,7 @@ HOOKS = [
 # but "mask", which is also the moment between an optimizer's step and the masking
 @pytest.mark.parametrize("moment", [*HOOKS, *sorted(STEPS_OF_A_PRUNING.keys() - {"mask"})])
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle])
-def test_copies_at_any_moment_are_of_that_moment_and_go_on_by_themselves(monkeypatch, copy_of, moment):
+def test_copy_at_any_moment_is_of_that_moment_and_goes_on_by_itself(monkeypatch, copy_of, moment):
     takes, pruner, module = [], half(rewind_weights="init"), Scheduled(optimizer=SGD)
 
     def take(*_):

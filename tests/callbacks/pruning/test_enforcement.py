@@ -91,13 +91,13 @@ class TestEnforcement:
 
     @pytest.mark.parametrize("reset_optimizer", [True, False])
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    def test_manual_optimization_with_two_optimizers(self, optimizer, reset_optimizer):
+    def test_masked_weights_are_zero_under_manual_optimization_with_two_optimizers(self, optimizer, reset_optimizer):
         module = Manual(optimizer=OPTIMIZERS[optimizer])
         fit(module, half(reset_optimizer=reset_optimizer))
         zeros = [gone for gone in (0, N // 2, N * 3 // 4, N * 7 // 8) for _ in range(2 * BATCHES)]
         assert module.steps == [(True, gone) for gone in zeros]
 
-    def test_an_embedding_with_sparse_gradients_under_manual_optimization(self):
+    def test_masked_weights_are_zero_in_an_embedding_with_sparse_gradients(self):
         module = SparseRows()
         pruner = half(include="rows.weight", scope="global")
         fit(module, pruner)
@@ -108,14 +108,14 @@ class TestEnforcement:
         assert module.gradients[-1].to_dense()[mask].any()
         assert not module.rows.weight[~mask].any()
 
-    def test_momentum_would_revive_them(self):
+    def test_momentum_moves_pruned_weights_without_the_hook(self):
         """Without the callback's hook the same run moves pruned weights: the tests above can fail."""
         module, pruner = Checked(), half(reset_optimizer=False)
         lost = Watch(on_train_start=lambda trainer, module: pruner._fit.hooks[0].remove())
         fit(module, pruner, lost)
         assert [clean for clean, _ in module.steps] == [True] * BATCHES + [False] * (3 * BATCHES)
 
-    def test_every_callback_sees_them_masked_wherever_it_stands(self):
+    def test_every_callback_sees_weights_masked_wherever_it_stands(self):
         seen = []
         watch = {
             hook: lambda trainer, module: seen.append(all_masked_are_zero(trainer, module))
@@ -125,7 +125,7 @@ class TestEnforcement:
         assert seen == [True] * len(seen)
         assert len(seen) > 4 * 2 * (3 * BATCHES)
 
-    def test_the_optimizer_forgets_at_each_pruning_only_if_asked(self):
+    def test_optimizer_state_is_reset_at_each_pruning_only_if_asked(self):
         for reset in (True, False):
             sizes = []
             watch = Watch(on_train_batch_start=lambda t, m, sizes=sizes: sizes.append(len(t.optimizers[0].state)))
@@ -134,7 +134,7 @@ class TestEnforcement:
             second = [0, tensors, tensors] if reset else [tensors] * BATCHES
             assert sizes == [0] + [tensors] * (2 * BATCHES - 1) + second + [tensors] * BATCHES
 
-    def test_a_state_that_was_there_before_the_first_step_is_there_again(self):
+    def test_optimizer_state_from_before_the_first_step_is_back_after_a_reset(self):
         """Adagrad's is made with the optimizer, and older ones of PyTorch fail without it."""
         seen = []
 
@@ -159,7 +159,7 @@ class TestEnforcement:
                 assert torch.equal(state[name], mask.float())  # one where it is kept, zero where it is pruned
             assert torch.equal(state["net.3.bias"], torch.ones(3))
 
-    def test_hooks_are_gone_after_fit(self):
+    def test_optimizer_hooks_are_removed_after_fit_and_after_a_crash(self):
         for failing in (False, True):
             module, pruner = Net(), half()
             trainer = quiet_trainer(pruner, crash_in("on_train_epoch_end", 2) if failing else Watch())

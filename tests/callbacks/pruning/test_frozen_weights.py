@@ -95,7 +95,7 @@ def test_nothing_is_pruned_where_all_is_frozen():
     assert pruner.remaining == 0.5
 
 
-def test_a_target_counts_the_weights_that_joined():
+def test_target_counts_weights_that_are_unfrozen_later():
     module = Net()
     module.net[0].requires_grad_(False)
     pruner = PruningCallback(FixedFraction(0.1), rounds=3, target_remaining=0.25)

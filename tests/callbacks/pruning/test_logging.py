@@ -13,14 +13,14 @@ from lightning_sap import FixedFraction, PruningCallback
 
 
 class TestLogging:
-    def test_values_of_every_epoch(self):
+    def test_round_remaining_and_pruned_are_logged_in_every_epoch(self):
         pruner, seen = half(every_n_epochs=2, name="half"), []
         keys = ("half/round", "half/remaining", "half/pruned")
         look = Watch(on_train_epoch_end=lambda t, m: seen.append([float(t.callback_metrics[key]) for key in keys]))
         fit(Net(), pruner, look, max_epochs=6)
         assert seen == [[0, 1.0, 0]] * 2 + [[1, 0.5, 36]] * 2 + [[2, 0.25, 18]] * 2
 
-    def test_at_validation_end_they_are_of_the_same_epoch(self):
+    def test_logged_values_at_validation_end_are_of_the_same_epoch(self):
         pruner, seen = half(), []
         look = Watch(
             on_validation_end=lambda t, m: seen.append(None if t.sanity_checking else _remaining(t)),
@@ -31,7 +31,7 @@ class TestLogging:
     @pytest.mark.parametrize("validate", [False, True])
     @pytest.mark.parametrize("first", [False, True])
     @pytest.mark.parametrize("key", ["sap/remaining", "sap/round", "sap/pruned"])
-    def test_early_stopping_finds_them_in_every_epoch(self, validate, first, key):
+    def test_early_stopping_finds_logged_values_in_every_epoch(self, validate, first, key):
         module, pruner, seen = Net(), half(), []
         stop = EarlyStopping(key, patience=100, check_finite=False)
         watch = Watch(on_train_epoch_end=lambda t, m: seen.append(t.current_epoch))
@@ -40,7 +40,7 @@ class TestLogging:
         assert seen == [0, 1, 2, 3]
 
     @pytest.mark.parametrize("val_every", [1, 2, 3])
-    def test_early_stopping_beside_rare_validation(self, val_every):
+    def test_early_stopping_beside_rare_validation_sees_the_latest_values(self, val_every):
         pruner, values = half(), []
 
         class Stop(EarlyStopping):
@@ -59,7 +59,7 @@ class TestLogging:
         assert trainer.current_epoch == 3
         assert pruner.remaining == 0.25
 
-    def test_barebones_is_said_to_silence_it_and_prunes_all_the_same(self):
+    def test_barebones_warns_of_silence_and_prunes_all_the_same(self):
         pruner = half()
         message = (
             "sap: Trainer(barebones=True) silences logging: sap/round, sap/remaining, sap/pruned reach no logger and "
@@ -73,7 +73,7 @@ class TestLogging:
         assert pruner.remaining == 0.125
         assert [(r.remaining, r.metrics) for r in pruner.history] == [(2.0**-t, {}) for t in range(4)]
 
-    def test_the_plan_at_the_start_and_the_result_at_the_end(self, caplog):
+    def test_plan_is_said_at_the_start_and_result_at_the_end(self, caplog):
         with caplog.at_level(logging.INFO):
             fit(Net(), half(rewind_weights="init", scope="global"))
         said = [r.message for r in caplog.records if r.message.startswith("sap:")]
@@ -85,7 +85,7 @@ class TestLogging:
             "max_epochs) or a target_remaining.",
         ]
 
-    def test_a_parameter_that_loses_all_its_weights_is_warned_of(self):
+    def test_parameter_without_a_kept_weight_is_warned_of(self):
         module = Net(nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3)), lambda p: SGD(p, lr=0.0))
         with torch.no_grad():
             module.net[0].weight.fill_(0.01)

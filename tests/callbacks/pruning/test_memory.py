@@ -56,7 +56,7 @@ def by_round(*callbacks):
 @pytest.mark.parametrize(
     ("scope", "rewind", "copies"), [("neuron", None, 0), ("layer", "init", 1), ("global", 1, 1), ("global", None, 0)]
 )
-def test_it_is_flat_over_30_rounds_and_no_more_than_it_must_be(scope, rewind, copies):
+def test_memory_is_flat_over_30_rounds(scope, rewind, copies):
     pruner = PruningCallback(FixedFraction(0.05), rounds=ROUNDS, scope=scope, rewind_weights=rewind)
     seen = by_round(pruner, PQIMonitor())
     assert pruner.current_round() == ROUNDS
@@ -66,5 +66,5 @@ def test_it_is_flat_over_30_rounds_and_no_more_than_it_must_be(scope, rewind, co
     assert seen[-1] == pytest.approx(seen[0] - copies * BYTES, abs=64)  # after the last pruning nothing is rewound
 
 
-def test_without_a_pruner_it_is_the_model_its_gradients_and_the_momenta():
+def test_memory_without_a_pruner_is_model_gradients_and_momenta():
     assert by_round()[-1] == pytest.approx(3 * BYTES, abs=SMALL)

@@ -57,7 +57,7 @@ def said(module, pruner, max_epochs=4):
     return found
 
 
-def test_more_than_half_of_the_units_is_warned_of_once_by_name_with_the_fix():
+def test_losing_more_than_half_of_the_units_is_warned_of_once():
     """Of five rows one goes each time."""
     module = rows([1.0, 2.0, 3.0, 4.0, 5.0], [5.0] * 5)
     pruner = PruningCallback(Counts([6, 6, 6, 6]), every_n_epochs=1, include="net.0.*")
@@ -66,7 +66,7 @@ def test_more_than_half_of_the_units_is_warned_of_once_by_name_with_the_fix():
     }
 
 
-def test_a_parameter_without_weights_is_warned_of_again():
+def test_parameter_without_a_kept_weight_is_warned_of_again():
     module = rows([1.0, 2.0, 3.0, 4.0], [1.0] * 4)
     pruner = PruningCallback(Counts([18, 6]), every_n_epochs=1, include="net.0.*")
     assert said(module, pruner, max_epochs=3) == {
@@ -75,7 +75,7 @@ def test_a_parameter_without_weights_is_warned_of_again():
     }
 
 
-def test_several_are_named_together():
+def test_several_parameters_with_lost_units_are_named_in_one_warning():
     module = rows([1.0, 2.0], [1.0, 2.0, 3.0], [9.0] * 5)
     pruner = PruningCallback(Counts([12 + 12]), scope="global", every_n_epochs=2)
     assert said(module, pruner) == {
@@ -86,18 +86,18 @@ def test_several_are_named_together():
     }
 
 
-def test_the_fix_fixes_it():
+def test_min_remaining_that_the_warning_advises_ends_it():
     module = rows([1.0, 2.0], [9.0] * 5)
     pruner = PruningCallback(Counts([12]), scope="global", every_n_epochs=2, min_remaining=0.5)
     assert said(module, pruner) == {}
     assert int(pruner.masks["net.0.weight"].sum()) == 6
 
 
-def test_half_of_the_units_is_not_more_than_half():
+def test_losing_half_of_the_units_is_not_warned_of():
     assert said(rows([1.0, 2.0, 3.0, 4.0]), PruningCallback(FixedFraction(0.5), rounds=1, every_n_epochs=2)) == {}
 
 
-def test_the_units_of_filters_are_counted():
+def test_lost_filters_are_counted_as_units():
     """Of four filters, three of which are small."""
     conv = nn.Conv2d(1, 4, 2, bias=False)
     conv.weight = nn.Parameter(torch.tensor([1.0, 1.0, 9.0, 1.0])[:, None, None, None].expand(-1, 1, 2, 2).clone())
@@ -111,7 +111,7 @@ def test_the_units_of_filters_are_counted():
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_layer_that_never_had_a_weight_has_none_to_lose(shape):
+def test_layer_that_never_had_a_weight_is_not_warned_of(shape):
     module = rows([1.0, 2.0, 3.0, 4.0])
     module.net.append(nn.Linear(*shape, bias=False))
     pruner = PruningCallback(FixedFraction(0.5), rounds=1, every_n_epochs=2)
@@ -119,5 +119,5 @@ def test_a_layer_that_never_had_a_weight_has_none_to_lose(shape):
     assert pruner.remaining == 0.5
 
 
-def test_sap_with_its_defaults_on_a_small_network_says_nothing():
+def test_sap_with_its_defaults_on_a_small_network_warns_of_nothing():
     assert said(Net(), SAPCallback(rounds=3)) == {}

@@ -92,7 +92,7 @@ def half(**options):
 
 @pytest.mark.filterwarnings("ignore:sap. these look like low-rank adapters")
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name):
+def test_models_of_many_kinds_are_pruned_and_masked(name):
     build, batch, prunable = MODELS[name]
     pruner, network = half(rewind_weights="init"), build()
     module, trainer = train(network, batch(), pruner)
@@ -123,7 +123,7 @@ def test_channels_last_is_pruned_as_channels_first_is():
 
 
 class TestAdapters:
-    def test_they_are_warned_of_by_name(self):
+    def test_adapters_are_warned_of_by_name(self):
         message = (
             "sap: these look like low-rank adapters of frozen weights: net.lora_a.weight, net.lora_b.weight. Pruning "
             "them saves little: they are small, and their product, and so the merged weight, stays dense. Leave them "
@@ -132,13 +132,13 @@ class TestAdapters:
         with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
             train(Adapted(), torch.randn(4, 6), half())
 
-    def test_left_out_as_advised_they_train_densely_and_nothing_is_said(self):
+    def test_adapters_left_out_as_advised_train_densely_without_a_warning(self):
         pruner, network = half(exclude="*lora_*"), nn.Sequential(Adapted(), nn.Linear(6, 4))
         train(network, torch.randn(4, 6), pruner)
         assert survivors(pruner) == {"net.1.weight": 6}
         assert bool(network[0].lora_a.weight.all())
 
-    def test_nothing_is_said_where_nothing_is_pruned(self):
+    def test_adapters_are_not_warned_of_where_nothing_is_pruned(self):
         train(Adapted(), torch.randn(4, 6), PruningCallback(FixedFraction(0.5), rounds=0))
 
 
@@ -204,21 +204,21 @@ class TestGAN:
             for _ in range(4)
         ]
 
-    def test_both_are_pruned_by_one_callback(self):
+    def test_gan_is_pruned_as_a_whole_by_one_callback(self):
         pruner = half(reset_optimizer=False)
         module, _ = self.fit(pruner)
         assert list(pruner.masks) == list(GAN_SIZES)
         assert module.zeros == self.looks((0, 0), (1 / 2, 1 / 2), (3 / 4, 3 / 4))
 
     @pytest.mark.parametrize("selection", [{"include": "generator.*"}, {"exclude": "discriminator.*"}])
-    def test_the_generator_alone(self, selection):
+    def test_gan_generator_is_pruned_alone(self, selection):
         pruner = half(reset_optimizer=False, **selection)
         module, _ = self.fit(pruner)
         assert survivors(pruner) == {"generator.0.weight": 8, "generator.2.weight": 12}
         assert module.zeros == self.looks((0, 0), (1 / 2, 0), (3 / 4, 0))
 
     @pytest.mark.parametrize("order", [1, -1])
-    def test_a_callback_for_each(self, order):
+    def test_gan_is_pruned_by_a_callback_for_each_network(self, order):
         g = half(name="g", include="generator.*", rewind_weights="init", reset_optimizer=False)
         d = PruningCallback(FixedFraction(0.75), rounds=1, name="d", include="discriminator.*")
         module, trainer = self.fit(*[g, d][::order])
@@ -228,7 +228,7 @@ class TestGAN:
 
 
 @pytest.mark.slow
-def test_vit_b_16():
+def test_vit_b_16_is_pruned_and_masked():
     pruner = half(scope="global")
     slow = partial(SGD, lr=1e-4)  # else it diverges, and that is an error
     network = with_a_head(torchvision.models.vit_b_16(num_classes=5))
@@ -240,7 +240,7 @@ def test_vit_b_16():
 
 @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_precisions(precision, scope):
+def test_masks_hold_in_every_precision(precision, scope):
     pruner = half(scope=scope)
     x = torch.randn(4, 6).to({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
     module, trainer = train(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), x, pruner, precision=precision)
@@ -259,7 +259,7 @@ def test_precisions(precision, scope):
 @pytest.mark.filterwarnings("ignore:sap. no weights are left in .'net.2.weight'")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-def test_on_a_gpu(precision, scope):
+def test_masks_hold_on_a_gpu_in_every_precision(precision, scope):
     pruner, zeros = half(scope=scope, rewind_weights="init"), []
     look = helpers.Watch(on_before_zero_grad=lambda t, m: zeros.append((t.global_step, all_masked_are_zero(t, m))))
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -280,7 +280,7 @@ def test_on_a_gpu(precision, scope):
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("kind", [SGD, AdamW])
-def test_optimizer_implementations(kind, options, accelerator):
+def test_masks_hold_with_fused_foreach_and_plain_optimizers(kind, options, accelerator):
     pruner = half()
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = partial(kind, lr=0.01, **options)
@@ -298,7 +298,7 @@ class Layer(nn.Linear):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
-def test_no_round_makes_torch_compile_start_again(whole):
+def test_torch_compile_compiles_once_for_all_rounds(whole):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     network = nn.Sequential(Layer(6, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class TestWhatPrunesNothing:
-    def test_fast_dev_run(self):
+    def test_fast_dev_run_prunes_nothing(self):
         module, pruner = Net(), half()
         trainer = fit(module, pruner, val=loader(), fast_dev_run=True)
         assert trainer.global_step == 1
@@ -14,7 +14,7 @@ class TestWhatPrunesNothing:
         assert zeros_of(module) == 0
         assert pruner.current_round() == 0
 
-    def test_fast_dev_run_of_several_batches_keeps_what_was_pruned_before(self):
+    def test_fast_dev_run_of_several_batches_keeps_the_masks(self):
         module, pruner = Net(), half()
         fit(module, pruner)
         masks = pruner.masks
@@ -29,7 +29,7 @@ class TestWhatPrunesNothing:
         assert pruner.remaining == 1.0
 
     @pytest.mark.parametrize("run", ["validate", "test", "predict"])
-    def test_evaluation(self, run, tmp_path):
+    def test_evaluation_changes_neither_weights_nor_masks(self, run, tmp_path):
         module, pruner = Net(), half()
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         trainer = fit(module, pruner, saver, enable_checkpointing=True)
@@ -45,7 +45,7 @@ class TestWhatPrunesNothing:
         assert pruner.current_round() == 3
 
     @pytest.mark.parametrize("run", ["validate", "test", "predict"])
-    def test_a_callback_that_never_trained(self, run):
+    def test_evaluation_by_a_callback_that_never_trained_prunes_nothing(self, run):
         module, pruner = Net(), half()
         before = copied(module.state_dict())
         module.forward = lambda batch: module.net(batch[0])
@@ -53,7 +53,7 @@ class TestWhatPrunesNothing:
         assert pruner.masks == {}
         assert same(module.state_dict(), before)
 
-    def test_sanity_check(self):
+    def test_sanity_check_prunes_nothing(self):
         module, pruner, seen = Net(), half(), []
         first = copied(module.state_dict())
         look = Watch(on_sanity_check_end=lambda t, m: seen.append(same(m.state_dict(), first)))
@@ -61,7 +61,7 @@ class TestWhatPrunesNothing:
         assert seen == [True]
         assert trainer.callback_metrics["sap/round"] == 3
 
-    def test_sanity_check_of_a_second_fit(self):
+    def test_sanity_check_of_a_second_fit_keeps_weights_and_masks(self):
         module, pruner, seen = Net(), half(rounds=1, every_n_epochs=None), []
         fit(module, pruner, val=loader())
         before, masks = copied(module.state_dict()), pruner.masks
@@ -70,7 +70,7 @@ class TestWhatPrunesNothing:
         assert [same(*pair) for pair in zip(seen, [before, masks], strict=True)] == [True, True]
         assert pruner.remaining == 0.25
 
-    def test_epochs_without_a_step(self):
+    def test_epochs_without_a_step_prune_nothing(self):
         """A round that took no optimizer step is not a round."""
         module, pruner = Net(), half()
         module.on_train_batch_start = lambda batch, index: -1 if module.trainer.current_epoch < 2 else None
@@ -78,7 +78,7 @@ class TestWhatPrunesNothing:
         assert trainer.global_step == 2 * BATCHES
         assert pruner.current_round() == 1
 
-    def test_an_epoch_without_a_step_in_a_trainer_that_goes_on(self):
+    def test_epoch_without_a_step_in_a_second_fit_prunes_nothing(self):
         module, pruner = Net(), half(rounds=1, every_n_epochs=None)
         trainer = fit(module, pruner)
         module.on_train_batch_start = lambda batch, index: -1 if trainer.current_epoch == 4 else None

@@ -80,7 +80,7 @@ class TestRanges:
         ],
     )
     @pytest.mark.parametrize("build", [pruning, SAPCallback])
-    def test_out_of_range(self, build, options, message):
+    def test_options_out_of_range_are_refused(self, build, options, message):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             build(**options)
 
@@ -99,24 +99,24 @@ class TestRanges:
             {"name": "a.b-c d"},
         ],
     )
-    def test_the_ends_of_the_ranges_are_allowed(self, options):
+    def test_options_at_the_ends_of_their_ranges_are_allowed(self, options):
         assert all(getattr(pruning(**options).options, key) == value for key, value in options.items())
 
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-0.5, 1.0)])
-    def test_orders(self, p, q):
+    def test_orders_out_of_range_are_refused(self, p, q):
         message = f"The orders of the PQ Index must satisfy 0 < p < q <= 1000, got p={p} and q={q}; try p=0.5, q=1.0."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SAPCallback(p=p, q=q)
 
     @pytest.mark.parametrize("wrong", [3, nn.Linear(2, 2), [nn.Linear, 0.5], int, [None]])
     @pytest.mark.parametrize("option", ["include", "exclude"])
-    def test_what_selects_nothing(self, option, wrong):
+    def test_include_and_exclude_of_a_wrong_type_are_refused(self, option, wrong):
         message = f"{option} must be one or a list of parameter-name globs such as 'encoder.*', module types such as"
         with pytest.raises(TypeError, match=re.escape(message)):
             SAPCallback(**{option: wrong})
 
     @pytest.mark.parametrize("option", ["target_remaining", "min_remaining"])
-    def test_fractions_that_are_texts(self, option):
+    def test_fractions_that_are_texts_are_refused(self, option):
         with pytest.raises(ValueError, match=f"{option} must be .*a fraction in .*, got '0.1'"):
             SAPCallback(**{option: "0.1"})
 
@@ -137,18 +137,18 @@ class TestRanges:
             ),
         ],
     )
-    def test_of_the_policy(self, options, message):
+    def test_policy_options_out_of_range_are_refused(self, options, message):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SAPCallback(**options)
 
     @pytest.mark.parametrize("importance", ["magnitudes", None, 1, nn.Linear(2, 2)])
-    def test_what_is_no_importance(self, importance):
+    def test_importance_of_another_type_is_refused(self, importance):
         message = f"importance must be one of ['magnitude'] or an Importance such as Magnitude(), got {importance!r}."
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
             SAPCallback(importance=importance)
 
     @pytest.mark.parametrize("policy", [0.2, None, FixedFraction, "sap"])
-    def test_what_is_no_policy(self, policy):
+    def test_policy_of_another_type_is_refused(self, policy):
         message = f"policy must be a Policy such as SparsityInformed() or FixedFraction(0.2), got {policy!r}."
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             PruningCallback(policy)
@@ -283,11 +283,11 @@ class TestLimits:
         assert (limits.floors["a"], limits.floors["b"]) == floors
 
     @pytest.mark.parametrize("n", [10**9, 2 * 10**9, 4 * 10**12])
-    def test_whole_numbers_stay_whole_however_large(self, n):
+    def test_floors_of_whole_numbers_stay_exact_however_large(self, n):
         limits = pruning(min_remaining=0.5, target_remaining=0.5).options.limits({"a": n}, n, 1)
         assert limits == Limits({"a": n // 2}, n // 2, n // 2)
 
-    def test_without_a_target_there_is_nothing_else(self):
+    def test_limits_without_a_target_hold_floors_only(self):
         assert pruning().options.limits(self.SIZES, 107, 3) == Limits({"a": 0, "b": 0})
 
     @pytest.mark.parametrize(
@@ -303,15 +303,15 @@ class TestLimits:
             (100, 0, 88, 88),
         ],
     )
-    def test_the_geometric_share_of_what_is_left_to_do(self, alive, left, least, most):
+    def test_limits_of_a_target_are_the_geometric_share_left(self, alive, left, least, most):
         options = pruning(target_remaining=0.125).options
         assert options.limits({"a": 100}, alive, left) == Limits({"a": 0}, least, most)
 
-    def test_a_target_where_the_number_of_prunings_is_not_known(self):
+    def test_limits_of_a_target_without_a_number_of_prunings(self):
         options = pruning(target_remaining=0.125).options
         assert options.limits({"a": 100}, 100, None) == Limits({"a": 0})
 
-    def test_nothing_is_alive(self):
+    def test_limits_where_no_weight_is_kept(self):
         assert pruning(target_remaining=0.5).options.limits({"a": 4}, 0, 2) == Limits({"a": 0})
 
 
@@ -385,7 +385,7 @@ class TestYAML:
         cli = LightningCLI(BoringModel, args=args, run=False, save_config_callback=None, seed_everything_default=False)
         return [c for c in cli.trainer.callbacks if isinstance(c, PruningCallback | PQIMonitor)]
 
-    def test_every_option_of_sap(self, callbacks):
+    def test_yaml_gives_every_option_of_sap(self, callbacks):
         assert type(callbacks[0]) is SAPCallback
         assert vars(callbacks[0].options) == {
             "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
@@ -407,7 +407,7 @@ class TestYAML:
             "name": "first",
         }
 
-    def test_a_policy_by_its_class_path(self, callbacks):
+    def test_yaml_gives_a_policy_by_its_class_path(self, callbacks):
         options = callbacks[1].options
         assert type(callbacks[1]) is PruningCallback
         assert options.policy == FixedFraction(0.3)
@@ -417,12 +417,12 @@ class TestYAML:
         assert callbacks[2].options.policy == SparsityInformed(0.2, 0.9)
         assert callbacks[2].options.rewind_weights is None
 
-    def test_the_monitor(self, callbacks):
+    def test_yaml_gives_the_monitor(self, callbacks):
         monitor = callbacks[3]
         assert (monitor.p, monitor.q, monitor.monitor, monitor.mode) == (1.0, 2.0, "val_acc", "max")
         assert (monitor.gini, monitor.log_layers) == (True, ["net.*"])
 
-    def test_the_command_line(self):
+    def test_command_line_gives_options_of_sap(self):
         (callback,) = self.built(
             [
                 "--trainer.logger=false",
@@ -463,7 +463,7 @@ class TestYAML:
         assert [callback.patience for callback in callbacks if isinstance(callback, PQIMonitor)] == [5]
 
     @pytest.mark.parametrize("value", ["first", "1.5"])
-    def test_a_wrong_value_is_refused(self, value, capsys):
+    def test_yaml_with_a_wrong_value_is_refused(self, value, capsys):
         with pytest.raises(SystemExit):
             self.built(
                 [
@@ -483,14 +483,14 @@ class Nothing(Policy):
 
 
 class TestTexts:
-    def test_no_addresses_are_in_them(self):
+    def test_option_texts_hold_no_addresses(self):
         """Every process has other ones, and a resumed run would say that options changed."""
         texts = PruningCallback(Nothing(), include=lambda *_: True, exclude=[str.isalpha]).options.plain()
         assert texts["policy"] == "Nothing()"
         assert texts["include"] == "<function TestTexts.test_no_addresses_are_in_them.<locals>.<lambda>>"
         assert not any("0x" in text for text in texts.values())
 
-    def test_they_are_plain_and_tell_a_change(self):
+    def test_option_texts_tell_a_change(self):
         options = pruning(include=["*.weight", nn.Linear], rewind_weights=2, target_remaining=0.5).options
         stored = options.plain()
         assert {type(value) for value in stored.values()} == {str}

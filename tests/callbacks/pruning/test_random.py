@@ -230,7 +230,7 @@ EMPTIED = pytest.mark.filterwarnings("ignore:sap. after pruning .* no weights")
 @EMPTIED
 @settings(max_examples=25)
 @given(configurations())
-def test_a_random_configuration(config):
+def test_random_configuration_prunes_as_the_oracle_does(config):
     check(config)
 
 
@@ -239,5 +239,5 @@ def test_a_random_configuration(config):
 @pytest.mark.timeout(600)
 @settings(max_examples=100)
 @given(configurations())
-def test_many_random_configurations(config):
+def test_many_random_configurations_prune_as_the_oracle_does(config):
     check(config)

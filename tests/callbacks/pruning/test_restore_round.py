@@ -24,7 +24,7 @@ def average_of(callback):
 
 
 class TestRestoreRound:
-    def test_every_round_comes_back_in_any_order(self, tmp_path):
+    def test_restore_round_brings_back_every_round_in_any_order(self, tmp_path):
         module, pruner, rounds, trainer = archived(tmp_path)
         assert {name for name in module.state_dict() if "running" in name or "batches" in name}
         for round in (1, 0, 2, 2, 0, 1):
@@ -43,13 +43,13 @@ class TestRestoreRound:
         assert trainer.lightning_module is module
 
     @pytest.mark.parametrize("rewind", ["init", 1])
-    def test_rewound_weights_do_not_matter(self, tmp_path, rewind):
+    def test_restore_round_brings_back_trained_weights_under_rewinding(self, tmp_path, rewind):
         module, pruner, rounds, _trainer = archived(tmp_path, pruner=archiving_half(rewind_weights=rewind))
         for round in range(3):
             pruner.restore_round(round)
             assert same(module.state_dict(), rounds.states[round])
 
-    def test_the_latest_by_best(self, tmp_path):
+    def test_restore_round_of_the_best_round_has_its_loss(self, tmp_path):
         module, pruner, rounds, _trainer = archived(tmp_path, val=loader(seed=3))
         losses = [record.metrics["val_loss"] for record in pruner.history]
         best = pruner.history.best("val_loss", "min")
@@ -60,7 +60,7 @@ class TestRestoreRound:
         assert found == pytest.approx(min(losses), rel=1e-6)
 
     @pytest.mark.parametrize("build", [Decaying, lambda: nn.ModuleDict({"net": mlp()})])
-    def test_another_module_than_the_trainers_leaves_that_one_alone(self, tmp_path, build):
+    def test_restore_round_into_another_module_leaves_the_trainers_alone(self, tmp_path, build):
         module, pruner, rounds, _trainer = archived(tmp_path)
         other = build()
         pruner.restore_round(0, module=other)
@@ -68,7 +68,7 @@ class TestRestoreRound:
         assert same(module.state_dict(), rounds.states[2])
 
     @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pruner: pickle.loads(pickle.dumps(pruner))])
-    def test_a_copied_callback(self, tmp_path, clone):
+    def test_restore_round_of_a_copied_callback_needs_the_module(self, tmp_path, clone):
         """It knows the rounds, and no Trainer."""
         _, pruner, rounds, _trainer = archived(tmp_path)
         twin, module = clone(pruner), Decaying()
@@ -78,7 +78,7 @@ class TestRestoreRound:
         assert same(module.state_dict(), rounds.states[0])
         assert (twin.remaining, pruner.remaining) == (1.0, 0.25)
 
-    def test_a_callback_that_learned_of_the_rounds_from_a_checkpoint(self, tmp_path):
+    def test_restore_round_of_a_callback_loaded_from_a_checkpoint(self, tmp_path):
         _, pruner, rounds, _trainer = archived(tmp_path)
         twin, fresh = archiving_half(), Decaying()
         twin.load_state_dict(pickle.loads(pickle.dumps(pruner.state_dict())))
@@ -86,7 +86,7 @@ class TestRestoreRound:
         assert same(fresh.state_dict(), rounds.states[1])
 
     @pytest.mark.parametrize("order", [1, -1])
-    def test_two_pruners_come_back_together(self, tmp_path, order):
+    def test_restore_round_brings_back_both_pruners(self, tmp_path, order):
         a = archiving_half(name="a", include="net.0.*")
         b = PruningCallback(FixedFraction(0.25), every_n_epochs=1, name="b", include="net.3.*")
         module, rounds = Net(), Rounds(a, b)
@@ -106,7 +106,7 @@ class TestRestoreRound:
 
     @pytest.mark.parametrize("order", [1, -1])
     @pytest.mark.parametrize("validate", [False, True])
-    def test_averaged_weights_come_back_as_that_round_had_them(self, tmp_path, order, validate):
+    def test_restore_round_brings_back_averaged_weights(self, tmp_path, order, validate):
         """As `trainer.validate` saw them in that round, and as it sees them afterwards."""
         module, pruner, losses, averages = Decaying(), archiving_half(), {}, {}
         average = EMAWeightAveraging(decay=0.5)
@@ -131,7 +131,7 @@ class TestRestoreRound:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("what", ["module", "layer"])
-    def test_a_compiled_module(self, tmp_path, what):
+    def test_restore_round_of_a_compiled_module(self, tmp_path, what):
         network = seeded(mlp)
         if what == "layer":
             network[0] = torch.compile(network[0], backend="eager")
@@ -150,7 +150,7 @@ class TestRestoreRound:
         assert [torch.equal(a, b) for a, b in zip(plain.state_dict().values(), rounds.states[0].values(), strict=True)]
         assert trainer.lightning_module is not None
 
-    def test_tied_weights_and_buffers_that_are_not_saved(self, tmp_path):
+    def test_restore_round_keeps_tied_weights_and_unsaved_buffers(self, tmp_path):
         class Tied(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -176,30 +176,30 @@ class TestRefusals:
             pruner.restore_round(**options)
         assert unchanged(before, held, pruner)
 
-    def test_an_unknown_round(self, tmp_path):
+    def test_restore_round_refuses_an_unknown_round(self, tmp_path):
         module, pruner, _, _trainer = archived(tmp_path)
         message = "There is no record of round 3; those that ended are [0, 1, 2]."
         self.refused(pruner, module, ValueError, message, round=3)
 
-    def test_a_round_that_was_not_saved(self, tmp_path):
+    def test_restore_round_refuses_a_round_that_was_not_saved(self, tmp_path):
         module, pruner, _, _trainer = archived(tmp_path, pruner=archiving_half(save_rounds=2))
         message = "Round 0 was not saved: give save_rounds=True (here 2)."
         self.refused(pruner, module, ValueError, message, round=0)
         assert pruner.restore_round(1).round == 1
 
-    def test_a_file_that_is_gone(self, tmp_path):
+    def test_restore_round_refuses_a_missing_file(self, tmp_path):
         module, pruner, _, _trainer = archived(tmp_path)
         path = tmp_path / "rounds" / "sap-round-01.ckpt"
         path.unlink()
         message = f"The round was saved as {str(path)!r}, which is not there any more."
         self.refused(pruner, module, FileNotFoundError, message, round=1)
 
-    def test_a_module_with_other_layers(self, tmp_path):
+    def test_restore_round_refuses_a_module_with_other_layers(self, tmp_path):
         _, pruner, _, _trainer = archived(tmp_path)
         other = Net(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
         self.refused(pruner, other, ValueError, "The masks do not belong", round=1, module=other)
 
-    def test_a_module_with_more_beside_the_pruned_layers(self, tmp_path):
+    def test_restore_round_refuses_a_module_with_more_layers(self, tmp_path):
         _, pruner, _, _trainer = archived(tmp_path)
         other = Net(nn.Sequential(*mlp(), nn.Linear(3, 3)))
         message = (
@@ -209,17 +209,17 @@ class TestRefusals:
         )
         self.refused(pruner, other, ValueError, message, round=1, module=other)
 
-    def test_a_module_of_another_width(self, tmp_path):
+    def test_restore_round_refuses_a_module_of_another_width(self, tmp_path):
         _, pruner, _, _trainer = archived(tmp_path, pruner=archiving_half(include="net.0.*"))
         other = Net(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)))
         message = "Cannot rewind 'net.3.weight': its shape was (3, 8) and is (4, 8) now."
         self.refused(pruner, other, ValueError, message, round=1, module=other)
 
-    def test_before_any_fit(self):
+    def test_restore_round_before_any_fit_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is no record of round 0; those that ended are [].")):
             archiving_half().restore_round(0)
 
-    def test_while_training_goes_on(self, tmp_path):
+    def test_restore_round_while_training_goes_on_is_refused(self, tmp_path):
         pruner, errors = archiving_half(), []
 
         def restore(trainer, module):
@@ -233,7 +233,7 @@ class TestRefusals:
         fit(Net(), pruner, look, max_epochs=6, default_root_dir=tmp_path)
         assert len(errors) == 4
 
-    def test_a_run_that_was_cut_off_can_be_restored(self, tmp_path):
+    def test_restore_round_after_a_crash_brings_back_earlier_rounds(self, tmp_path):
         pruner, module = archiving_half(), Decaying()
         rounds = Rounds(pruner)
 
@@ -250,7 +250,7 @@ class TestRefusals:
 
 
 class TestAfterwards:
-    def test_the_module_of_the_fit_comes_back_though_another_was_validated_since(self, tmp_path):
+    def test_restore_round_restores_the_module_of_the_fit_after_validating_another(self, tmp_path):
         module, pruner, rounds, trainer = archived(tmp_path)
         other = Decaying()
         before = copied(other.state_dict())
@@ -259,7 +259,7 @@ class TestAfterwards:
         assert same(other.state_dict(), before)
         assert same(module.state_dict(), rounds.states[1])
 
-    def test_what_was_put_back_only_holds_its_masks_when_a_file_of_it_is_resumed(self, tmp_path):
+    def test_resume_of_a_restored_round_only_holds_its_masks(self, tmp_path):
         _, pruner, _, trainer = archived(tmp_path)
         pruner.restore_round(1)
         trainer.save_checkpoint(tmp_path / "back.ckpt")
@@ -269,7 +269,7 @@ class TestAfterwards:
         assert [record.round for record in resumed.history[:3]] == [0, 1, 2]
         assert same(resumed.masks, pruner.masks)
 
-    def test_a_module_that_leaves_weights_out_of_its_checkpoints_says_so(self, tmp_path):
+    def test_restore_round_of_a_module_that_leaves_weights_out_needs_strict_loading_false(self, tmp_path):
         class Filtering(Decaying):
             def on_save_checkpoint(self, checkpoint):
                 del checkpoint["state_dict"]["net.3.bias"]
@@ -280,7 +280,7 @@ class TestAfterwards:
         module.strict_loading = False
         assert pruner.restore_round(1).round == 1
 
-    def test_a_file_that_cannot_be_written_is_not_in_the_record(self, tmp_path, monkeypatch):
+    def test_round_whose_file_cannot_be_written_is_not_recorded(self, tmp_path, monkeypatch):
         pruner = archiving_half()
 
         def full(*_, **__):

@@ -53,7 +53,7 @@ def pairwise(matrix, every):
 
 
 @pytest.mark.parametrize(("file", "kind", "rewind"), list(pairwise(FILES, 3)))
-def test_resume(root, tmp_path, file, kind, rewind):
+def test_resume_from_every_file_equals_unbroken_run(root, tmp_path, file, kind, rewind):
     alike = file.startswith("step")
     whole, folder = unbroken(root, kind, rewind, alike)
     resumed = run(tmp_path, kind, rewind, alike, ckpt_path=folder / f"{file}.ckpt")
@@ -61,7 +61,7 @@ def test_resume(root, tmp_path, file, kind, rewind):
     assert differences(whole, resumed, without_validation(file)) == []
 
 
-def test_resume_from_the_last_of_a_run_that_is_over(root, tmp_path):
+def test_resume_from_the_last_file_of_a_finished_run_trains_nothing(root, tmp_path):
     whole, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     resumed = run(tmp_path, "SGD-cosine", "init", alike=False, ckpt_path=folder / "train-epoch-end" / "last.ckpt")
     assert resumed["rates"] == {}
@@ -70,7 +70,7 @@ def test_resume_from_the_last_of_a_run_that_is_over(root, tmp_path):
 
 @pytest.mark.parametrize("where", STEPS_OF_A_PRUNING)
 @pytest.mark.parametrize("when", [2, 4])
-def test_a_crash_inside_a_pruning(root, tmp_path, where, when):
+def test_resume_after_a_crash_inside_a_pruning_equals_unbroken_run(root, tmp_path, where, when):
     whole, _ = unbroken(root, "SGD-cosine", "init", alike=False)
     last = broken(tmp_path / "first", where, when, "SGD-cosine", "init")
     resumed = run(tmp_path / "second", "SGD-cosine", "init", alike=False, ckpt_path=last)
@@ -79,7 +79,7 @@ def test_a_crash_inside_a_pruning(root, tmp_path, where, when):
 
 
 @pytest.mark.parametrize("epoch", [1, 3, 4])
-def test_a_crash_between_training_and_validation(root, tmp_path, epoch):
+def test_resume_after_a_crash_before_validation_equals_unbroken_run(root, tmp_path, epoch):
     whole, _ = unbroken(root, "AdamW-OneCycle", 1, alike=False)
     last = broken(tmp_path / "first", "validation", epoch, "AdamW-OneCycle", 1)
     resumed = run(tmp_path / "second", "AdamW-OneCycle", 1, alike=False, ckpt_path=last)
@@ -104,7 +104,7 @@ SAVING_MODES = {  # of ModelCheckpoint: options, the file, the step that it hold
 
 
 @pytest.mark.parametrize("mode", SAVING_MODES)
-def test_every_mode_of_saving(root, tmp_path, mode):
+def test_resume_with_every_mode_of_saving_equals_unbroken_run(root, tmp_path, mode):
     options, which, step = SAVING_MODES[mode]
     whole, _ = unbroken(root, "SGD-cosine", "init", alike=True)
     saver = Saves(tmp_path, **{"filename": "{step}", **options})
@@ -123,7 +123,7 @@ def test_every_mode_of_saving(root, tmp_path, mode):
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 @pytest.mark.parametrize(("hook", "step"), [("on_train_batch_start", 16), ("on_validation_start", 12)])
 @pytest.mark.parametrize("on_exception", [True, False], ids=["save_on_exception", "OnExceptionCheckpoint"])
-def test_a_file_that_an_exception_wrote(root, tmp_path, on_exception, hook, step):
+def test_resume_from_a_file_that_an_exception_wrote_equals_unbroken_run(root, tmp_path, on_exception, hook, step):
     whole, _ = unbroken(root, "SGD-cosine", "init", alike=True)
     saver = OnExceptionCheckpoint(tmp_path, "end")
     if on_exception:
@@ -141,7 +141,7 @@ def test_a_file_that_an_exception_wrote(root, tmp_path, on_exception, hook, step
     ]
 
 
-def test_a_file_of_weights_only_goes_on_sparse_with_keep_zeros(tmp_path):
+def test_file_of_weights_only_stays_sparse_with_keep_zeros(tmp_path):
     saver = Saves(tmp_path, filename="weights", save_weights_only=True)
     whole = run(tmp_path / "first", "SGD-cosine", None, alike=False, extra=[saver])
     file = torch.load(tmp_path / "weights.ckpt", weights_only=True)
@@ -156,7 +156,7 @@ def test_a_file_of_weights_only_goes_on_sparse_with_keep_zeros(tmp_path):
 
 
 @pytest.mark.parametrize(("at", "when"), [("batch", 4), ("validation", 3)])
-def test_a_process_that_is_killed(root, tmp_path, at, when):
+def test_resume_after_sigkill_equals_unbroken_run(root, tmp_path, at, when):
     kind, rewind = "AdamW-OneCycle", "init"
     whole, _ = unbroken(root, kind, rewind, alike=at == "batch")
     torch.save(Case("one process", kind, rewind, at, when, (0,), "SIGKILL"), tmp_path / "case.pt")
@@ -166,7 +166,7 @@ def test_a_process_that_is_killed(root, tmp_path, at, when):
     assert differences(whole, resumed) == []
 
 
-def test_files_load_with_weights_only(root):
+def test_checkpoint_of_sap_loads_with_weights_only(root):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     checkpoint = torch.load(folder / "train-epoch-end" / "epoch=3.ckpt", weights_only=True)
     state = checkpoint["callbacks"]["lightning_sap/sap"]
@@ -180,7 +180,7 @@ def unpacked(state):
     return sap.masks
 
 
-def test_a_checkpoint_without_pruning_state_starts_dense(tmp_path):
+def test_resume_from_a_checkpoint_without_pruning_state_starts_dense(tmp_path):
     fit(Resumable("SGD-cosine"), Saves(tmp_path, filename="plain"), max_epochs=2, enable_checkpointing=True)
     sap = SAPCallback(rounds=1)
     fit(Resumable("SGD-cosine"), sap, max_epochs=6, ckpt_path=tmp_path / "plain.ckpt")
@@ -219,7 +219,7 @@ def test_a_run_limited_by_steps_that_began_at_a_dense_checkpoint_ends_with_them_
     assert sap.state_dict()["plan"]["end"] == 5  # of three steps each
 
 
-def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
+def test_resume_with_another_max_epochs_keeps_the_rounds(root, tmp_path):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1)
     file = folder / "train-epoch-end" / "epoch=2.ckpt"
@@ -232,7 +232,7 @@ def test_another_max_epochs_does_not_move_the_rounds(root, tmp_path):
     [(None, "planned"), (0.5, "planned, and misses target_remaining=0.5")],
     ids=["no target", "target"],
 )
-def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target, end):
+def test_resume_with_an_earlier_end_warns_of_lost_prunings(root, tmp_path, target, end):
     _, folder = unbroken(root, "SGD-cosine", "init", alike=False)
     file, network = folder / "train-epoch-end" / "epoch=2.ckpt", Resumable("SGD-cosine")
     sap = SAPCallback(rewind_weights="init", scope="global", eta_r=0.1, target_remaining=target)
@@ -252,7 +252,7 @@ def test_an_earlier_end_that_loses_prunings_is_warned_of(root, tmp_path, target,
     ],
     ids=["another selection", "another schedule", "a crash of another callback"],
 )
-def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, error, message):
+def test_resume_that_fails_before_training_keeps_the_state_in_its_file(tmp_path, options, error, message):
     def begin(*callbacks, **options):
         saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1, **options)
         going_on = {"max_epochs": 6, "enable_checkpointing": True, "ckpt_path": file if file.exists() else None}
@@ -279,7 +279,7 @@ def test_a_run_that_fails_before_it_goes_on_loses_nothing(tmp_path, options, err
 
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
-def test_a_run_that_fails_before_it_begins_can_begin_from_its_file(tmp_path):
+def test_fit_that_fails_before_training_begins_again_from_its_file(tmp_path):
     saver, sap = OnExceptionCheckpoint(tmp_path, "end"), SAPCallback(scope="global", eta_r=0.1)
     die = Watch(on_train_start=lambda *_: crash())
     with pytest.raises(Crash):
@@ -291,7 +291,7 @@ def test_a_run_that_fails_before_it_begins_can_begin_from_its_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
-def test_a_second_fit_that_fails_before_it_begins_keeps_the_masks_of_the_first(tmp_path):
+def test_second_fit_that_fails_before_training_keeps_the_masks(tmp_path):
     module, sap, file = Resumable("SGD-cosine"), SAPCallback(scope="global", eta_r=0.1), tmp_path / "end.ckpt"
     fit(module, sap, max_epochs=6)
     saver, die = OnExceptionCheckpoint(tmp_path, "end"), Watch(on_train_start=lambda *_: crash())
@@ -302,7 +302,7 @@ def test_a_second_fit_that_fails_before_it_begins_keeps_the_masks_of_the_first(t
     assert again.history[0].remaining == sap.remaining < 0.9
 
 
-def test_a_run_that_only_holds_masks_has_one_record_however_often_it_is_resumed(tmp_path):
+def test_resume_of_a_run_that_only_holds_masks_keeps_one_record(tmp_path):
     sap, file = SAPCallback(rounds=0, keep_zeros=True), tmp_path / "ended.ckpt"
     fit(Resumable("SGD-cosine"), sap, max_epochs=2).save_checkpoint(file)
     sap = SAPCallback(rounds=0, keep_zeros=True)

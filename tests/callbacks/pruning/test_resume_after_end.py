@@ -14,7 +14,7 @@ class TestFilesOfAnEnd:
 
     @pytest.mark.parametrize("schedule", ["restart", "squeeze", "keep"])
     @pytest.mark.parametrize("saved", ["in on_train_end", "after fit"])
-    def test_they_are_resumed_bit_for_bit(self, tmp_path, saved, schedule):
+    def test_resume_from_a_file_saved_at_the_end_equals_unbroken_run(self, tmp_path, saved, schedule):
         def pruner():
             return half(every_n_epochs=2, rounds=1, lr_schedule=schedule)
 
@@ -33,7 +33,7 @@ class TestFilesOfAnEnd:
         assert records_of(resumed) == records_of(whole)
         assert [(r.round, r.first_epoch, r.last_epoch) for r in resumed.history] == [(0, 0, 1), (1, 2, 5)]
 
-    def test_the_round_that_goes_on_is_saved_when_it_ends(self, tmp_path):
+    def test_resume_after_the_end_saves_the_round_that_goes_on(self, tmp_path):
         def fits(pruner, folder, **options):
             return fit(Net(), pruner, default_root_dir=folder, **options)
 
@@ -49,7 +49,7 @@ class TestFilesOfAnEnd:
 
 
 class TestRunsThatAreOver:
-    def test_the_last_round_is_recorded_when_a_file_of_the_last_epoch_is_resumed(self, tmp_path):
+    def test_resume_from_the_last_epoch_records_the_last_round(self, tmp_path):
         def run(**options):
             pruner, saver = (
                 half(every_n_epochs=2),
@@ -66,7 +66,7 @@ class TestRunsThatAreOver:
         assert same(resumed.masks, pruner.masks)
         assert same(again.state_dict(), whole.state_dict())
 
-    def test_a_longer_last_round_ends_where_training_does(self, tmp_path):
+    def test_resume_with_a_longer_last_round_saves_it_at_the_end(self, tmp_path):
         pruner, saver = half(rounds=1, every_n_epochs=2), ModelCheckpoint(tmp_path, save_last=True)
         fit(Net(), pruner, saver, max_epochs=4, enable_checkpointing=True)
         resumed = half(rounds=1, every_n_epochs=2, save_rounds=True)

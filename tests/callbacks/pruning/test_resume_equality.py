@@ -29,7 +29,7 @@ class TestResume:
     @pytest.mark.parametrize("epoch", [2, *(pytest.param(other, marks=pytest.mark.slow) for other in (0, 1, 3, 4))])
     @pytest.mark.parametrize("validate", [False, True], ids=["epoch-end file", "validation-end file"])
     @pytest.mark.parametrize("rewind", [None, "init"])
-    def test_a_killed_run_ends_bit_equal(self, tmp_path, rewind, validate, epoch):
+    def test_resume_after_a_crash_equals_unbroken_run(self, tmp_path, rewind, validate, epoch):
         def pruner():
             return half(every_n_epochs=2, rewind_weights=rewind, reset_optimizer=False)
 
@@ -54,7 +54,7 @@ class TestResume:
     @pytest.mark.filterwarnings("ignore:sap. after pruning .* no weights")
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     @pytest.mark.parametrize("rewind", ["init", 1])
-    def test_with_every_optimizer_and_late_rewinding(self, tmp_path, optimizer, rewind):
+    def test_resume_with_every_optimizer_equals_unbroken_run(self, tmp_path, optimizer, rewind):
         def module():
             return Net(optimizer=OPTIMIZERS[optimizer])
 
@@ -69,7 +69,7 @@ class TestResume:
 
     @pytest.mark.parametrize("step", range(1, 11))
     @pytest.mark.parametrize("rewind", [None, "init"])
-    def test_from_any_batch_of_an_epoch(self, tmp_path, rewind, step):
+    def test_resume_from_any_batch_equals_unbroken_run(self, tmp_path, rewind, step):
         """All batches are alike: a DataLoader does not know where it stopped."""
         alike = DataLoader([data(1)[0]] * 24, 8)
 
@@ -84,7 +84,7 @@ class TestResume:
         assert same(first.state_dict(), second.state_dict())
         assert same(whole.masks, resumed.masks)
 
-    def test_more_epochs_do_not_move_the_rounds(self, tmp_path):
+    def test_resume_with_more_epochs_keeps_the_rounds(self, tmp_path):
         _, whole, *_ = run_saving_epochs(Net, lambda: half(rounds=2, every_n_epochs=None), tmp_path, max_epochs=6)
         _, resumed, *_ = run_saving_epochs(
             Net, lambda: half(rounds=2, every_n_epochs=None), tmp_path / "b", ckpt_path=tmp_path / "epoch=1.ckpt",
@@ -93,7 +93,7 @@ class TestResume:
         assert [(r.first_epoch, r.last_epoch) for r in resumed.history] == [(0, 1), (2, 3), (4, 11)]
         assert same(resumed.masks, whole.masks)
 
-    def test_a_run_that_was_over_hands_back_its_masks(self, tmp_path):
+    def test_resume_of_a_finished_run_hands_back_its_masks(self, tmp_path):
         module, whole, *_ = run_saving_epochs(Net, half, tmp_path, max_epochs=4)
         other, resumed, *_ = run_saving_epochs(
             Net, half, tmp_path / "b", ckpt_path=tmp_path / "epoch=3.ckpt", max_epochs=4
@@ -102,13 +102,13 @@ class TestResume:
         assert same(other.state_dict(), module.state_dict())
         assert resumed.remaining == 0.125
 
-    def test_a_file_from_before_there_was_a_pruner_starts_its_rounds_there(self, tmp_path):
+    def test_resume_from_a_file_without_a_pruner_starts_rounds_there(self, tmp_path):
         fit(Net(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), enable_checkpointing=True, max_epochs=2)
         pruner = half(rounds=2, every_n_epochs=None)
         fit(Net(), pruner, ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=8)
         assert [(r.first_epoch, r.last_epoch) for r in pruner.history] == [(2, 3), (4, 5), (6, 7)]
 
-    def test_two_callbacks_take_up_their_own_states(self, tmp_path):
+    def test_resume_gives_two_callbacks_their_own_states(self, tmp_path):
         def both():
             return half(name="a", include="net.0.*"), SAPCallback(name="b", include="net.3.*", rounds=3)
 
@@ -120,7 +120,7 @@ class TestResume:
         assert same(first.state_dict(), second.state_dict())
         assert [same(a.masks, b.masks) for a, b in zip(whole, resumed, strict=True)] == [True, True]
 
-    def test_a_run_that_steps_end_keeps_its_plan(self, tmp_path):
+    def test_resume_of_a_run_limited_by_steps_keeps_its_plan(self, tmp_path):
         """Lightning alone does not resume such a run bit for bit."""
 
         def rates(*callbacks, **options):
@@ -134,7 +134,7 @@ class TestResume:
         assert rates(ckpt_path=tmp_path / "epoch=3.ckpt") == whole[4:]
         assert whole[:3] == whole[3:]
 
-    def test_weights_that_came_dense_are_masked_before_the_first_batch(self, tmp_path):
+    def test_resume_masks_weights_that_came_dense_before_the_first_batch(self, tmp_path):
         """As those of a file whose weights someone averaged."""
         run_saving_epochs(Net, half, tmp_path, max_epochs=4)
         module, pruner, clean = Net(), half(), []

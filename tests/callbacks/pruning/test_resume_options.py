@@ -13,7 +13,7 @@ from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
 
 class TestChangedOptions:
-    def test_a_changed_amount_applies_from_the_next_round_and_is_logged(self, tmp_path, caplog):
+    def test_resume_with_another_amount_applies_it_from_the_next_round(self, tmp_path, caplog):
         run_saving_epochs(Net, half, tmp_path, max_epochs=4)
         pruner = PruningCallback(FixedFraction(0.75), every_n_epochs=1, min_remaining=0.1)
         with caplog.at_level(logging.INFO):
@@ -25,7 +25,7 @@ class TestChangedOptions:
         # 24 and 12 survived the file's one pruning; then 18 of 24 would go, but 5 stay; 9 of 12, and 3 stay
         assert survivors(pruner) == {"net.0.weight": 5, "net.3.weight": 3}
 
-    def test_the_plan_stays_and_that_is_logged(self, tmp_path, caplog):
+    def test_resume_keeps_the_plan_and_logs_that(self, tmp_path, caplog):
         run_saving_epochs(Net, half, tmp_path, max_epochs=4)
         pruner = half(rounds=1, every_n_epochs=2)
         with caplog.at_level(logging.INFO):
@@ -57,7 +57,7 @@ class TestChangedOptions:
             ({}, {"target_remaining": 0.1}, 4, "that is 7 of 72 weights, and there are no prunings left."),
         ],
     )
-    def test_what_cannot_change_any_more_is_refused(self, tmp_path, old, new, epoch, message):
+    def test_resume_refuses_options_that_cannot_change(self, tmp_path, old, new, epoch, message):
         run_saving_epochs(Scheduled, lambda: half(every_n_epochs=2, **old), tmp_path)
         steps = []
         look = Watch(on_train_batch_start=lambda t, m: steps.append(t.global_step))
@@ -69,13 +69,13 @@ class TestChangedOptions:
     @pytest.mark.parametrize(
         ("old", "new"), [({"rewind_weights": "init"}, {"rewind_weights": 0}), ({}, {"lr_schedule": "squeeze"})]
     )
-    def test_other_words_for_the_same_change_nothing(self, tmp_path, old, new):
+    def test_resume_with_other_words_for_the_same_changes_nothing(self, tmp_path, old, new):
         whole, *_ = run_saving_epochs(Scheduled, lambda: half(every_n_epochs=2, **old), tmp_path)
         module, resumed = Scheduled(), half(every_n_epochs=2, **new)
         fit(module, resumed, PQIMonitor(stop_on=None), ckpt_path=tmp_path / "epoch=2.ckpt", max_epochs=6)
         assert same(module.state_dict(), whole.state_dict())
 
-    def test_auto_goes_on_with_what_it_chose_before(self, tmp_path, caplog):
+    def test_resume_under_auto_keeps_the_chosen_schedule(self, tmp_path, caplog):
         """However long training is now: in mid-run the schedule must not change its course."""
         run_saving_epochs(Scheduled, lambda: half(every_n_epochs=2), tmp_path)
         file = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
@@ -87,7 +87,7 @@ class TestChangedOptions:
             fit(Scheduled(), half(every_n_epochs=2), ckpt_path=tmp_path / "other.ckpt", max_epochs=6)
         assert "CosineAnnealingLR: restart (as before the checkpoint)" in caplog.text
 
-    def test_weights_are_not_rewound_where_that_is_not_wanted_any_more(self, tmp_path):
+    def test_resume_without_rewinding_rewinds_no_more(self, tmp_path):
         run_saving_epochs(Net, lambda: half(every_n_epochs=2, rewind_weights="init"), tmp_path)
         pruner, states = half(every_n_epochs=2), []
         keep = Watch(
@@ -99,7 +99,7 @@ class TestChangedOptions:
         end, start = states[BATCHES], states[BATCHES + 1]  # of the epoch before the pruning, and after it
         assert torch.equal(start["net.0.bias"], end["net.0.bias"])
 
-    def test_unchanged_options_are_not_logged(self, tmp_path, caplog):
+    def test_resume_with_unchanged_options_logs_nothing(self, tmp_path, caplog):
         run_saving_epochs(Net, half, tmp_path, max_epochs=4)
         with caplog.at_level(logging.INFO):
             fit(Net(), half(), ckpt_path=tmp_path / "epoch=1.ckpt")
@@ -119,24 +119,24 @@ class TestSelectionOnResume:
             fit(module, pruner, look, ckpt_path=file)
         assert steps == []
 
-    def test_surplus(self, file):
+    def test_resume_refuses_masks_of_weights_no_longer_selected(self, file):
         message = "missing [], surplus ['net.0.weight'], of another shape []. Give the same model, `include` and"
         self.refused(file, Net(), half(exclude="net.0.*"), message)
 
-    def test_missing(self, file):
+    def test_resume_refuses_selected_weights_without_masks(self, file):
         message = "missing ['net.3.bias'], surplus [], of another shape []"
         module = Net()
         module.net[3].bias = nn.Parameter(torch.ones(3, 1))
         module.on_load_checkpoint = lambda checkpoint: checkpoint["state_dict"].update({"net.3.bias": torch.ones(3, 1)})
         self.refused(file, module, half(include=["*weight", "*bias"], exclude=nn.BatchNorm1d), message)
 
-    def test_shape(self, file):
+    def test_resume_refuses_masks_of_another_shape(self, file):
         module = Net(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)))
         module.on_load_checkpoint = lambda checkpoint: checkpoint.update(state_dict=module.state_dict())
         message = "of another shape ['net.0.weight (8, 6) instead of (9, 6)', 'net.3.weight (3, 8) instead of (3, 9)']"
         self.refused(file, module, half(), message)
 
-    def test_a_failed_resume_leaves_nothing_behind(self, file):
+    def test_failed_resume_leaves_nothing_behind(self, file):
         pruner = half(exclude="net.0.*")
         self.refused(file, Net(), pruner, "surplus ['net.0.weight']")
         fit(Net(), pruner)

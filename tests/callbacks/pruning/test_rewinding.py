@@ -20,7 +20,7 @@ def first_batches(module, *callbacks, max_epochs=6, every=2, **options):
 class TestRewinding:
     @pytest.mark.parametrize("rewind", ["init", 0])
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    def test_every_round_starts_from_the_first_weights(self, optimizer, rewind):
+    def test_rewinding_to_init_starts_every_round_from_the_first_weights(self, optimizer, rewind):
         module = Net(optimizer=OPTIMIZERS[optimizer])
         first = copied(module.state_dict())
         pruner, masks = half(every_n_epochs=2, rewind_weights=rewind), []
@@ -32,7 +32,7 @@ class TestRewinding:
                 assert torch.equal(start[name], tensor * mask[name] if name in mask else tensor), name
         assert not same(module.state_dict(), starts[2])  # a rewind is followed by training
 
-    def test_to_the_weights_after_one_epoch(self):
+    def test_rewinding_to_1_starts_rounds_from_the_weights_after_one_epoch(self):
         module, pruner, ends, masks = Net(), half(every_n_epochs=2, rewind_weights=1), [], []
         keep = Watch(
             on_train_epoch_start=lambda t, m: masks.append(pruner.masks),
@@ -43,7 +43,7 @@ class TestRewinding:
             for name, tensor in ends[0].items():
                 assert torch.equal(start[name], tensor * mask[name] if name in mask else tensor), name
 
-    def test_to_the_weights_at_the_first_rounds_end(self):
+    def test_rewinding_to_2_starts_rounds_from_the_first_rounds_end(self):
         module, pruner, ends = Net(), half(every_n_epochs=2, rewind_weights=2), []
         keep = Watch(on_train_epoch_end=lambda t, m: ends.append(copied(m.state_dict())))
         starts = first_batches(module, pruner, keep)
@@ -53,7 +53,7 @@ class TestRewinding:
                 assert torch.equal(start[name][alive], tensor[alive]), name
         assert [int((start["net.0.weight"] != 0).sum()) for start in starts] == [48, 24, 12]
 
-    def test_none_goes_on_with_the_weights_as_they_are(self):
+    def test_no_rewinding_starts_rounds_from_the_weights_as_they_are(self):
         module, pruner, ends = Net(), half(every_n_epochs=2), []
         keep = Watch(on_train_epoch_end=lambda t, m: ends.append(copied(m.state_dict())))
         starts = first_batches(module, pruner, keep)
@@ -62,7 +62,7 @@ class TestRewinding:
                 alive = start[name] != 0 if name in PRUNABLE else torch.ones_like(tensor, dtype=torch.bool)
                 assert torch.equal(start[name][alive], tensor[alive]), name
 
-    def test_the_snapshot_shares_no_storage_with_the_module(self):
+    def test_first_weights_share_no_storage_with_the_module(self):
         module, pruner, apart = Net(), half(rewind_weights="init"), []
         first = copied(module.state_dict())
 
@@ -78,7 +78,7 @@ class TestRewinding:
         fit(module, pruner, Watch(on_train_batch_end=look))
         assert apart == [True] * (3 * BATCHES)
 
-    def test_one_callbacks_rewind_does_not_revive_what_another_pruned(self):
+    def test_rewinding_of_one_callback_keeps_what_another_pruned(self):
         for order in (1, -1):
             a = half(name="a", include="net.0.*", rewind_weights="init")
             b = half(name="b", include="net.3.*")

@@ -23,7 +23,7 @@ def test_a_round_without_validation_knows_no_metric_of_validation():
 class TestRecords:
     @pytest.mark.parametrize("interval", ["step", "epoch"])
     @pytest.mark.parametrize("lr_schedule", ["restart", "squeeze", "keep"])
-    def test_the_learning_rate_is_that_of_the_last_step(self, lr_schedule, interval):
+    def test_recorded_learning_rate_is_that_of_the_last_step(self, lr_schedule, interval):
         class Stepped(Net):
             def configure_optimizers(self):
                 optimizer = SGD(self.parameters(), lr=0.1)
@@ -38,7 +38,7 @@ class TestRecords:
         fit(Stepped(), pruner, look, max_epochs=6)
         assert [record.lr for record in pruner.history] == [rates[round] for round in range(3)]
 
-    def test_a_learning_rate_that_is_a_tensor(self):
+    def test_recorded_learning_rate_of_a_tensor_is_a_float(self):
         class Changing(Net):
             def on_train_epoch_end(self):
                 self.trainer.optimizers[0].param_groups[0]["lr"].mul_(0.5)
@@ -48,7 +48,7 @@ class TestRecords:
         assert [record.lr for record in pruner.history] == [0.25, 0.0625, 0.015625]
         assert type(pruner.history[0].lr) is type(pruner.state_dict()["lr"]) is float
 
-    def test_the_index_of_each_parameter_right_after_the_pruning(self):
+    def test_recorded_layers_pqi_pruned_is_right_after_the_pruning(self):
         pruner, found = archiving_half(save_rounds=False), {}
 
         def look(trainer, module):
@@ -66,7 +66,7 @@ class TestRecords:
             assert record.layers_pqi_pruned == pytest.approx(found[record.round], rel=1e-6)
         assert pruner.history[2].layers_pqi_pruned == {}
 
-    def test_phase_reason_and_number_of_weights(self):
+    def test_record_holds_phase_reason_and_number_of_weights(self):
         pruner, monitor = archiving_half(save_rounds=None), PQIMonitor(verbose=False)
         fit(Net(), pruner, monitor, max_epochs=6)
         assert [(r.phase, r.reason) for r in pruner.history] == [
@@ -74,7 +74,7 @@ class TestRecords:
         ] * 3
         assert [r.weights for r in pruner.history] == [72, 36, 18]
 
-    def test_without_a_monitor_the_phase_is_not_known(self):
+    def test_record_without_a_monitor_holds_no_phase(self):
         pruner = SAPCallback(rounds=1)
         fit(Net(), pruner, max_epochs=2)
         assert [(r.phase, r.reason, r.path) for r in pruner.history] == [(None, None, None)] * 2

@@ -13,7 +13,7 @@ class TestRounds:
 
     @pytest.mark.parametrize("validate", [False, True])
     @pytest.mark.parametrize("rewind", [None, "init"])
-    def test_the_file_of_a_rounds_last_epoch_holds_its_trained_weights(self, tmp_path, validate, rewind):
+    def test_checkpoint_of_a_rounds_last_epoch_holds_its_trained_weights(self, tmp_path, validate, rewind):
         pruner, ends, module = half(every_n_epochs=2, rewind_weights=rewind), [], Net()
         last = Watch(on_train_batch_end=lambda t, m: ends.append((t.current_epoch, copied(m.state_dict()))))
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -42,7 +42,7 @@ class TestRounds:
         assert sum(survivors(pruner).values()) == 18
         assert same(module.state_dict(), ends[-1])
 
-    def test_what_is_left_over_lengthens_the_last_round(self):
+    def test_epochs_left_over_lengthen_the_last_round(self):
         counts, pruner = [], half(rounds=2, every_n_epochs=2)
         fit(
             Net(), pruner, Watch(on_train_epoch_end=lambda t, m: counts.append(sum(survivors(pruner).values()))),
@@ -61,7 +61,7 @@ class TestRounds:
         assert checked.steps == [(True, N * 7 // 8)] * (4 * BATCHES)
         assert [record.pruned for record in holder.history] == [None]
 
-    def test_a_run_without_an_end_prunes_until_it_stops(self):
+    def test_run_without_an_end_prunes_until_it_stops(self):
         pruner = half(every_n_epochs=1)
         fit(Net(), pruner, max_epochs=-1, max_steps=4 * BATCHES)
         assert sum(survivors(pruner).values()) == 9

@@ -44,7 +44,7 @@ def assert_restarts(schedule, optimizer=sgd, accumulate=1, **config):
 class TestRestart:
     @pytest.mark.parametrize("interval", ["epoch", "step"])
     @pytest.mark.parametrize("name", SCHEDULES)
-    def test_rounds_are_alike(self, name, interval):
+    def test_restart_makes_rounds_alike(self, name, interval):
         first = assert_restarts(SCHEDULES[name], interval=interval)
         assert len(set(rates(first))) > 1
 
@@ -52,35 +52,35 @@ class TestRestart:
     @pytest.mark.parametrize("frequency", [2, 3])  # 3 epochs and 15 steps a round: 2 does not divide them
     @pytest.mark.parametrize("interval", ["epoch", "step"])
     @pytest.mark.parametrize("name", ["LambdaLR", "a user's own"])
-    def test_at_any_frequency(self, name, interval, frequency, accumulate):
+    def test_restart_makes_rounds_alike_at_any_frequency(self, name, interval, frequency, accumulate):
         assert_restarts(SCHEDULES[name], interval=interval, frequency=frequency, accumulate=accumulate)
 
     @pytest.mark.parametrize("interval", ["epoch", "step"])
     @pytest.mark.parametrize("name", ["LambdaLR", "OneCycleLR", "SequentialLR"])
-    def test_under_accumulation(self, name, interval):
+    def test_restart_makes_rounds_alike_under_accumulation(self, name, interval):
         assert_restarts(SCHEDULES[name], interval=interval, accumulate=2)
 
     @pytest.mark.parametrize("optimizer", [sgd, adamw])
-    def test_the_momentum_cycle_comes_back(self, optimizer):
+    def test_restart_brings_back_the_momentum_cycle(self, optimizer):
         first = assert_restarts(SCHEDULES["OneCycleLR"], optimizer, interval="step")
         momenta = [momentum for _, momentum, _ in first]
         assert momenta[0] == pytest.approx(0.95)
         assert momenta[-1] == pytest.approx(0.95)
         assert min(momenta) < 0.86
 
-    def test_other_options_that_a_schedule_changes_come_back(self):
+    def test_restart_brings_back_other_options_that_a_schedule_changes(self):
         first = assert_restarts(Shrinking, adamw, interval="epoch")
         assert [decay for _, _, decay in first[::BATCHES]] == pytest.approx([0.02, 0.03, 0.04])
 
-    def test_values_by_hand(self):
+    def test_restart_gives_rates_computed_by_hand(self):
         trace = fit(Recording(lambda o: StepLR(o, 1, gamma=0.5)), pruning(), max_epochs=10)
         assert per_epoch(trace) == pytest.approx([0.1, 0.05, 0.025, 0.1, 0.05, 0.025, 0.1, 0.05, 0.025, 0.0125])
 
-    def test_fewer_batches_than_the_data_has(self):
+    def test_restart_counts_limited_batches(self):
         trace = fit(Recording(lambda o: StepLR(o, 1, gamma=0.5)), pruning(), limit_train_batches=2)
         assert per_epoch(trace, batches=2) == pytest.approx([0.1, 0.05, 0.025] * 3)
 
-    def test_validation_in_mid_epoch(self):
+    def test_restart_with_validation_in_mid_epoch(self):
         module = Recording(lambda o: StepLR(o, 1, gamma=0.5))
         module.validation_step = lambda batch, batch_idx: None
         trace = fit(module, pruning(), validation=DataLoader(torch.randn(2, 4)), val_check_interval=2)
@@ -90,7 +90,7 @@ class TestRestart:
     @pytest.mark.parametrize(
         "config", [{"interval": "epoch"}, {"interval": "step"}, {"interval": "step", "frequency": 3}]
     )
-    def test_data_of_unknown_length(self, config, limit):
+    def test_restart_with_data_of_unknown_length(self, config, limit):
         def module():
             return Recording(SCHEDULES["LambdaLR"], **config)
 
@@ -101,7 +101,7 @@ class TestRestart:
         assert len(set(rates(alone))) > 1
 
     @pytest.mark.parametrize("config", [{"interval": "epoch", "frequency": 2}, {"interval": "step", "frequency": 2}])
-    def test_a_training_without_an_end(self, config):
+    def test_restart_in_a_training_without_an_end(self, config):
         def module():
             return Recording(SCHEDULES["LambdaLR"], **config)
 
@@ -136,10 +136,10 @@ class TestRestart:
         assert len(watched) == 3 * E * BATCHES
         assert all(rate is held for rate in watched)
 
-    def test_a_module_without_a_schedule(self):
+    def test_restart_without_a_schedule_keeps_the_rate(self):
         assert fit(Recording(None), pruning()) == [(0.1, 0.9, 0)] * (3 * E * BATCHES)
 
-    def test_two_schedules_of_one_optimizer(self):
+    def test_restart_of_two_schedules_of_one_optimizer(self):
         class Two(Recording):
             def configure_optimizers(self):
                 optimizer = super().configure_optimizers()

@@ -33,7 +33,7 @@ class TestSqueeze:
             (3, 1, [1, 1, 1]),
         ],
     )
-    def test_by_epochs(self, max_epochs, every_n_epochs, lengths, frequency):
+    def test_squeeze_by_epochs_samples_the_whole_schedule(self, max_epochs, every_n_epochs, lengths, frequency):
         def module():
             return Recording(lambda o: CosineAnnealingLR(o, T_max=max_epochs), frequency=frequency)
 
@@ -44,7 +44,7 @@ class TestSqueeze:
 
     @pytest.mark.parametrize(("frequency", "accumulate"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
     @pytest.mark.parametrize("max_epochs", [9, 11])
-    def test_by_steps(self, max_epochs, frequency, accumulate):
+    def test_squeeze_by_steps_samples_the_whole_schedule(self, max_epochs, frequency, accumulate):
         steps = -(-BATCHES // accumulate)
 
         def module():
@@ -60,30 +60,30 @@ class TestSqueeze:
         assert [trace[0], trace[lengths[0]]] == [values[0]] * 2
         assert [trace[lengths[0] - 1], trace[-1]] == [values[-1]] * 2
 
-    def test_values_by_hand(self):
+    def test_squeeze_gives_rates_computed_by_hand(self):
         trace = fit(Recording(lambda o: LambdaLR(o, lambda epoch: 9 - epoch)), pruning("squeeze"), max_epochs=9)
         assert per_epoch(trace) == pytest.approx([0.9, 0.5, 0.1] * 3)
 
-    def test_fewer_batches_than_the_data_has(self):
+    def test_squeeze_counts_limited_batches(self):
         module = Recording(lambda o: LambdaLR(o, lambda step: 18 - step), interval="step")
         trace = fit(module, pruning("squeeze"), limit_train_batches=2)
         positions = [round(s * 17 / 5) for s in range(6)]
         assert rates(trace) == pytest.approx([0.1 * (18 - p) for p in positions] * 3)
 
-    def test_a_training_limited_by_steps(self):
+    def test_squeeze_in_a_training_limited_by_steps(self):
         module = Recording(lambda o: LambdaLR(o, lambda step: 40 - step), interval="step")
         trace = fit(module, pruning("squeeze"), max_steps=40)
         whole, last = ([round(s * 39 / (n - 1)) for s in range(n)] for n in (15, 10))  # the last round is cut short
         assert rates(trace) == pytest.approx([0.1 * (40 - p) for p in whole * 2 + last])
 
-    def test_a_cycle_that_is_shorter_than_training_is_squeezed_to_its_own_end(self):
+    def test_squeeze_of_a_shorter_cycle_goes_to_its_own_end(self):
         def module():
             return Recording(lambda o: OneCycleLR(o, max_lr=0.3, total_steps=20), interval="step")
 
         values = fit(module(), max_epochs=4)
         assert fit(module(), pruning("squeeze")) == self.squeezed(values, 15) * 3
 
-    def test_steps_of_data_of_unknown_length_are_refused(self):
+    def test_squeeze_of_steps_with_data_of_unknown_length_is_refused(self):
         module = Recording(lambda o: StepLR(o, 1), interval="step")
         with pytest.raises(ValueError, match="lr_schedule='squeeze' needs to know how many optimizer steps"):
             fit(module, pruning("squeeze"), data=DataLoader(Stream()))
@@ -104,7 +104,7 @@ class TestAuto:
             ("OneCycleLR", "step", "round", "restart"),
         ],
     )
-    def test_says_what_it_chooses_and_does_it(self, name, interval, written_for, mode, caplog):
+    def test_auto_says_what_it_chooses_and_does_it(self, name, interval, written_for, mode, caplog):
         ticks = (1 if interval == "epoch" else BATCHES) * (3 * E if written_for == "training" else E)
 
         def module():
@@ -124,7 +124,7 @@ class TestAuto:
         if written_for == "training":
             assert trace != fit(module(), pruning("restart"))
 
-    def test_each_schedule_is_named_with_its_reason(self, caplog):
+    def test_auto_names_each_schedule_with_its_reason(self, caplog):
         class Two(Recording):
             def configure_optimizers(self):
                 optimizer = super().configure_optimizers()

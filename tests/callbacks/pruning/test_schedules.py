@@ -41,19 +41,19 @@ class TestKeep:
         ],
     )
     @pytest.mark.parametrize("name", ["LambdaLR", "SequentialLR", "a user's own"])
-    def test_is_what_lightning_does_alone(self, name, config, accumulate):
+    def test_keep_is_what_lightning_does_alone(self, name, config, accumulate):
         schedule = SCHEDULES[name]
         kept = fit(Recording(schedule, **config), pruning("keep"), accumulate_grad_batches=accumulate)
         assert kept == fit(Recording(schedule, **config), accumulate_grad_batches=accumulate)
 
     @pytest.mark.parametrize("lr_schedule", ["auto", "restart", "squeeze", "keep"])
-    def test_without_rounds_nothing_is_touched(self, lr_schedule):
+    def test_schedule_without_rounds_is_not_touched(self, lr_schedule):
         schedule = SCHEDULES["LambdaLR"]
         held = fit(Recording(schedule), pruning(lr_schedule, rounds=0, every_n_epochs=None))
         assert held == fit(Recording(schedule))
 
     @pytest.mark.parametrize("lr_schedule", ["restart", "squeeze"])
-    def test_one_driven_by_a_metric_goes_on(self, lr_schedule):
+    def test_keep_lets_a_plateau_schedule_go_on(self, lr_schedule):
         module = Recording(plateau)
         trace = fit(module, pruning("keep", every_n_epochs=4), max_epochs=12)
         assert trace == fit(Recording(plateau), max_epochs=12)
@@ -71,7 +71,7 @@ class TwoLayers(Recording):
 
 class TestSeveralCallbacks:
     @pytest.mark.parametrize("interval", ["step", "epoch"])
-    def test_the_schedule_follows_the_first_that_prunes(self, interval):
+    def test_schedule_follows_the_first_callback_that_prunes(self, interval):
         def schedule(optimizer):
             return CosineAnnealingLR(optimizer, 3 * E * (BATCHES if interval == "step" else 1))
 
@@ -85,7 +85,7 @@ class TestSeveralCallbacks:
 
 class TestPlateau:
     @pytest.mark.parametrize("lr_schedule", ["auto", "restart", "squeeze"])
-    def test_restarts_with_its_best_value_and_its_count(self, lr_schedule, caplog):
+    def test_plateau_schedule_restarts_with_its_best_value_and_its_count(self, lr_schedule, caplog):
         states = []
 
         class Watch(Callback):
@@ -129,7 +129,7 @@ class TwoOptimizers(LightningModule):
 
 class TestManualOptimization:
     @pytest.mark.parametrize("lr_schedule", ["auto", "restart"])
-    def test_rounds_are_alike(self, lr_schedule, caplog):
+    def test_rounds_are_alike_under_manual_optimization(self, lr_schedule, caplog):
         with caplog.at_level(logging.INFO):
             traces = fit(TwoOptimizers(), pruning(lr_schedule))
         alone = fit(TwoOptimizers(), max_epochs=E)
@@ -139,7 +139,7 @@ class TestManualOptimization:
         assert "OneCycleLR: restart (the module steps it itself)" in caplog.text
         assert "Shrinking: restart (the module steps it itself)" in caplog.text
 
-    def test_kept_the_schedules_are_the_modules_own(self):
+    def test_keep_under_manual_optimization_leaves_the_modules_own(self):
         class Stairs(TwoOptimizers):
             def configure_optimizers(self):
                 optimizers, (_, two) = super().configure_optimizers()
@@ -147,7 +147,7 @@ class TestManualOptimization:
 
         assert fit(Stairs(), pruning("keep")) == fit(Stairs())
 
-    def test_squeeze_is_refused_at_the_start(self):
+    def test_squeeze_under_manual_optimization_is_refused_at_the_start(self):
         module = TwoOptimizers()
         with pytest.raises(ValueError, match="lr_schedule='squeeze' cannot be had with manual optimization"):
             fit(module, pruning("squeeze"))
@@ -163,7 +163,7 @@ class ByEpoch(Recording):
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 class TestASchedulerThatIsSetByTheEpoch:
-    def test_it_goes_over_all_rounds_and_that_is_said(self, caplog):
+    def test_schedule_set_by_the_epoch_goes_over_all_rounds_and_says_so(self, caplog):
         alone = fit(ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E)))
         with caplog.at_level(logging.INFO):
             assert fit(ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E)), pruning("auto")) == alone
@@ -171,14 +171,14 @@ class TestASchedulerThatIsSetByTheEpoch:
         assert line in caplog.text
 
     @pytest.mark.parametrize("wanted", ["restart", "squeeze"])
-    def test_rounds_cannot_replay_it(self, wanted):
+    def test_schedule_set_by_the_epoch_cannot_be_replayed(self, wanted):
         module = ByEpoch(lambda o: CosineAnnealingLR(o, 3 * E))
         message = f"lr_schedule='{wanted}' cannot be had where the module's lr_scheduler_step sets it by the epoch"
         with pytest.raises(ValueError, match=message):
             fit(module, pruning(wanted))
         assert module.trace == []
 
-    def test_nor_is_one_that_begins_later_or_whose_rate_does(self):
+    def test_schedule_that_begins_or_changes_later_is_replayed(self):
         class Late(Recording):
             def lr_scheduler_step(self, scheduler, metric):
                 if self.trainer.global_step > 0:
@@ -194,7 +194,7 @@ class TestASchedulerThatIsSetByTheEpoch:
         assert [rates(part)[0] for part in thirds(constant)] == [0.1] * 3
         assert [rates(part)[-1] for part in thirds(constant)] == [0.05] * 3
 
-    def test_by_the_epoch_itself(self, caplog):
+    def test_schedule_set_by_the_current_epoch_is_kept(self, caplog):
         class Now(Recording):
             def lr_scheduler_step(self, scheduler, metric):
                 scheduler.step(epoch=self.current_epoch)
@@ -203,7 +203,7 @@ class TestASchedulerThatIsSetByTheEpoch:
             fit(Now(lambda o: CosineAnnealingLR(o, 3 * E)), pruning("auto"))
         assert "CosineAnnealingLR: keep (the module's lr_scheduler_step sets it" in caplog.text
 
-    def test_a_module_that_steps_it_in_its_own_way_is_no_such_case(self):
+    def test_schedule_that_the_module_steps_itself_is_replayed(self):
         class Own(Recording):
             def lr_scheduler_step(self, scheduler, metric):
                 scheduler.step()
@@ -222,7 +222,7 @@ class TestOptimizerState:
         ],
     )
     @pytest.mark.parametrize("reset", [True, False])
-    def test_is_forgotten_at_each_pruning(self, module, reset):
+    def test_optimizer_state_is_forgotten_at_each_pruning(self, module, reset):
         sizes = []
 
         class Watch(Callback):

@@ -26,7 +26,7 @@ from lightning_sap import FixedFraction, PruningCallback
 
 
 class TestSecondFit:
-    def test_the_same_module_keeps_its_masks_and_the_rounds_start_anew(self):
+    def test_second_fit_keeps_masks_and_starts_rounds_anew(self):
         module, pruner, seen = Net(), half(), []
         fit(module, pruner)
         first = pruner.masks
@@ -38,7 +38,7 @@ class TestSecondFit:
         assert survivors(pruner) == {"net.0.weight": 3, "net.3.weight": 2}  # of 6 and 3
         assert [record.round for record in pruner.history] == [0, 1]
 
-    def test_a_trainer_that_goes_on(self):
+    def test_second_fit_of_the_same_trainer_prunes_on(self):
         module, pruner = Net(), half(rounds=1, every_n_epochs=None)
         trainer = fit(module, pruner)
         assert survivors(pruner) == {"net.0.weight": 24, "net.3.weight": 12}
@@ -47,7 +47,7 @@ class TestSecondFit:
         assert survivors(pruner) == {"net.0.weight": 12, "net.3.weight": 6}
         assert [(r.first_epoch, r.last_epoch) for r in pruner.history] == [(4, 4), (5, 5)]
 
-    def test_another_module_starts_afresh_and_says_so(self):
+    def test_second_fit_of_another_module_starts_afresh_with_a_warning(self):
         pruner = half()
         fit(Net(), pruner)
         other = Net(seeded(mlp, 5))
@@ -57,7 +57,7 @@ class TestSecondFit:
         assert left == [1.0, 0.5, 0.25, 0.125]
         assert zeros_of(other) == N * 7 // 8
 
-    def test_another_module_of_other_shapes(self):
+    def test_second_fit_of_a_module_of_other_shapes_starts_afresh(self):
         pruner = half()
         fit(Net(), pruner)
         other = Net(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3)))
@@ -65,7 +65,7 @@ class TestSecondFit:
             fit(other, pruner, max_epochs=2)
         assert survivors(pruner) == {"net.0.weight": 30, "net.2.weight": 15}
 
-    def test_another_module_with_a_frozen_layer_leaves_the_first_one_alone(self):
+    def test_second_fit_of_another_module_leaves_the_first_one_alone(self):
         first, pruner = Net(), half()
         fit(first, pruner)
         before = copied(first.state_dict())
@@ -76,7 +76,7 @@ class TestSecondFit:
         assert survivors(pruner) == {"net.3.weight": 3}
         assert same(first.state_dict(), before)
 
-    def test_the_same_module_with_a_layer_frozen_in_between_keeps_its_masks(self):
+    def test_second_fit_with_a_layer_frozen_in_between_keeps_masks(self):
         module, pruner = Net(), PruningCallback(FixedFraction(0.5), rounds=1)
         fit(module, pruner)
         before = pruner.masks["net.0.weight"]
@@ -86,7 +86,7 @@ class TestSecondFit:
         assert not pruner.masks["net.0.weight"][~before].any()
         assert not module.net[0].weight[~before].any()
 
-    def test_another_module_with_a_layer_frozen_starts_afresh_without_it(self):
+    def test_second_fit_of_another_module_leaves_its_frozen_layer_out(self):
         pruner, other = PruningCallback(FixedFraction(0.5), rounds=1), Net()
         fit(Net(), pruner)
         other.net[0].requires_grad_(False)
@@ -94,7 +94,7 @@ class TestSecondFit:
             fit(other, pruner)
         assert survivors(pruner) == {"net.3.weight": 12}
 
-    def test_the_same_module_with_a_layer_unfrozen_in_between_keeps_its_masks(self):
+    def test_second_fit_with_a_layer_unfrozen_in_between_keeps_masks(self):
         module, pruner = Net(), half()
         module.net[0].requires_grad_(False)
         fit(module, pruner)
@@ -103,7 +103,7 @@ class TestSecondFit:
         fit(module, pruner, max_epochs=2)
         assert survivors(pruner) == {"net.0.weight": 24, "net.3.weight": 2}
 
-    def test_keep_zeros(self):
+    def test_keep_zeros_takes_zeros_as_pruned(self):
         module = Net()
         holes = torch.rand(8, 6, generator=torch.Generator().manual_seed(3)) < 0.3
         with torch.no_grad():
@@ -117,7 +117,7 @@ class TestSecondFit:
         assert survivors(pruner)["net.0.weight"] == alive - alive // 2
         assert not module.net[0].weight[holes].any()
 
-    def test_zeros_count_as_weights_unless_told(self):
+    def test_zeros_count_as_weights_without_keep_zeros(self):
         module, pruner, left = Net(), half(), []
         with torch.no_grad():
             module.net[0].weight[:4] = 0.0
@@ -125,7 +125,7 @@ class TestSecondFit:
         assert left == [1.0]
 
 
-def test_a_second_fit_without_any_step_is_no_error():
+def test_second_fit_without_any_step_is_no_error():
     class Resting(Net):
         automatic_optimization, rests = False, False
 
@@ -143,7 +143,7 @@ def test_a_second_fit_without_any_step_is_no_error():
     assert pruner.remaining == before < 1
 
 
-def test_a_state_is_taken_up_at_once_after_an_exception():
+def test_state_is_loaded_at_once_after_a_crash():
     first, pruner = half(), half()
     fit(Net(), first)
     with pytest.raises(Crash):
@@ -153,7 +153,7 @@ def test_a_state_is_taken_up_at_once_after_an_exception():
 
 
 class TestOneCallbackAfterAnother:
-    def test_in_a_second_trainer(self):
+    def test_second_trainer_with_another_module_starts_afresh(self):
         pruner = half()
         fit(first := Net(), pruner)
         before = copied(first.state_dict())
@@ -163,7 +163,7 @@ class TestOneCallbackAfterAnother:
         assert pruner.remaining == 0.5
         assert same(first.state_dict(), before)
 
-    def test_after_a_run_that_failed(self, tmp_path):
+    def test_second_fit_after_a_crash_keeps_masks(self, tmp_path):
         pruner, module = half(), Net()
         with pytest.raises(Crash):
             fit(module, pruner, crash_in("on_train_batch_end", 2))
@@ -172,7 +172,7 @@ class TestOneCallbackAfterAnother:
         assert pruner.remaining == pytest.approx(9 / 72)
         assert all_masked_are_zero(quiet_trainer(pruner), module)
 
-    def test_a_failure_before_anything_changes_leaves_everything_as_it_was(self):
+    def test_policy_that_crashes_leaves_weights_masks_and_optimizer_as_they_were(self):
         module, pruner = Net(), half(rewind_weights="init")
         before, policy = [], pruner.options.policy
 

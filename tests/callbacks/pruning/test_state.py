@@ -12,7 +12,7 @@ from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import Stop, TakeBack
 
 
-class TestRunState:
+class TestPruningState:
     def state(self):
         pruned = {"w": torch.tensor([[True, False, True], [False, False, True]])}
         record = RoundRecord(0, 0, 1, 1.0, {"w": 1.0}, 0.25, {"w": 0.25}, 3, 0.5, 0.1, 0.01, {"val_acc": 0.5})
@@ -34,7 +34,7 @@ class TestRunState:
             metrics={"a": 1.0},
         )
 
-    def test_packing_and_unpacking_gives_it_back(self):
+    def test_state_packed_and_unpacked_is_the_same(self):
         state = self.state()
         twin = PruningState.unpack(state.pack())
         assert same(dict(twin.masks.pruned), dict(state.masks.pruned))
@@ -55,7 +55,7 @@ class TestRunState:
         state.pack()
         assert all(vars(state)[key] is value for key, value in before.items())
 
-    def test_what_an_older_version_did_not_store_keeps_its_default(self):
+    def test_state_of_an_older_version_keeps_defaults(self):
         packed = self.state().pack()
         del packed["metrics"], packed["pqi_after_pruning"]
         twin = PruningState.unpack({**packed, "not_known_yet": 1})
@@ -79,5 +79,5 @@ class TestRunState:
         assert (following.round, following.first_epoch, following.first_step, following.steps) == (2, 5, 18, 0)
         assert (following.count, following.pqi_after_pruning, following.answer) == (7, 0.125, None)
 
-    def test_no_end_of_rounds(self):
+    def test_prunings_left_are_unknown_without_an_end(self):
         assert PruningState(plan=RoundPlan(None, 2)).prunings_left() is None

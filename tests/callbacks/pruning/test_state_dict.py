@@ -4,7 +4,7 @@ from helpers import BATCHES, Net, Watch, copied, fit, half, same
 
 
 class TestStateDict:
-    def test_keys_are_the_dense_models_before_during_and_after(self):
+    def test_state_dict_has_the_dense_keys_before_during_and_after(self):
         dense, seen = Net(), []
         watch = Watch(
             on_fit_start=lambda trainer, module: seen.append(copied(module.state_dict())),

@@ -23,7 +23,7 @@ POLICIES = [
 class TestTargetRemaining:
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
     @pytest.mark.parametrize("policy", POLICIES, ids=str)
-    def test_exactly_that_fraction_survives_three_prunings(self, policy, scope):
+    def test_target_is_met_exactly_after_three_prunings(self, policy, scope):
         pruner, left = PruningCallback(policy, scope=scope, rounds=3, target_remaining=0.25), []
         fit(Net(), pruner, Watch(on_train_epoch_end=lambda t, m: left.append(sum(survivors(pruner).values()))))
         assert sum(survivors(pruner).values()) == round(0.25 * N) == 18
@@ -33,18 +33,18 @@ class TestTargetRemaining:
 
     @pytest.mark.filterwarnings("ignore:sap. after pruning .* no weights")
     @pytest.mark.parametrize("target", [0.01, 0.1, 1 / 3, 0.5, 0.9, 1.0])
-    def test_a_number_that_is_not_whole_is_rounded(self, target):
+    def test_target_that_is_no_whole_number_is_rounded(self, target):
         pruner = PruningCallback(FixedFraction(0.5), rounds=3, target_remaining=target)
         fit(Net(), pruner)
         assert sum(survivors(pruner).values()) == round(target * N)
 
-    def test_a_policy_that_would_do_nothing_takes_the_geometric_share_in_each_layer(self):
+    def test_target_with_an_idle_policy_takes_the_geometric_share_in_each_layer(self):
         pruner, left = PruningCallback(FixedFraction(0.0), rounds=3, target_remaining=0.125), []
         fit(Net(), pruner, Watch(on_train_epoch_end=lambda t, m: left.append(survivors(pruner))))
         a, b = PRUNABLE
         assert left == [{a: 48, b: 24}, {a: 24, b: 12}, {a: 12, b: 6}, {a: 6, b: 3}]
 
-    def test_what_is_cut_is_spread_in_proportion(self):
+    def test_target_cuts_layers_in_proportion(self):
         pruner = PruningCallback(FixedFraction(0.9), rounds=1, target_remaining=0.5)
         fit(Net(), pruner)
         assert survivors(pruner) == {"net.0.weight": 24, "net.3.weight": 12}  # 43 and 21 were wanted, 36 may go
@@ -52,18 +52,18 @@ class TestTargetRemaining:
 
 class TestMinRemaining:
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-    def test_every_parameter_keeps_its_share(self, scope):
+    def test_min_remaining_is_kept_in_every_parameter(self, scope):
         pruner = PruningCallback(FixedFraction(0.99), rounds=3, scope=scope, min_remaining=0.3)
         fit(Net(), pruner)
         assert survivors(pruner) == {"net.0.weight": math.ceil(0.3 * 48), "net.3.weight": math.ceil(0.3 * 24)}
 
     @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
-    def test_together_with_a_target(self, scope):
+    def test_min_remaining_together_with_a_target_meets_both(self, scope):
         pruner = PruningCallback(FixedFraction(0.99), rounds=3, scope=scope, min_remaining=0.25, target_remaining=0.25)
         fit(Net(), pruner)
         assert survivors(pruner) == {"net.0.weight": 12, "net.3.weight": 6}
 
-    def test_in_global_scope_the_next_smallest_elsewhere_go_instead(self):
+    def test_min_remaining_in_global_scope_prunes_the_next_smallest_elsewhere(self):
         module = Net(nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 3, bias=False)), lambda p: SGD(p, lr=0.0))
         small, large = torch.arange(1.0, 13.0).reshape(2, 6), torch.arange(101.0, 107.0).reshape(3, 2)
         with torch.no_grad():

@@ -35,7 +35,7 @@ class WithCausalMask(Net):
         return (self.net(batch[0] @ self.causal_mask) - batch[1]).square().mean()
 
 
-def test_a_buffer_named_like_a_mask(tmp_path):
+def test_buffer_named_like_a_mask_is_left_alone(tmp_path):
     module, pruner = WithCausalMask(), half(rewind_weights="init")
     trainer = fit(module, pruner)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -79,7 +79,7 @@ class OtherOptimizer:
         self.inner.zero_grad()
 
 
-def test_an_optimizer_without_hooks():
+def test_optimizer_without_hooks_keeps_masked_weights_zero():
     module, pruner, clean = Net(optimizer=lambda p: OtherOptimizer(OPTIMIZERS["Adam"](p))), half(), []
     look = Watch(on_train_batch_end=lambda t, m: clean.append(all_masked_are_zero(t, m)))
     fit(module, pruner, look)
@@ -87,7 +87,7 @@ def test_an_optimizer_without_hooks():
     assert pruner.remaining == 0.125
 
 
-def test_a_module_without_an_optimizer():
+def test_module_without_an_optimizer_is_pruned():
     module, pruner = Net(optimizer=lambda p: None), half()
     with pytest.warns(UserWarning, match="will run with no optimizer"):
         fit(module, pruner)
@@ -95,7 +95,7 @@ def test_a_module_without_an_optimizer():
     assert zeros_of(module) == N * 7 // 8
 
 
-def test_a_lazy_layer_has_no_first_weights():
+def test_lazy_layer_cannot_be_rewound_to_init():
     network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
     message = "There are no weights to rewind to yet: ['net.0.weight', 'net.0.bias'] are not initialized before the"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -105,7 +105,7 @@ def test_a_lazy_layer_has_no_first_weights():
     assert pruner.remaining == 0.125
 
 
-def test_a_weight_that_is_a_strided_view():
+def test_weight_that_is_a_strided_view_is_pruned():
     module, pruner = Net(), half()
     module.net[0].weight = nn.Parameter(torch.randn(8, 12)[:, ::2])
     fit(module, pruner, PQIMonitor(stop_on=None))
