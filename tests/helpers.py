@@ -28,6 +28,15 @@ OPTIMIZERS = {
     "Adagrad": partial(Adagrad, lr=0.1),  # has a state before its first step
 }
 
+NO_CAP = 1 - 2**-40  # a beta that never binds
+
+
+def k_among_zeros(k, d, value=0.7, dtype=torch.float32):
+    """Of d weights the last k are equal, and the others zero."""
+    x = torch.zeros(d, dtype=dtype)
+    x[-k:] = value
+    return x
+
 
 def mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))

@@ -120,6 +120,18 @@ def limited_counts(counts, alive, sets, least, most):
     return wanted
 
 
+def limited_amounts(drops, grows, kept, pruned, sets, least, most):
+    """Drops and growths of the groups; `least` and `most` are of dropped − grown. Too few drops make less grow."""
+    grows = [min(grow, n) for grow, n in zip(grows, pruned, strict=True)]
+    grown = sum(grows)
+    drops = limited_counts(
+        drops, kept, sets, 0 if least is None else least + grown, None if most is None else most + grown
+    )
+    if least is not None and sum(drops) - grown < least:
+        grows = spread(max(0, sum(drops) - least), grows, grows)
+    return drops, grows
+
+
 def groups_of(weights, scope, units=None):
     """Every group as a list of (name, flat index), in parameter order, then by flat index."""
     layers = [[(name, i) for i in range(w.size)] for name, w in weights.items()]
@@ -135,10 +147,13 @@ def groups_of(weights, scope, units=None):
     return groups
 
 
-def prune_masks(weights, masks=None, *, amount, scope, units=None, floors=None, least=0, most=None):
+def prune_masks(
+    weights, masks=None, *, amount, scope, units=None, floors=None, least=None, most=None, growth=lambda pruned: 0
+):
     """New masks. `amount` turns the surviving weights of a group into a count; `units` gives (unit, weight) arrays.
 
-    `floors` is how many of each name stay, and `least` and `most` are how many go in all.
+    `floors` is how many of each name stay, and `least` and `most` are by how many the kept become fewer in all;
+    `growth` turns the number of pruned weights of a group into how many of them come back.
     """
     masks = {name: np.ones(w.shape, bool) if masks is None else np.array(masks[name]) for name, w in weights.items()}
     groups = [group for group in groups_of(weights, scope, units) if group]
@@ -148,7 +163,13 @@ def prune_masks(weights, masks=None, *, amount, scope, units=None, floors=None, 
     sets = [(len(list(of_name)), spare[name]) for name, of_name in groupby(groups, lambda group: group[0][0])]
     if scope == "global":
         sets = [(1, sum(spare.values()))]
-    counts = limited_counts(counts, [len(of_group) for of_group in surviving], sets, least, most)
-    for group, count in zip(groups, counts, strict=True):
-        drop_smallest(weights, masks, group, count, spare if scope == "global" else None)
+    kept = [len(of_group) for of_group in surviving]
+    pruned = [len(group) - n for group, n in zip(groups, kept, strict=True)]
+    drops, grows = limited_amounts(counts, [growth(n) for n in pruned], kept, pruned, sets, least, most)
+    was_pruned = [[(name, i) for name, i in group if not masks[name].flat[i]] for group in groups]
+    for group, drop in zip(groups, drops, strict=True):
+        drop_smallest(weights, masks, group, drop, spare if scope == "global" else None)
+    for group, grow in zip(was_pruned, grows, strict=True):
+        for name, i in group[:grow]:
+            masks[name].flat[i] = True
     return masks

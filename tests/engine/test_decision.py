@@ -45,6 +45,17 @@ def gone(found, name):
     return sorted(weight.abs()[found.masks.pruned[name]].int().tolist())
 
 
+class TestDecision:
+    def test_it_counts_by_name(self):
+        found = step("layer", small=torch.tensor([[False, False], [False, True]]))
+        assert (found.dropped, found.grown) == ({"small": 1, "large": 3}, {"small": 0, "large": 0})
+        assert (found.count, found.regrown) == (4, 0)
+
+    def test_of_nothing(self):
+        found = decide({}, policy=HALF, scope="layer", round=1)
+        assert (found.dropped, found.grown, found.count, found.regrown, found.masks.total) == ({}, {}, 0, 0, 0)
+
+
 class TestScopes:
     def test_layer_scope_prunes_by_layer(self):
         found = step("layer")
@@ -222,6 +233,38 @@ class TestRefusals:
     def test_decision_refuses_a_dtype_that_is_not_floating(self):
         with pytest.raises(TypeError, match="w must be of one of the dtypes"):
             prune_masks({"w": SMALL.long()}, policy=FixedFraction(0.5))
+
+    def test_complex_weights_are_called_complex(self):
+        with pytest.raises(TypeError, match=r"^w is complex \(torch\.complex64\), but must be of one of the dtypes"):
+            prune_masks({"w": SMALL.to(torch.complex64)}, policy=FixedFraction(0.5))
+
+    @pytest.mark.parametrize("weights", [[SMALL], SMALL, SMALL.numpy(), None, (("w", SMALL),)])
+    def test_weights_that_are_no_mapping(self, weights):
+        message = (
+            "weights must be a mapping from the names of weights, such as {'fc.weight': ...}, got "
+            f"{type(weights).__name__}; dict(module.named_parameters()) is one of tensors."
+        )
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            prune_masks(weights, policy=FixedFraction(0.5))
+
+    @pytest.mark.parametrize("what", ["masks", "units"])
+    @pytest.mark.parametrize("given", [[SMALL > 0], SMALL > 0])
+    def test_masks_and_units_that_are_no_mapping(self, what, given):
+        with pytest.raises(
+            TypeError, match=f"^{what} must be a mapping from the names of weights, .* got {type(given).__name__};"
+        ):
+            prune_masks({"w": SMALL}, policy=FixedFraction(0.5), **{what: given})
+
+    @pytest.mark.parametrize("weight", [[[1.0, -2.0]], SMALL.numpy(), 1.0, None])
+    def test_a_weight_that_is_no_tensor(self, weight):
+        with pytest.raises(
+            TypeError, match=rf"^w must be a torch\.Tensor of one of .* got {type(weight).__name__}; convert"
+        ):
+            prune_masks({"w": weight}, policy=FixedFraction(0.5))
+
+    def test_a_mask_that_is_no_tensor(self):
+        with pytest.raises(TypeError, match=r"^The mask of w must be a bool torch\.Tensor or None, got list\.$"):
+            prune_masks({"w": SMALL}, {"w": [[True, True], [True, False]]}, policy=FixedFraction(0.5))
 
 
 class TestPiece:

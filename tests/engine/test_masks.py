@@ -114,6 +114,39 @@ class TestMoved:
         assert all(torch.equal(mask, masks().pruned[name]) for name, mask in moved.pruned.items())
 
 
+class TestGrownSince:
+    def test_where_weights_are_kept_that_older_masks_prune(self):
+        newer = MaskSet({"a": torch.tensor([[True, True, False], [False, False, True]]), "b": ~B})
+        grown = dict(newer.grown_since(masks()))
+        assert grown.keys() == {"a"}  # of b nothing was pruned
+        assert grown["a"].int().tolist() == [[0, 0, 1], [0, 0, 0]]
+
+    def test_what_came_back_is_set_to_zero(self):
+        older, newer = (
+            MaskSet({"w": torch.tensor([True, True, False])}),
+            MaskSet({"w": torch.tensor([True, False, True])}),
+        )
+        weight = torch.tensor([1.0, 2.0, 3.0])
+        MaskSet(dict(newer.grown_since(older))).apply_({"w": weight})
+        assert weight.tolist() == [1.0, 0.0, 3.0]
+
+    def test_names_of_one_side_only(self):
+        older = MaskSet({"a": A, "lost": ~B})
+        assert dict(MaskSet({"new": ~B, "a": A}).grown_since(older))["a"].any().item() is False
+        assert list(dict(MaskSet({"new": ~B}).grown_since(older))) == []
+
+    def test_one_mask_is_made_at_a_time(self):
+        made = MaskSet({"a": ~A, "b": B}).grown_since(MaskSet({"a": A, "b": ~B}))
+        assert next(made)[0] == "a"
+        assert next(made)[1].tolist() == [True, True]
+
+    def test_neither_set_is_written_to(self):
+        older, newer = masks(), MaskSet({"a": ~A, "b": B})
+        dict(newer.grown_since(older))
+        assert torch.equal(older.pruned["a"], A)
+        assert torch.equal(newer.pruned["a"], ~A)
+
+
 class TestHoldsFor:
     def test_masks_hold_for_zeros_where_they_prune(self):
         assert masks().holds_for({"a": (~A).float(), "b": torch.zeros(2)})

@@ -1,4 +1,4 @@
-"""How many weights go: the bound, its rounding, the policies and their ranges."""
+"""How many weights go: the bound, its rounding and its ranges."""
 
 import math
 import re
@@ -6,26 +6,12 @@ import re
 import oracle
 import pytest
 import torch
+from helpers import NO_CAP, k_among_zeros
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sap import FixedFraction, SparsityInformed, pq_index, prune_count, retained_lower_bound
+from lightning_sap import pq_index, prune_count, retained_lower_bound
 from lightning_sap.functional.amount import ceil, floor, spread
-from lightning_sap.functional.pqi import power_sums
-
-NO_CAP = 1 - 2**-40  # a beta that never binds
-
-
-def k_among_zeros(k, d, value=0.7, dtype=torch.float32):
-    x = torch.zeros(d, dtype=dtype)
-    x[-k:] = value
-    return x
-
-
-def decide(policy, x, round_number=0, p=0.5, q=1.0):
-    counts = policy(power_sums(x, p, q), round_number)
-    assert counts.dtype == torch.int64
-    return counts.item()
 
 
 class TestRetainedLowerBound:
@@ -123,52 +109,6 @@ class TestPruneCount:
         assert prune_count(0.9999, d, 0.5, 1.0, beta=0.5).item() == d // 2 == 8388609
 
 
-class TestPolicies:
-    @pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 2.0), (0.2, 1.0), (1.0, 1.4), (0.5, 8.0)])
-    @pytest.mark.parametrize("d", [10, 2**24 + 3])
-    @pytest.mark.parametrize("k", [1, 3])
-    def test_k_equal_weights_among_zeros_are_kept_as_k(self, k, d, p, q):
-        policy = SparsityInformed(p=p, q=q, beta=NO_CAP)
-        assert decide(policy, k_among_zeros(k, d, dtype=torch.bfloat16), p=p, q=q) == d - k
-
-    @pytest.mark.parametrize("policy", [SparsityInformed(p=0.5, q=1.0, eta_r=1.0), FixedFraction(0.5)])
-    @pytest.mark.parametrize("x", [torch.zeros(0), torch.zeros(8)])
-    def test_policies_prune_nothing_of_a_group_without_weight(self, policy, x):
-        assert decide(policy, x) == 0
-
-    def test_policies_prune_constant_groups_by_eta_only(self):
-        constant = torch.full((100,), 0.1)
-        assert decide(SparsityInformed(p=0.5, q=1.0), constant) == 0
-        assert decide(SparsityInformed(p=0.5, q=1.0, gamma=20.0), constant) == 0
-        assert decide(SparsityInformed(p=0.5, q=1.0, eta_r=1.0), constant) == 75
-
-    @pytest.mark.parametrize("options", [{}, {"eta_r": 0.001, "gamma": 1.2}, {"gamma": 5.0}, {"eta_r": 1.0}])
-    @pytest.mark.parametrize(("p", "q"), [(0.5, 1.0), (1.0, 2.0), (0.2, 1.0), (1.0, 1.4)])
-    def test_policies_return_one_count_per_row(self, p, q, options):
-        x = torch.randn(9, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        x[3] = 0
-        counts = SparsityInformed(p=p, q=q, **options)(power_sums(x, p, q, dim=1), 2)
-        assert counts.dtype == torch.int64
-        assert counts.tolist() == [oracle.prune_count(row.numpy(), p, q, **options) for row in x]
-
-    def test_policies_hold_over_a_range_beyond_one_double(self):
-        """With p this small the tiny weight still counts: r = (1 + 1e-6)² / (1 + 1e-12) lies just above one."""
-        x = torch.tensor([1e300, 1e-300], dtype=torch.float64)
-        assert decide(SparsityInformed(p=0.01, q=0.02), x, p=0.01, q=0.02) == 0
-
-    @pytest.mark.parametrize(
-        ("fraction", "d", "count"),
-        [(0.2, 10, 2), (0.2, 14, 2), (0.29, 100, 29), (0.57, 100, 57), (0.0, 10, 0), (0.5, 2**24 + 3, 2**23 + 1)],
-    )
-    def test_fixed_fraction_takes_its_share_in_every_round(self, fraction, d, count):
-        assert decide(FixedFraction(fraction), torch.ones(d, dtype=torch.bfloat16)) == count
-        assert decide(FixedFraction(fraction), torch.ones(d, dtype=torch.bfloat16), round_number=7) == count
-
-    def test_policies_are_values(self):
-        assert FixedFraction(0.2) == FixedFraction(fraction=0.2) != FixedFraction(0.3)
-        assert SparsityInformed(0.5, 1.0) == SparsityInformed(p=0.5, q=1.0, eta_r=0.0, gamma=1.0, beta=0.9)
-
-
 class TestRanges:
     ORDERS = [{"p": 1.0, "q": 1.0}, {"p": 1.25, "q": 0.75}, {"p": 0.0, "q": 1.0}, {"p": -0.5, "q": 1.0}]
     OPTIONS = [
@@ -183,12 +123,6 @@ class TestRanges:
     ]
 
     @pytest.mark.parametrize("wrong", ORDERS + OPTIONS)
-    def test_sparsity_informed_refuses_options_out_of_range(self, wrong):
-        name, value = next(iter(wrong.items()))
-        with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
-            SparsityInformed(**({"p": 0.5, "q": 1.0} | wrong))
-
-    @pytest.mark.parametrize("wrong", ORDERS + OPTIONS)
     def test_prune_count_refuses_arguments_out_of_range(self, wrong):
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
@@ -199,11 +133,6 @@ class TestRanges:
         name, value = next(iter(wrong.items()))
         with pytest.raises(ValueError, match=f"{name}.*{re.escape(str(value))}"):
             retained_lower_bound(0.5, 10, **({"p": 0.5, "q": 1.0} | wrong))
-
-    @pytest.mark.parametrize("fraction", [1.0, -0.125, 1.5, math.nan])
-    def test_fixed_fraction_refuses_a_fraction_out_of_range(self, fraction):
-        with pytest.raises(ValueError, match=f"fraction.*{re.escape(str(fraction))}"):
-            FixedFraction(fraction)
 
 
 def split(total, shares, room):

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -256,6 +257,24 @@ class TestMistakes:
     def test_pq_index_refuses_weights_that_are_not_floating(self, measure, dtype):
         with pytest.raises((TypeError, ValueError), match=str(dtype).removeprefix("torch.")):
             measure(torch.ones(3, dtype=dtype))
+
+    @pytest.mark.parametrize("measure", [pq_index, gini_index])
+    @pytest.mark.parametrize("x", [[1.0, 2.0], (1.0, 2.0), 1.0, np.ones(2), None])
+    def test_pq_index_refuses_what_is_no_tensor(self, measure, x):
+        with pytest.raises(
+            TypeError, match=rf"^x must be a torch\.Tensor of one of .* got {type(x).__name__}; convert"
+        ):
+            measure(x)
+
+    @pytest.mark.parametrize("measure", [pq_index, gini_index])
+    def test_pq_index_refuses_a_mask_that_is_no_tensor(self, measure):
+        with pytest.raises(TypeError, match=r"^The mask of x must be a bool torch\.Tensor or None, got list\.$"):
+            measure(torch.ones(2), mask=[True, False])
+
+    @pytest.mark.parametrize("measure", [pq_index, gini_index])
+    def test_complex_numbers_are_called_complex(self, measure):
+        with pytest.raises(TypeError, match=r"^x is complex \(torch\.complex128\), but must be of one of the dtypes"):
+            measure(torch.ones(3, dtype=torch.complex128))
 
     @pytest.mark.parametrize("measure", [pq_index, gini_index])
     def test_pq_index_refuses_a_mask_of_another_shape(self, measure):
