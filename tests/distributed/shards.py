@@ -14,9 +14,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sap import FixedFraction, PQIMonitor, SAPCallback, SparsityInformed
+from lightning_sap import (
+    Amounts,
+    FixedFraction,
+    Importance,
+    Magnitude,
+    Policy,
+    PQIMonitor,
+    SAPCallback,
+    SparsityInformed,
+)
 from lightning_sap.engine.decision import Limits, decide
 from lightning_sap.engine.groups import PrunableTensor, dead_units
+from lightning_sap.engine.masks import MaskSet
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
 RUNS = {
@@ -26,6 +36,20 @@ RUNS = {
 }
 CLIPPED = {"gradient_clip_val": 0.05}  # by the norm of the gradients of the weights that survive
 RESUMED = {"scope": "global", "rewind_weights": "init", "eta_r": 0.3}
+
+
+class DropAndGrow(Policy):
+    regrows = True
+
+    def __call__(self, sums, round, standing):
+        return Amounts((0.4 * sums.count).long(), (0.6 * standing.pruned).long())
+
+
+class Inverse(Importance):
+    """Of float16, and so that the largest weights go first."""
+
+    def scores(self, name, weight):
+        return (1 / (1 + weight.abs())).half()
 
 
 def layers():
@@ -162,21 +186,25 @@ def decisions():
     """For many small cases, what is wrong with the decision on shards beside the one on whole weights."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2,))
-    return [fault for case in range(60) if (fault := fault_of_decision(case, mesh))]
+    return [fault for case in range(90) if (fault := fault_of_decision(case, mesh))]
 
 
 def fault_of_decision(case, mesh):
     scope = ("neuron", "layer", "global")[case % 3]
     policy = FixedFraction(0.4) if case % 2 else SparsityInformed(eta_r=0.2)
+    importance = Magnitude()
+    if case >= 60:
+        policy, importance = DropAndGrow(), Inverse() if case % 2 else Magnitude()
     plain, sharded = {}, {}
     for name in "abc"[: 1 + case % 4]:
         shape = torch.randint(1, 8, (2 + case % 2,)).tolist()
         # few magnitudes, and so ties on both sides of the cut and of the border between the processes
         weight = (torch.randint(-3, 4, shape) / 4).to(torch.bfloat16 if case % 5 else torch.float32)
         pruned = (torch.rand(shape) < 0.2) if case % 7 else None
-        plain[name] = PrunableTensor(weight, pruned)
+        plain[name] = PrunableTensor(weight, pruned, importance=importance)
         placed = distribute_tensor(weight, mesh, [Shard(0)])
-        sharded[name] = PrunableTensor(placed, None if pruned is None else placed_like(pruned, placed))
+        placed_mask = None if pruned is None else placed_like(pruned, placed)
+        sharded[name] = PrunableTensor(placed, placed_mask, importance=importance)
     floors = {name: int(piece.weight.numel() * (case % 4) / 5) for name, piece in plain.items()}
     most = int(torch.randint(0, 60, ()))
     limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)
@@ -187,9 +215,18 @@ def fault_of_decision(case, mesh):
         for pieces, step in ((plain, one), (sharded, many))
     ]
     same = same and dead[0] == dead[1]
-    if not same or one.count != many.count or one.before.survivors != many.before.survivors:
+    same = same and (one.dropped, one.grown) == (many.dropped, many.grown) and come_back_alike(plain, one, many)
+    if not same or one.before.survivors != many.before.survivors:
         return f"case {case}: {one} {many}"
     return None
+
+
+def come_back_alike(plain, one, many):
+    """Whether the same weights come back, also seen from masks that are not sharded."""
+    older = MaskSet({name: piece.pruned for name, piece in plain.items() if piece.pruned is not None})
+    back = [{name: whole(where) for name, where in step.masks.grown_since(older)} for step in (one, many)]
+    counts = {name: int(where.sum()) for name, where in back[0].items()}
+    return helpers.same(*back) and all(counts.get(name, 0) == n for name, n in one.grown.items())
 
 
 def refusals(folder):
