@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning.compatibility import accumulation
+from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.pruning.options import Schedule
+from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.rewind import Mode, Replay, Ticks
+from lightning_sap.rewind import Mode, Moment, Obstacle, Replay, Ticks
 from lightning_sap.rounds.plan import RoundPlan
 
 NEVER = sys.maxsize
@@ -31,45 +35,43 @@ class Schedules:
     def __init__(self, optimizers: Sequence[Optimizer] = (), configs: Sequence[LRSchedulerConfig] = ()) -> None:
         self._configs = list(configs)
         self._frequencies = [config.frequency for config in self._configs]
-        self._replays = [Replay(config.scheduler, config.reduce_on_plateau) for config in self._configs]
+        self._replays = [
+            Replay(config.scheduler, config.reduce_on_plateau, obstacle_to(config.scheduler))
+            for config in self._configs
+        ]
         self._states = [(optimizer, _copied(optimizer.state)) for optimizer in optimizers]
+        self._lengths = EpochLengths()
+        self._stepped: list[Replay] = []  # those that are stepped here
         self._modes: list[Mode] = []  # of the run that is resumed
 
     def choose(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, wanted: Schedule) -> list[str]:
         """Settle what each schedule does in a round; one line for each, with its reason."""
-        manual = not module.automatic_optimization
-        if manual and wanted == "squeeze" and self._replays and plan.rounds != 0:
+        if not module.automatic_optimization and wanted == "squeeze" and self._replays and plan.rounds != 0:
             raise ValueError(
                 "lr_schedule='squeeze' cannot be had with manual optimization, where the module steps its schedules "
                 "itself; write them for one round and use lr_schedule='restart', or 'keep'."
             )
+        if accumulation(trainer) is not None:
+            self._lengths.plan(trainer)
         lines = []
         for i, (config, replay) in enumerate(zip(self._configs, self._replays, strict=True)):
             if plan.rounds == 0:
-                replay.choose("keep", Ticks(), _stepper(module))
+                replay.choose("keep", Ticks())
                 continue
-            self._settle(replay, wanted, module, _ticks(trainer, plan, config.interval, self._frequencies[i]))
+            _settle(replay, wanted, module, self._ticks(trainer, plan, i))
             if self._modes:
                 _go_on(replay, self._modes[i], wanted)
-            if self._replayed(config, replay) and not manual:
+            if _is_stepped_here(replay, module, _round(plan, 0).unit):
+                self._stepped.append(replay)
                 config.frequency = NEVER
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
+            _warn_of_shortfall(replay)
         return lines
 
-    @staticmethod
-    def _settle(replay: Replay, wanted: Schedule, module: LightningModule, ticks: Ticks) -> None:
-        """Choose what a round does with a schedule."""
-        if not module.automatic_optimization:
-            replay.mode, replay.reason = ("keep" if wanted == "keep" else "restart"), "the module steps it itself"
-        elif replay.metric_driven or wanted == "keep" or _advances(module, replay):
-            replay.choose(wanted, ticks, _stepper(module))
-        else:
-            replay.mode, replay.reason = "keep", "the module's lr_scheduler_step sets it by the epoch of training"
-            if wanted != "auto":
-                raise ValueError(
-                    f"lr_schedule={wanted!r} cannot be had where {replay.reason}. Step it without an epoch "
-                    "(`scheduler.step()`), or use lr_schedule='keep'."
-                )
+    def close(self) -> None:
+        """Training is over: Lightning counts as it did before."""
+        for config, frequency in zip(self._configs, self._frequencies, strict=True):
+            config.frequency = frequency
 
     def rewind_(self) -> None:
         """Put every schedule back to its first value."""
@@ -82,43 +84,152 @@ class Schedules:
             optimizer.state.clear()
             optimizer.state.update(_copied(first))
 
-    def advance_(self, trainer: Trainer, module: LightningModule, state: PruningState, *, epoch_ended: bool) -> None:
+    def advance_(self, trainer: Trainer, state: PruningState, *, batches: int = 0, epoch_ended: bool = False) -> None:
         """Step each replayed schedule to where its round stands.
 
         To be called after every batch, and at the start of an epoch for one before that was cut short.
+
+        Args:
+            trainer: The Trainer.
+            state: The state of the run.
+            batches: Batches of this epoch so far.
+            epoch_ended: Whether these were all.
         """
-        if not module.automatic_optimization:
+        if self._lengths.see(trainer, batches) and any(replay.mode == "squeeze" for replay in self._stepped):
+            self._lengths.warn()
+        if not self._stepped:
             return
-        epochs = trainer.current_epoch - state.first_epoch + epoch_ended
-        steps = state.steps
-        for config, replay in zip(self._configs, self._replays, strict=True):
-            if self._replayed(config, replay):
-                by_step = config.interval == "step"
-                length = state.plan.length_of(state.round, state.start)
-                if by_step and length is not None and state.plan.unit == "epoch":
-                    length = steps_of_epochs(trainer, length)
-                replay.advance_(steps if by_step else epochs, length, _stepper(module))
+        steps, epochs = _passed(trainer, state)
+        in_epoch = batches // trainer.accumulate_grad_batches
+        moment = self._moment(
+            trainer, _round(state.plan, state.round), steps, epochs, None if epoch_ended else in_epoch
+        )
+        if not epoch_ended:
+            self._lengths.count(trainer, steps - in_epoch, epochs)
+        training = self._steps_of_training(trainer, state.plan)
+        for replay in self._stepped:
+            if replay.ticks.interval == "step" and training is not None:
+                replay.stretch(training)
+            replay.advance_(moment)
 
     def state(self) -> list[dict[str, Any]]:
         """What a resumed run needs: the first values, and how far the round is."""
-        return [{"first": r.first, "groups": r.first_groups, "calls": r.calls, "mode": r.mode} for r in self._replays]
+        lengths = asdict(self._lengths)
+        return [
+            {"first": r.first, "groups": r.first_groups, "calls": r.calls, "mode": r.mode, "lengths": lengths}
+            for r in self._replays
+        ]
 
     def load(self, state: list[dict[str, Any]]) -> None:
         """Take up a state where it belongs to the same number of schedules."""
         if len(state) == len(self._replays):
             for replay, saved in zip(self._replays, state, strict=True):
                 replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
-            self._modes = [saved["mode"] for saved in state if "mode" in saved]
+                self._lengths = EpochLengths(**saved["lengths"])
+            self._modes = [saved["mode"] for saved in state]
 
-    @staticmethod
-    def _replayed(config: LRSchedulerConfig, replay: Replay) -> bool:
-        if config.interval == "step" and replay.length is None:
-            return False  # Lightning counts the batches of each epoch anew, here of unknown number: it goes on doing so
-        return replay.mode != "keep" and not replay.metric_driven
+    def _moment(self, trainer: Trainer, span: Span, steps: int, epochs: int, in_epoch: int | None) -> Moment:
+        """How much of a round has passed; ``in_epoch`` is None where an epoch just ended."""
+        per_epoch = self._lengths.steps(trainer)
+        if span.unit == "step":
+            return Moment.of_steps(steps, epochs + (in_epoch is None), span.length, per_epoch)
+        if in_epoch is None:
+            epochs, in_epoch = epochs + 1, 0
+        elif epochs == 0:
+            self._lengths.late = max(0, in_epoch - steps)
+        left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else None
+        return Moment.of_epochs(steps, epochs, span.length, in_epoch, per_epoch, self._lengths.late, left)
+
+    def _steps_of_training(self, trainer: Trainer, plan: RoundPlan) -> int | None:
+        """Optimizer steps of all training; None if that is not known."""
+        span, per_epoch = _training(plan), self._lengths.mean
+        steps = span.length
+        if span.unit == "epoch" and steps is not None:
+            steps = None if per_epoch is None else round(steps * per_epoch)
+        if trainer.max_steps > 0:
+            steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
+        return steps
+
+    def _ticks(self, trainer: Trainer, plan: RoundPlan, i: int) -> Ticks:
+        """How the interval of a schedule divides training, as far as that is known when training starts."""
+        round_, training, frequency = _round(plan, 0), _training(plan), self._frequencies[i]
+        per_epoch, now, every = self._lengths.planned, self._lengths.steps(trainer), accumulation(trainer)
+        in_steps = _in_steps(round_, now)
+        if self._configs[i].interval == "epoch":
+            places = round_.length if in_steps is None else in_steps
+            return Ticks(_in_epochs(round_, now), _in_epochs(training, now), frequency, (), places, "epoch")
+        batches = trainer.num_training_batches
+        stepping = [] if per_epoch is None or every is None else [*range(every, int(batches), every), int(batches)]
+        whole = self._steps_of_training(trainer, plan)
+        return Ticks(_in_steps(round_, per_epoch), whole, frequency, stepping, in_steps, "step")
+
+
+class Span(NamedTuple):
+    """How long something is.
+
+    Attributes:
+        unit: In what it is counted.
+        length: How many of these; None if it has no known end.
+    """
+
+    unit: Literal["epoch", "step"]
+    length: int | None
+
+
+def _round(plan: RoundPlan, round: int) -> Span:
+    """How long a round is."""
+    return Span("epoch", plan.length(round) if round else plan.epochs)
+
+
+def _training(plan: RoundPlan) -> Span:
+    """How long the schedules run."""
+    return Span("epoch", None if plan.last_epoch is None else plan.last_epoch - plan.schedules_from)
+
+
+def _passed(trainer: Trainer, state: PruningState) -> tuple[int, int]:
+    """Optimizer steps and epochs since the round's start."""
+    return trainer.global_step - state.round_step, trainer.current_epoch - state.plan.start(state.round)
+
+
+def _in_steps(span: Span, per_epoch: int | None) -> int | None:
+    if span.unit == "step" or span.length is None:
+        return span.length
+    return None if per_epoch is None else span.length * per_epoch
+
+
+def _in_epochs(span: Span, per_epoch: int | None) -> int | None:
+    if span.unit == "epoch" or span.length is None:
+        return span.length
+    return None if per_epoch is None else -(-span.length // per_epoch)
 
 
 def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
     return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
+
+
+def _settle(replay: Replay, wanted: Schedule, module: LightningModule, ticks: Ticks) -> None:
+    """Choose what a round does with a schedule."""
+    if wanted == "keep" or replay.metric_driven or replay.obstacle is not None:
+        replay.choose(wanted, ticks)
+    elif not module.automatic_optimization:
+        replay.mode, replay.reason = "restart", "the module steps it itself"
+        replay.try_out()
+    elif not overrides_step(module):
+        replay.choose(wanted, ticks)
+    elif sets_by_epoch(module, replay.scheduler):
+        replay.obstacle = Obstacle(
+            "the module's lr_scheduler_step sets it by the epoch of training",
+            "Step it without an epoch (`scheduler.step()`)",
+        )
+        replay.choose(wanted, ticks)
+    elif wanted == "restart":
+        replay.mode, replay.reason = "restart", "asked for; the module's lr_scheduler_step steps it"
+    else:
+        replay.obstacle = Obstacle(
+            "the module's own lr_scheduler_step steps it, which nobody but training calls",
+            "Leave that hook out, write the schedule for one round and use lr_schedule='restart'",
+        )
+        replay.choose(wanted, ticks)
 
 
 def _go_on(replay: Replay, mode: Mode, wanted: Schedule) -> None:
@@ -132,17 +243,35 @@ def _go_on(replay: Replay, mode: Mode, wanted: Schedule) -> None:
         replay.mode, replay.reason = mode, "as before the checkpoint"
 
 
-def _advances(module: LightningModule, replay: Replay) -> bool:
-    """Whether the module steps this schedule from where it is."""
-    own = type(module).lr_scheduler_step is not LightningModule.lr_scheduler_step
-    return not own or replay.advances(_stepper(module))
+def _is_stepped_here(replay: Replay, module: LightningModule, unit: str) -> bool:
+    if replay.mode == "squeeze":
+        return True
+    if replay.mode == "keep" or replay.metric_driven:
+        return False
+    if not module.automatic_optimization or overrides_step(module):
+        return False
+    if unit == "step" or replay.ticks.interval == "epoch":
+        return True
+    # Lightning counts the batches of each epoch anew, here of unknown number: it goes on doing so
+    return replay.length is not None and replay.ticks.frequency == 1
 
 
-def _stepper(module: LightningModule) -> Any:
-    return lambda scheduler: module.lr_scheduler_step(scheduler, None)
+def _warn_of_shortfall(replay: Replay) -> None:
+    """Say that no round comes near the highest learning rate."""
+    short = replay.shortfall()
+    if short is None:
+        return
+    groups = len(replay.first_groups)
+    summed = f" (summed over {groups} parameter groups)" if groups > 1 else ""
+    rank_zero_warn(
+        f"{type(replay.scheduler).__name__} under lr_schedule={replay.mode!r}: the learning rate of a round is "
+        f"{short[0]:.3g} at most, and the schedule goes up to {short[1]:.3g}{summed}. Give longer rounds (smaller "
+        "`rounds`, larger `every_n_epochs`) or a shorter warm-up"
+        + (", or use lr_schedule='squeeze' or 'keep'." if replay.mode == "restart" else ", or use lr_schedule='keep'.")
+    )
 
 
-def steps_of_epochs(trainer: Trainer, epochs: int) -> int | None:
+def _steps(trainer: Trainer, epochs: int) -> int | None:
     """Optimizer steps of so many epochs; None if that is not known beforehand."""
     batches, every = trainer.num_training_batches, accumulation(trainer)
     if batches == float("inf") or every is None or not trainer.lightning_module.automatic_optimization:
@@ -155,30 +284,7 @@ def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
 
     None or -1 where that is not known.
     """
-    per_epoch = steps_of_epochs(trainer, 1)
+    per_epoch = _steps(trainer, 1)
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
         return trainer.max_epochs
     return min(trainer.max_epochs, epoch + -(-(trainer.max_steps - step) // per_epoch))
-
-
-def _ticks(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
-    if plan.unit == "step":
-        return _ticks_of_steps(trainer, plan, interval, frequency)
-    epochs = None if plan.end is None else plan.end - plan.schedules_from
-    if interval == "epoch":
-        return Ticks(plan.length, epochs, frequency)
-    steps = None if epochs is None else steps_of_epochs(trainer, epochs)
-    if trainer.max_steps > 0:
-        steps = trainer.max_steps if steps is None else min(steps, trainer.max_steps)
-    batches, every = trainer.num_training_batches, accumulation(trainer)
-    stepping = [] if batches == float("inf") or every is None else [*range(every, int(batches), every), int(batches)]
-    return Ticks(steps_of_epochs(trainer, plan.length), steps, frequency, stepping)
-
-
-def _ticks_of_steps(trainer: Trainer, plan: RoundPlan, interval: str, frequency: int) -> Ticks:
-    """For rounds in steps."""
-    if interval == "epoch":
-        return Ticks(None, trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None, frequency)
-    batches, every = trainer.num_training_batches, accumulation(trainer)
-    stepping = [] if batches == float("inf") or every is None else [*range(every, int(batches), every), int(batches)]
-    return Ticks(plan.length, plan.end, frequency, stepping)
