@@ -17,16 +17,24 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_sap.rewind import Replay, Ticks
-from lightning_sap.rewind.replay import restore_groups_, take_groups
+from lightning_sap.rewind import Moment, Obstacle, Replay, Ticks
+from lightning_sap.rewind.replay import restore_groups_
+from lightning_sap.rewind.trial import Trial, take_groups
 
 
 def sgd(lr=1.0, **options):
     return SGD([torch.nn.Parameter(torch.ones(2))], lr=lr, momentum=0.9, foreach=False, **options)
 
 
-def step(scheduler):
-    scheduler.step()
+def at(tick, places=None):
+    """A moment of a round whose places are ticks."""
+    return Moment(tick, tick, tick, places)
+
+
+def with_rates(rates, training=None, mode="restart", ended=False):
+    replay = Replay(StepLR(sgd(), 1), mode=mode, ticks=Ticks(training=training))
+    replay.trial = Trial(list(rates), ended, frozenset({"lr"}))
+    return replay
 
 
 def rate(replay):
@@ -35,7 +43,7 @@ def rate(replay):
 
 def chosen(scheduler, wanted="restart", training=12, **ticks):
     replay = Replay(scheduler)
-    replay.choose(wanted, Ticks(training=training, **ticks), step)
+    replay.choose(wanted, Ticks(training=training, **ticks))
     scheduler.optimizer.step()  # otherwise schedules warn when they are stepped
     return replay
 
@@ -62,7 +70,7 @@ class TestGroups:
         assert saved[0]["lr"] == 1.0
         optimizer.param_groups[0].update(lr=0.3, weight_decay=0.0, momentum=0.1)
         parameter = optimizer.param_groups[0]["params"][0]
-        restore_groups_(optimizer, saved)
+        restore_groups_(optimizer, saved, saved[0])
         group = optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"], group["momentum"]) == (1.0, 0.5, 0.9)
         assert group["params"][0] is parameter
@@ -72,7 +80,7 @@ class TestGroups:
         optimizer.param_groups[0]["notes"] = [1]
         saved = take_groups(optimizer)
         optimizer.param_groups[0]["notes"].append(2)
-        restore_groups_(optimizer, saved)
+        restore_groups_(optimizer, saved, saved[0])
         optimizer.param_groups[0]["notes"].append(3)
         assert saved[0]["notes"] == [1]
 
@@ -80,7 +88,7 @@ class TestGroups:
         optimizer = sgd(torch.tensor(0.5))
         saved, live = take_groups(optimizer), optimizer.param_groups[0]["lr"]
         live.fill_(0.1)
-        restore_groups_(optimizer, saved)
+        restore_groups_(optimizer, saved, saved[0])
         assert optimizer.param_groups[0]["lr"] is live
         assert live.item() == 0.5
         assert saved[0]["lr"] is not live
@@ -90,7 +98,7 @@ class TestGroups:
         saved = take_groups(optimizer)
         optimizer.param_groups[0]["lr"] = 0.5
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 7.0})
-        restore_groups_(optimizer, saved)
+        restore_groups_(optimizer, saved, saved[0])
         assert [group["lr"] for group in optimizer.param_groups] == [1.0, 7.0]
 
 
@@ -122,23 +130,23 @@ class TestTicks:
 class TestTrace:
     def test_trace_is_what_the_schedule_does_left_alone(self):
         replay = chosen(StepLR(sgd(), 2, gamma=0.5), training=5)
-        assert replay.trace(step) == [1.0, 1.0, 0.5, 0.5, 0.25]
+        assert replay.trial.rates == [1.0, 1.0, 0.5, 0.5, 0.25]
         assert replay.length == 5
 
     def test_trace_sums_over_the_groups(self):
         optimizer = sgd()
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 4.0})
-        assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trace(step) == [5.0, 2.5, 1.25]
+        assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trial.rates == [5.0, 2.5, 1.25]
 
     def test_trace_keeps_to_the_frequency(self):
         replay = chosen(StepLR(sgd(), 1, gamma=0.5), training=6, frequency=2, steps_of_epoch=[1, 2, 3])
-        assert replay.trace(step) == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
+        assert replay.trial.rates == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
 
     def test_trace_ends_where_the_schedule_does(self):
         optimizer = sgd()
         replay = chosen(OneCycleLR(optimizer, max_lr=1.0, total_steps=4), training=12)
         assert replay.length == 4
-        rates = replay.trace(step)
+        rates = replay.trial.rates
         assert rates[0] == pytest.approx(1 / 25)
         assert rates[1] == pytest.approx(0.812, abs=1e-3)  # the peak is at 0.2
         assert rates[-1] == pytest.approx(1 / 25e4)
@@ -148,16 +156,16 @@ class TestTrace:
         inner = [ConstantLR(optimizer, 1.0, total_iters=1), OneCycleLR(optimizer, max_lr=1.0, total_steps=3)]
         replay = chosen(SequentialLR(optimizer, inner, milestones=[2]), training=12)
         assert replay.length < 12
-        replay.advance_(11, 12, step)  # no crash
+        replay.advance_(at(11, 12))  # no crash
 
     def test_trace_leaves_the_schedule_and_its_groups_as_they_were(self):
         scheduler = Shrinking(sgd(weight_decay=0.5))
         replay = Replay(scheduler)
-        replay.ticks = Ticks(training=12)
         scheduler.optimizer.step()
         scheduler.step()
         state, groups = copy.deepcopy(scheduler.state_dict()), take_groups(scheduler.optimizer)
-        assert replay.trace(step) == pytest.approx([1.0, 0.8, 0.5] + [0.2] * 9)
+        replay.choose("restart", Ticks(training=12))
+        assert replay.trial.rates == pytest.approx([1.0, 0.8, 0.5] + [0.2] * 9)
         assert scheduler.state_dict() == state
         assert take_groups(scheduler.optimizer) == groups
         assert scheduler.left == [0.5, 0.2]
@@ -166,11 +174,12 @@ class TestTrace:
         optimizer = SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trace(step) == [1.0, 0.5, 0.25]
+            assert chosen(StepLR(optimizer, 1, gamma=0.5), training=3).trial.rates == [1.0, 0.5, 0.25]
 
-    def test_trace_of_a_training_of_unknown_length_is_its_first_value(self):
-        replay = chosen(StepLR(sgd(), 1), training=None)
-        assert replay.trace(step) == [1.0]
+    @pytest.mark.parametrize(("n", "seen"), [(None, 16), (3, 48)])
+    def test_of_a_training_of_unknown_length_sees_sixteen_rounds(self, n, seen):
+        replay = chosen(StepLR(sgd(), 1), training=None, round=n)
+        assert len(replay.trial.rates) == seen
         assert replay.length is None
 
 
@@ -183,7 +192,7 @@ class TestChoose:
     @pytest.mark.parametrize(("wanted", "mode"), [("auto", "restart"), ("squeeze", "restart"), ("keep", "keep")])
     def test_choose_never_squeezes_a_schedule_driven_by_a_metric(self, wanted, mode):
         replay = Replay(StepLR(sgd(), 1), metric_driven=True)
-        replay.choose(wanted, Ticks(4, 12), step)
+        replay.choose(wanted, Ticks(4, 12))
         assert replay.mode == mode
 
     def test_choose_squeeze_needs_a_known_length(self):
@@ -224,7 +233,7 @@ class TestChoose:
 
 class TestPosition:
     @pytest.mark.parametrize(
-        ("length", "round_ticks", "positions"),
+        ("length", "places", "positions"),
         [
             (9, 3, [0, 4, 8]),
             (10, 4, [0, 3, 6, 9]),
@@ -236,26 +245,31 @@ class TestPosition:
             (9, 1, [0]),
         ],
     )
-    def test_position_of_a_squeezed_schedule(self, length, round_ticks, positions):
-        replay = Replay(StepLR(sgd(), 1), mode="squeeze", length=length)
-        assert [replay.position(s, round_ticks) for s in range(round_ticks)] == positions
-        assert replay.position(round_ticks + 3, round_ticks) == positions[-1]
+    def test_squeezed(self, length, places, positions):
+        replay = with_rates(range(length), training=length, mode="squeeze")
+        assert [replay.position(at(s, places)) for s in range(places)] == positions
+        assert replay.position(at(places + 3, places)) == positions[-1]
 
-    @pytest.mark.parametrize(("length", "positions"), [(None, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 2, 2])])
-    def test_position_of_a_restarted_schedule_goes_on_to_its_end(self, length, positions):
-        replay = Replay(StepLR(sgd(), 1), length=length)
-        assert [replay.position(s, 4) for s in range(5)] == positions
+    @pytest.mark.parametrize(("ended", "positions"), [(False, [0, 1, 2, 3, 4]), (True, [0, 1, 2, 2, 2])])
+    def test_restarted_it_goes_on_to_its_end(self, ended, positions):
+        replay = with_rates([3, 2, 1], training=3, ended=ended)
+        assert [replay.position(at(s, 4)) for s in range(5)] == positions
 
-    def test_position_in_a_round_without_an_end_is_not_squeezed(self):
-        replay = Replay(StepLR(sgd(), 1), mode="squeeze", length=9)
-        assert [replay.position(s, None) for s in (0, 1, 8, 9)] == [0, 1, 8, 8]
+    @pytest.mark.parametrize("interval", ["step", "epoch"])
+    def test_restarted_it_counts_in_its_own_ticks(self, interval):
+        replay = Replay(StepLR(sgd(), 1), ticks=Ticks(interval=interval))
+        assert replay.position(Moment(7, 2, 40, 60)) == {"step": 7, "epoch": 2}[interval]
+
+    def test_a_round_without_an_end_is_not_squeezed(self):
+        replay = with_rates(range(9), training=9, mode="squeeze", ended=True)
+        assert [replay.position(at(s)) for s in (0, 1, 8, 9)] == [0, 1, 8, 8]
 
 
 class TestRounds:
     def rates(self, replay, n):
         seen = []
         for tick in range(n):
-            replay.advance_(tick, n, step)
+            replay.advance_(at(tick, n))
             seen.append(rate(replay))
         return seen
 
@@ -288,15 +302,157 @@ class TestRounds:
         replay = chosen(OneCycleLR(optimizer, max_lr=1.0, total_steps=6), training=6)
         first = (live.item(), optimizer.param_groups[0]["momentum"])
         assert first == (pytest.approx(0.04), 0.95)
-        replay.advance_(3, 6, step)
+        replay.advance_(at(3, 6))
         assert optimizer.param_groups[0]["momentum"] != 0.95
         replay.rewind_()
         assert (live.item(), optimizer.param_groups[0]["momentum"]) == first
         assert optimizer.param_groups[0]["lr"] is live
 
-    def test_advancing_a_schedule_twice_to_the_same_tick_does_nothing(self):
+    def test_advancing_twice_or_back_does_nothing(self):
         replay = chosen(StepLR(sgd(), 1, gamma=0.5))
-        replay.advance_(2, 4, step)
-        replay.advance_(2, 4, step)
-        replay.advance_(1, 4, step)
+        replay.advance_(at(2, 4))
+        replay.advance_(at(2, 4))
+        replay.advance_(at(1, 4))
         assert rate(replay) == 0.25
+
+    def test_an_option_that_the_schedule_leaves_alone_is_not_put_back(self):
+        optimizer = sgd()
+        optimizer.param_groups[0]["d"] = 1e-6  # as Prodigy keeps its estimate
+        replay = chosen(CosineAnnealingLR(optimizer, 12))
+        optimizer.param_groups[0].update(d=0.02, weight_decay=0.3)
+        replay.advance_(at(3, 6))
+        replay.rewind_()
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["d"], group["weight_decay"]) == (1.0, 0.02, 0.3)
+
+
+class TestHighest:
+    def test_a_restarted_round_sees_the_beginning_a_squeezed_one_all_of_it(self):
+        replay = with_rates([0, 1, 2, 4, 3], training=5)
+        replay.ticks = Ticks(2, 5, places=5)
+        assert (replay.highest("restart"), replay.highest("squeeze")) == (1, 4)
+
+    def test_a_squeezed_round_of_few_steps_may_step_over_the_peak(self):
+        replay = with_rates([0, 1, 4, 1, 0], training=5, mode="squeeze")
+        for places, highest in ((1, 0), (2, 0), (3, 4), (4, 1)):  # positions 0; 0 4; 0 2 4; 0 1 3 4
+            replay.ticks = Ticks(1, 5, places=places)
+            assert replay.highest("squeeze") == highest
+            assert replay.shortfall() == (None if highest == 4 else (highest, 4))
+
+    @pytest.mark.parametrize(("reached", "short"), [(0.89, (0.89, 1.0)), (0.9, None), (1.0, None)])
+    def test_nine_tenths_are_near_enough(self, reached, short):
+        replay = with_rates([0.1, reached, 1.0], training=3)
+        replay.ticks = Ticks(2, 3)
+        assert replay.shortfall() == short
+
+    def test_kept_it_has_no_shortfall(self):
+        replay = with_rates([0, 0, 1], training=3, mode="keep")
+        replay.ticks = Ticks(1, 3)
+        assert replay.shortfall() is None
+
+
+class TestAutoTrains:
+    """Rounds that would stand at the foot of a warm-up."""
+
+    @pytest.mark.parametrize(
+        ("values", "ticks", "mode", "reason"),
+        [
+            ([0, 4, 3, 2, 1], {"round": 1, "places": 8}, "squeeze", "only after the first round"),
+            ([0, 4, 3, 2, 1], {"round": 1, "places": 1}, "keep", "a round reaches 0 at most, and the schedule 4"),
+            ([0, 0, 4, 0, 0], {"round": 2, "places": 2}, "keep", "a round reaches 0 at most"),
+            ([1, 0, 4, 0, 0], {"round": 2, "places": 2}, "squeeze", "only after the first round"),  # 1 of 4
+            ([0, 3, 4, 4, 1], {"round": 2, "places": 2}, "restart", "so a round comes nearest"),  # 3 against 1
+        ],
+    )
+    def test_it_chooses_what_comes_near_the_peak(self, values, ticks, mode, reason):
+        replay = chosen(LambdaLR(sgd(), lambda t: values[min(t, 4)]), "auto", training=5, **ticks)
+        assert replay.mode == mode
+        assert reason in replay.reason
+
+    def test_without_a_known_end_a_warm_up_longer_than_a_round_is_kept(self):
+        replay = chosen(LambdaLR(sgd(), lambda t: min(1, t / 8)), "auto", training=None, round=4)
+        assert (replay.mode, "only after the first round" in replay.reason) == ("keep", True)
+        replay = chosen(LambdaLR(sgd(), lambda t: min(1, t / 8)), "auto", training=None, round=9)
+        assert replay.mode == "restart"
+
+
+class TestStretch:
+    def test_a_longer_training_shows_more_of_the_schedule(self):
+        replay = chosen(LambdaLR(sgd(), lambda t: 100 - t), "squeeze", training=10)
+        for training in (20, 15, 30):
+            replay.stretch(training)
+            assert replay.length == training
+            assert replay.position(at(4, 5)) == training - 1
+        assert replay.trial.rates == [100 - t for t in range(30)]
+
+    def test_a_schedule_with_an_end_of_its_own_stays_as_long(self):
+        replay = chosen(OneCycleLR(sgd(), 1.0, 12), "squeeze", training=20)
+        assert replay.length == 12
+        replay.stretch(40)
+        assert replay.length == 12
+        replay.stretch(8)
+        assert replay.length == 8
+
+
+class TestObstacle:
+    def obstructed(self):
+        return Replay(StepLR(sgd(), 1), obstacle=Obstacle("it looks away", "Make it look"))
+
+    @pytest.mark.parametrize(("wanted", "reason"), [("auto", "it looks away"), ("keep", "asked for")])
+    def test_the_schedule_is_kept(self, wanted, reason):
+        replay = self.obstructed()
+        replay.choose(wanted, Ticks(4, 12))
+        assert (replay.mode, replay.reason, replay.trial) == ("keep", reason, None)
+
+    @pytest.mark.parametrize("wanted", ["restart", "squeeze"])
+    def test_a_replay_is_refused_with_the_cure(self, wanted):
+        message = rf"lr_schedule='{wanted}' cannot be had where it looks away \(StepLR\). Make it look, or use"
+        with pytest.raises(ValueError, match=message):
+            self.obstructed().choose(wanted, Ticks(4, 12))
+
+    def test_a_state_that_cannot_be_copied_is_one(self):
+        class Stubborn(Shrinking):
+            def state_dict(self):
+                return {"generator": (i for i in range(3))}
+
+        replay = Replay(Stubborn(sgd()))
+        replay.choose("auto", Ticks(4, 12))
+        assert (replay.mode, replay.reason) == ("keep", "its state cannot be copied")
+
+
+class TestNoTrial:
+    """A user's own schedule whose copy cannot be made, or fails."""
+
+    class Stubborn(Shrinking):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there is only one of me")
+
+    class NeedsGradients(Shrinking):
+        def get_lr(self):
+            self.optimizer.param_groups[0]["params"][0].grad.norm()
+            return super().get_lr()
+
+    def sgd(self):
+        optimizer = sgd()
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+        return optimizer
+
+    @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
+    def test_auto_keeps_it(self, kind):
+        replay = chosen(kind(self.sgd()), "auto", round=4)
+        assert (replay.mode, "no copy of it can be made" in replay.reason) == ("keep", True)
+
+    @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
+    def test_restart_rewinds_what_schedules_usually_change(self, kind):
+        replay = chosen(kind(self.sgd()), "restart", round=4)
+        replay.scheduler.optimizer.param_groups[0]["d"] = 0.5
+        replay.advance_(at(2))
+        assert rate(replay) == 0.5
+        replay.rewind_()
+        group = replay.scheduler.optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"], group["d"]) == (1.0, 1.0, 0.5)
+
+    @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
+    def test_squeeze_is_refused(self, kind):
+        with pytest.raises(ValueError, match=r"lr_schedule='squeeze' needs a trial of \w+ on a copy"):
+            chosen(kind(self.sgd()), "squeeze", round=4)

@@ -25,7 +25,11 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader
 
-pytestmark = pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch'")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch'"),
+    # a cycle of 15 epochs, restarted in rounds of three
+    pytest.mark.filterwarnings("ignore:OneCycleLR under lr_schedule='restart'. the learning rate of a round is 0.188"),
+]
 
 
 def assert_restarts(schedule, optimizer=sgd, accumulate=1, **config):

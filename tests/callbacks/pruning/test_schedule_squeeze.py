@@ -29,18 +29,17 @@ class TestSqueeze:
             (9, 3, [3, 3, 3]),
             (12, 4, [4, 4, 4]),
             (11, 3, [3, 3, 5]),  # a longer last round
-            (4, 1, [1, 1, 2]),  # rounds of one tick
+            (4, 1, [1, 1, 2]),  # rounds of one epoch
             (3, 1, [1, 1, 1]),
         ],
     )
-    def test_squeeze_by_epochs_samples_the_whole_schedule(self, max_epochs, every_n_epochs, lengths, frequency):
+    def test_an_epoch_schedule_is_walked_by_steps(self, max_epochs, every_n_epochs, lengths, frequency):
         def module():
             return Recording(lambda o: CosineAnnealingLR(o, T_max=max_epochs), frequency=frequency)
 
         values = per_epoch(fit(module(), max_epochs=max_epochs))
         trace = fit(module(), pruning("squeeze", every_n_epochs=every_n_epochs), max_epochs=max_epochs)
-        expected = [value for n in lengths for value in self.squeezed(values, n)]
-        assert per_epoch(trace) == expected
+        assert rates(trace) == [value for n in lengths for value in self.squeezed(values, n * BATCHES)]
 
     @pytest.mark.parametrize(("frequency", "accumulate"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
     @pytest.mark.parametrize("max_epochs", [9, 11])
@@ -62,7 +61,8 @@ class TestSqueeze:
 
     def test_squeeze_gives_rates_computed_by_hand(self):
         trace = fit(Recording(lambda o: LambdaLR(o, lambda epoch: 9 - epoch)), pruning("squeeze"), max_epochs=9)
-        assert per_epoch(trace) == pytest.approx([0.9, 0.5, 0.1] * 3)
+        positions = [0, 1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8]  # round(s * 8 / 14) for the 15 steps of a round
+        assert rates(trace) == pytest.approx([0.1 * (9 - p) for p in positions] * 3)
 
     def test_squeeze_counts_limited_batches(self):
         module = Recording(lambda o: LambdaLR(o, lambda step: 18 - step), interval="step")
