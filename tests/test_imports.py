@@ -56,7 +56,9 @@ ARROWS: dict[str, set[str]] = {
     "engine/weights": {"sharding"},
     "rounds/phases": {"functional/scalars"},
     "rounds/protocol": {"engine/groups", "rounds/history"},
-    "rewind": {"rewind/replay", "rewind/weights"},
+    "rewind": {"rewind/replay", "rewind/ticks", "rewind/weights"},
+    "rewind/replay": {"rewind/ticks", "rewind/trial"},
+    "rewind/trial": {"rewind/ticks"},
     "rewind/weights": {"sharding", "engine/weights"},
     "metric": {"functional/pqi", "functional/scalars"},
     "report": {"rounds/history"},
@@ -152,6 +154,7 @@ ARROWS: dict[str, set[str]] = {
         "engine/groups",
         "engine/weights",
     },
+    "callbacks/pruning/outside": {"rewind"},
     "callbacks/pruning/planning": {
         "rounds/plan",
         "callbacks/pruning/options",
@@ -163,7 +166,9 @@ ARROWS: dict[str, set[str]] = {
         "rounds/plan",
         "rewind",
         "callbacks/pruning/compatibility",
+        "callbacks/pruning/lengths",
         "callbacks/pruning/options",
+        "callbacks/pruning/outside",
         "callbacks/pruning/state",
     },
     "callbacks/pruning/session": {

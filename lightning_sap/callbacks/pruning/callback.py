@@ -176,7 +176,7 @@ class PruningCallback(Callback):
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         self._advance(trainer, pl_module, trainer.current_epoch - 1)
         self.session.metrics.begin_epoch(trainer)
-        self.session.schedules.advance_(trainer, pl_module, self.session.state, epoch_ended=False)
+        self.session.schedules.advance_(trainer, self.session.state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Advance here too: after some resumes an epoch starts without its hook, and rounds in steps end in it."""
@@ -210,7 +210,8 @@ class PruningCallback(Callback):
             session.enforce()
             session.state.steps += trainer.global_step - fit.global_step
             fit.global_step = trainer.global_step
-        session.schedules.advance_(trainer, pl_module, session.state, epoch_ended=trainer.is_last_batch)
+        ended = trainer.is_last_batch
+        session.schedules.advance_(trainer, session.state, batches=batch_idx + 1, epoch_ended=ended)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.session.metrics.begin_validation(trainer)
@@ -293,6 +294,7 @@ class PruningCallback(Callback):
         if self._fit.stage is Stage.TRAINING:
             self.session.state.schedules = self.session.schedules.state()
         self._fit.enter(event)
+        self.session.schedules.close()
         for hook in self._fit.hooks:
             hook.remove()
         self._fit.hooks = []

@@ -16,7 +16,9 @@ def plan(trainer: Trainer, options: Options) -> RoundPlan:
     """The rounds of a training that begins now: in steps where that is asked for or only steps limit it."""
     limited = trainer.max_epochs is not None and trainer.max_epochs >= 0
     if options.every_n_steps is not None or not (limited or options.every_n_epochs or trainer.max_steps < 0):
-        return plan_rounds(steps_left(trainer), options.rounds, options.every_n_steps, unit="step")
+        left = steps_left(trainer)
+        end = None if left is None else trainer.global_step + left
+        return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, unit="step")
     return _plan_in_epochs(trainer, options)
 
 

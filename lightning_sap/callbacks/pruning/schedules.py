@@ -61,7 +61,7 @@ class Schedules:
             _settle(replay, wanted, module, self._ticks(trainer, plan, i))
             if self._modes:
                 _go_on(replay, self._modes[i], wanted)
-            if _is_stepped_here(replay, module, _round(plan, 0).unit):
+            if _is_stepped_here(replay, module, plan.unit):
                 self._stepped.append(replay)
                 config.frequency = NEVER
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
@@ -101,9 +101,7 @@ class Schedules:
             return
         steps, epochs = _passed(trainer, state)
         in_epoch = batches // trainer.accumulate_grad_batches
-        moment = self._moment(
-            trainer, _round(state.plan, state.round), steps, epochs, None if epoch_ended else in_epoch
-        )
+        moment = self._moment(trainer, _round(state), steps, epochs, None if epoch_ended else in_epoch)
         if not epoch_ended:
             self._lengths.count(trainer, steps - in_epoch, epochs)
         training = self._steps_of_training(trainer, state.plan)
@@ -152,7 +150,7 @@ class Schedules:
 
     def _ticks(self, trainer: Trainer, plan: RoundPlan, i: int) -> Ticks:
         """How the interval of a schedule divides training, as far as that is known when training starts."""
-        round_, training, frequency = _round(plan, 0), _training(plan), self._frequencies[i]
+        round_, training, frequency = Span(plan.unit, plan.length), _training(plan), self._frequencies[i]
         per_epoch, now, every = self._lengths.planned, self._lengths.steps(trainer), accumulation(trainer)
         in_steps = _in_steps(round_, now)
         if self._configs[i].interval == "epoch":
@@ -176,19 +174,19 @@ class Span(NamedTuple):
     length: int | None
 
 
-def _round(plan: RoundPlan, round: int) -> Span:
-    """How long a round is."""
-    return Span("epoch", plan.length(round) if round else plan.epochs)
+def _round(state: PruningState) -> Span:
+    """How long the round is."""
+    return Span(state.plan.unit, state.plan.length_of(state.round, state.start))
 
 
 def _training(plan: RoundPlan) -> Span:
     """How long the schedules run."""
-    return Span("epoch", None if plan.last_epoch is None else plan.last_epoch - plan.schedules_from)
+    return Span(plan.unit, None if plan.end is None else plan.end - plan.schedules_from)
 
 
 def _passed(trainer: Trainer, state: PruningState) -> tuple[int, int]:
     """Optimizer steps and epochs since the round's start."""
-    return trainer.global_step - state.round_step, trainer.current_epoch - state.plan.start(state.round)
+    return state.steps, trainer.current_epoch - state.first_epoch
 
 
 def _in_steps(span: Span, per_epoch: int | None) -> int | None:
@@ -271,7 +269,7 @@ def _warn_of_shortfall(replay: Replay) -> None:
     )
 
 
-def _steps(trainer: Trainer, epochs: int) -> int | None:
+def steps_of_epochs(trainer: Trainer, epochs: int) -> int | None:
     """Optimizer steps of so many epochs; None if that is not known beforehand."""
     batches, every = trainer.num_training_batches, accumulation(trainer)
     if batches == float("inf") or every is None or not trainer.lightning_module.automatic_optimization:
@@ -284,7 +282,7 @@ def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
 
     None or -1 where that is not known.
     """
-    per_epoch = _steps(trainer, 1)
+    per_epoch = steps_of_epochs(trainer, 1)
     if trainer.max_epochs is None or trainer.max_epochs < 0 or trainer.max_steps < 0 or not per_epoch:
         return trainer.max_epochs
     return min(trainer.max_epochs, epoch + -(-(trainer.max_steps - step) // per_epoch))

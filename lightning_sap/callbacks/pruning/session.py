@@ -90,7 +90,10 @@ class PruningSession:
         options, masks, found = self.options, self.state.masks, dict(self.weights)
         plan = RoundPlan(0, 1)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            plan = replace(planning.plan(trainer, options), schedules_from=schedules_from)
+            plan = planning.plan(trainer, options)
+            plan = replace(
+                plan, schedules_from=schedules_from if plan.unit == "epoch" or not schedules_from else plan.first
+            )
             checks.check_plan(options, plan, steps_of_epochs(trainer, 1))
         if plan.rounds != 0:
             compatibility.check_averaging(trainer)
@@ -101,7 +104,12 @@ class PruningSession:
             self.weights = found
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
-        state = PruningState(masks.extended(weights).like(weights), plan, first_epoch=trainer.current_epoch)
+        state = PruningState(
+            masks.extended(weights).like(weights),
+            plan,
+            first_epoch=trainer.current_epoch,
+            first_step=trainer.global_step,
+        )
         checks.check_target(options, state, self.frozen())
         self.state, self.metrics = state, RoundMetrics()
 
