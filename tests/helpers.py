@@ -13,7 +13,7 @@ from lightning_sap import FixedFraction, PruningCallback
 
 BATCHES = 3  # in an epoch: 22 samples, 8 at a time
 PRUNABLE = {"net.0.weight": 48, "net.3.weight": 24}  # of `mlp()` inside a Net
-N = sum(PRUNABLE.values())
+N = sum(PRUNABLE.values())  # of all prunable weights
 
 # What `quiet_trainer` needs besides barebones=True, which wants to set these itself.
 BAREBONES = {"barebones": True} | dict.fromkeys(
@@ -170,11 +170,15 @@ def parameters(module):
     return {name.replace("_orig_mod.", ""): parameter for name, parameter in module.named_parameters()}
 
 
+def is_masked(state, masks):
+    """Whether every pruned weight, by name, is exactly zero."""
+    return all(not state[name][~mask].any() for name, mask in masks.items())
+
+
 def all_masked_are_zero(trainer, module):
     """Whether every weight that a pruner of the Trainer has pruned is exactly zero."""
     masks = {name: mask for pruner in pruners(trainer) for name, mask in pruner.masks.items()}
-    live = parameters(module)
-    return all(not live[name].detach()[~mask].any() for name, mask in masks.items())
+    return is_masked({name: parameter.detach() for name, parameter in parameters(module).items()}, masks)
 
 
 def copied(state):

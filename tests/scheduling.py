@@ -107,14 +107,14 @@ def thirds(trace):
 class Shrinking(LRScheduler):
     """A user's own: it keeps its values in a list and changes it in place, and the weight decay with it."""
 
-    def __init__(self, optimizer):
-        self.left = [1.0, 0.9, 0.7, 0.4, 0.1]
+    def __init__(self, optimizer, factors=(1.0, 0.9, 0.7, 0.4, 0.1), decay=0.01):
+        self.left, self.decay = list(factors), decay
         super().__init__(optimizer)
 
     def get_lr(self):
         factor = self.left.pop(0) if len(self.left) > 1 else self.left[0]
         for group in self.optimizer.param_groups:
-            group["weight_decay"] += 0.01
+            group["weight_decay"] += self.decay
         return [base * factor for base in self.base_lrs]
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import all_masked_are_zero, loader, mlp, seeded
+from helpers import all_masked_are_zero, is_masked, loader, mlp, seeded
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
@@ -64,10 +64,6 @@ def test_pytorch_lightning_fit_prunes_logs_and_resumes(tmp_path):
     again.fit(Net(), loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
     assert resumed.masks.keys() == pruner.masks.keys()
     assert all(torch.equal(resumed.masks[name], mask) for name, mask in pruner.masks.items())
-
-
-def is_masked(state, masks):
-    return all(not state[name][~mask].any() for name, mask in masks.items())
 
 
 @pytest.mark.parametrize("pruner_first", [True, False])

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
+from scheduling import Shrinking
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
     LambdaLR,
     LinearLR,
-    LRScheduler,
     OneCycleLR,
     SequentialLR,
     StepLR,
@@ -48,18 +48,8 @@ def chosen(scheduler, wanted="restart", training=12, **ticks):
     return replay
 
 
-class Shrinking(LRScheduler):
-    """Keeps its values in a list and changes it in place; at each call it also raises the weight decay."""
-
-    def __init__(self, optimizer):
-        self.left = [1.0, 0.8, 0.5, 0.2]
-        super().__init__(optimizer)
-
-    def get_lr(self):
-        factor = self.left.pop(0) if len(self.left) > 1 else self.left[0]
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] += 1.0
-        return [base * factor for base in self.base_lrs]
+def shrinking(optimizer):
+    return Shrinking(optimizer, factors=(1.0, 0.8, 0.5, 0.2), decay=1.0)
 
 
 class TestGroups:
@@ -159,7 +149,7 @@ class TestTrace:
         replay.advance_(at(11, 12))  # no crash
 
     def test_trace_leaves_the_schedule_and_its_groups_as_they_were(self):
-        scheduler = Shrinking(sgd(weight_decay=0.5))
+        scheduler = shrinking(sgd(weight_decay=0.5))
         replay = Replay(scheduler)
         scheduler.optimizer.step()
         scheduler.step()
@@ -274,7 +264,7 @@ class TestRounds:
         return seen
 
     def test_restarted_schedule_starts_anew_in_each_round(self):
-        replay = chosen(Shrinking(sgd(weight_decay=0.5)))
+        replay = chosen(shrinking(sgd(weight_decay=0.5)))
         for _ in range(3):
             assert self.rates(replay, 5) == pytest.approx([1.0, 0.8, 0.5, 0.2, 0.2])
             assert replay.calls == 4

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Watch, copied, fit, loader, same
+from helpers import Watch, copied, fit, is_masked, loader, same
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from stopping import COLLAPSE, Scripted, holds, monitor_of, pruner_of, run
 
@@ -69,7 +69,7 @@ class TestNeighbours:
         found = trainer.validate(module, loader(seed=3), verbose=False)[0]["val_loss"]
         assert found == pytest.approx(losses[3], rel=1e-6)
         assert same(module.state_dict(), before)
-        assert all(not module.state_dict()[name][~mask].any() for name, mask in pruner.masks.items())
+        assert is_masked(module.state_dict(), pruner.masks)
         # the index is that of the weights in training, wherever the averages were; after it, they are in the module
         assert [row["pqi"] for row in monitor.rows()][:-1] == [record.pqi for record in pruner.history][:-1]
 

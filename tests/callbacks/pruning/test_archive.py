@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from archiving import Decaying, archived, archiving_half, snapshot, unchanged
-from helpers import Net, Watch, fit, mlp, same
+from helpers import Crash, Net, Watch, crash_in, fit, mlp, same
 from resuming import STATE
 from torch import nn
 
@@ -146,8 +146,8 @@ class TestFolder:
         assert os.listdir(tmp_path / "here" / "rounds") == ["sap-round-02.ckpt"]
 
     def test_folder_of_rounds_without_a_file_is_removed(self, tmp_path):
-        with pytest.raises(ZeroDivisionError):
-            archived(tmp_path, None, None, Watch(on_train_batch_end=lambda *_: 1 / 0))
+        with pytest.raises(Crash):
+            archived(tmp_path, None, None, crash_in("on_train_batch_end", 0))
         assert not (tmp_path / "rounds").exists()
 
     def test_folder_of_rounds_that_is_relative_is_recorded_in_full(self):

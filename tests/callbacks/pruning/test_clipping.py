@@ -1,10 +1,15 @@
 """Gradients are clipped by the norm of the kept weights alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import Net, fit, half, loader
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import SGD
+
+from lightning_sap.callbacks.pruning import checks
 
 
 class OneLayer(Net):
@@ -87,3 +92,15 @@ class TestClipping:
         moved = [step for step in module.seen if any(step)]
         whole = [2.5 * g / 13 for g in (3, 4, 12)]
         assert moved == [pytest.approx(whole, rel=1e-5), pytest.approx([1.5, 2.0, 0.0], rel=1e-5)]
+
+
+class TestClipsGradients:
+    def test_gradient_clipping_of_trainer_and_module_is_seen(self):
+        class Own(LightningModule):
+            def configure_gradient_clipping(self, *arguments, **options):
+                pass
+
+        with_value, without = SimpleNamespace(gradient_clip_val=0.5), SimpleNamespace(gradient_clip_val=None)
+        assert checks.clips_gradients(with_value, Net())
+        assert checks.clips_gradients(without, Own())
+        assert not checks.clips_gradients(without, Net())

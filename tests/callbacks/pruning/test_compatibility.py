@@ -5,7 +5,7 @@ import csv
 
 import pytest
 import torch
-from helpers import Net, Watch, fit, loader, quiet_trainer
+from helpers import Net, Watch, fit, is_masked, loader, quiet_trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -40,10 +40,6 @@ def masks_in(file):
     pruner = SAPCallback()
     pruner.load_state_dict(checkpoint["callbacks"]["lightning_sap/sap"])
     return pruner.masks, checkpoint
-
-
-def is_masked(state, masks):
-    return all(not state[name][~mask].any() for name, mask in masks.items())
 
 
 @pytest.mark.parametrize("pruner_first", [True, False])

@@ -86,15 +86,15 @@ def train(network, batch, *callbacks, optimizer=None, **options):
     return module, fit(module, *callbacks, train=data, max_epochs=3, **options)
 
 
-def half(**options):
-    return PruningCallback(FixedFraction(0.5), rounds=2, **options)
+def half_twice(**options):
+    return helpers.half(rounds=2, every_n_epochs=None, **options)
 
 
 @pytest.mark.filterwarnings("ignore:sap. these look like low-rank adapters")
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_many_kinds_are_pruned_and_masked(name):
     build, batch, prunable = MODELS[name]
-    pruner, network = half(rewind_weights="init"), build()
+    pruner, network = half_twice(rewind_weights="init"), build()
     module, trainer = train(network, batch(), pruner)
     assert len(pruner.masks) == prunable
     assert all_masked_are_zero(trainer, module)
@@ -113,7 +113,7 @@ def channels_last(network):
 
 def test_channels_last_is_pruned_as_channels_first_is():
     build, batch, _ = MODELS["resnet18"]
-    pruners, networks = [half(), half()], [helpers.seeded(build), channels_last(helpers.seeded(build))]
+    pruners, networks = [half_twice(), half_twice()], [helpers.seeded(build), channels_last(helpers.seeded(build))]
     x = batch()
     for pruner, network in zip(pruners, networks, strict=True):
         module, trainer = train(network, x, pruner, optimizer=lambda p: SGD(p, lr=0.0))
@@ -130,10 +130,10 @@ class TestAdapters:
             "out with exclude='*lora_*', or merge them first and prune the merged model."
         )
         with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
-            train(Adapted(), torch.randn(4, 6), half())
+            train(Adapted(), torch.randn(4, 6), half_twice())
 
     def test_adapters_left_out_as_advised_train_densely_without_a_warning(self):
-        pruner, network = half(exclude="*lora_*"), nn.Sequential(Adapted(), nn.Linear(6, 4))
+        pruner, network = half_twice(exclude="*lora_*"), nn.Sequential(Adapted(), nn.Linear(6, 4))
         train(network, torch.randn(4, 6), pruner)
         assert survivors(pruner) == {"net.1.weight": 6}
         assert bool(network[0].lora_a.weight.all())
@@ -205,21 +205,21 @@ class TestGAN:
         ]
 
     def test_gan_is_pruned_as_a_whole_by_one_callback(self):
-        pruner = half(reset_optimizer=False)
+        pruner = half_twice(reset_optimizer=False)
         module, _ = self.fit(pruner)
         assert list(pruner.masks) == list(GAN_SIZES)
         assert module.zeros == self.looks((0, 0), (1 / 2, 1 / 2), (3 / 4, 3 / 4))
 
     @pytest.mark.parametrize("selection", [{"include": "generator.*"}, {"exclude": "discriminator.*"}])
     def test_gan_generator_is_pruned_alone(self, selection):
-        pruner = half(reset_optimizer=False, **selection)
+        pruner = half_twice(reset_optimizer=False, **selection)
         module, _ = self.fit(pruner)
         assert survivors(pruner) == {"generator.0.weight": 8, "generator.2.weight": 12}
         assert module.zeros == self.looks((0, 0), (1 / 2, 0), (3 / 4, 0))
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_gan_is_pruned_by_a_callback_for_each_network(self, order):
-        g = half(name="g", include="generator.*", rewind_weights="init", reset_optimizer=False)
+        g = half_twice(name="g", include="generator.*", rewind_weights="init", reset_optimizer=False)
         d = PruningCallback(FixedFraction(0.75), rounds=1, name="d", include="discriminator.*")
         module, trainer = self.fit(*[g, d][::order])
         assert module.zeros == self.looks((0, 0), (1 / 2, 3 / 4), (3 / 4, 3 / 4))
@@ -229,7 +229,7 @@ class TestGAN:
 
 @pytest.mark.slow
 def test_vit_b_16_is_pruned_and_masked():
-    pruner = half(scope="global")
+    pruner = half_twice(scope="global")
     slow = partial(SGD, lr=1e-4)  # else it diverges, and that is an error
     network = with_a_head(torchvision.models.vit_b_16(num_classes=5))
     module, trainer = train(network, images(224)[:1], pruner, optimizer=slow)
@@ -241,7 +241,7 @@ def test_vit_b_16_is_pruned_and_masked():
 @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_masks_hold_in_every_precision(precision, scope):
-    pruner = half(scope=scope)
+    pruner = half_twice(scope=scope)
     x = torch.randn(4, 6).to({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
     module, trainer = train(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), x, pruner, precision=precision)
     assert all_masked_are_zero(trainer, module)
@@ -260,7 +260,7 @@ def test_masks_hold_in_every_precision(precision, scope):
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
 def test_masks_hold_on_a_gpu_in_every_precision(precision, scope):
-    pruner, zeros = half(scope=scope, rewind_weights="init"), []
+    pruner, zeros = half_twice(scope=scope, rewind_weights="init"), []
     look = helpers.Watch(on_before_zero_grad=lambda t, m: zeros.append((t.global_step, all_masked_are_zero(t, m))))
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     options = {"precision": precision, "accelerator": "gpu", "gradient_clip_val": 0.5}
@@ -281,7 +281,7 @@ def test_masks_hold_on_a_gpu_in_every_precision(precision, scope):
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("kind", [SGD, AdamW])
 def test_masks_hold_with_fused_foreach_and_plain_optimizers(kind, options, accelerator):
-    pruner = half()
+    pruner = half_twice()
     network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = partial(kind, lr=0.01, **options)
     module, trainer = train(network, torch.randn(4, 6), pruner, optimizer=optimizer, accelerator=accelerator)
@@ -307,7 +307,7 @@ def test_torch_compile_compiles_once_for_all_rounds(whole):
     else:
         compiled = network
         network[0].compile(backend=counter)
-    pruner = half(rewind_weights="init")
+    pruner = half_twice(rewind_weights="init")
     module, trainer = train(compiled, torch.randn(4, 6), pruner)
     assert counter.frame_count == 1
     assert all_masked_are_zero(trainer, module)

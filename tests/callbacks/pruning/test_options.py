@@ -487,7 +487,7 @@ class TestTexts:
         """Every process has other ones, and a resumed run would say that options changed."""
         texts = PruningCallback(Nothing(), include=lambda *_: True, exclude=[str.isalpha]).options.plain()
         assert texts["policy"] == "Nothing()"
-        assert texts["include"] == "<function TestTexts.test_no_addresses_are_in_them.<locals>.<lambda>>"
+        assert texts["include"] == "<function TestTexts.test_option_texts_hold_no_addresses.<locals>.<lambda>>"
         assert not any("0x" in text for text in texts.values())
 
     def test_option_texts_tell_a_change(self):

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from archiving import Decaying, archived, archiving_half, snapshot, unchanged
-from helpers import Net, Rounds, Watch, copied, fit, loader, mlp, quiet_trainer, same, seeded
+from helpers import Crash, Net, Rounds, Watch, copied, crash_in, fit, loader, mlp, quiet_trainer, same, seeded
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
@@ -237,12 +237,9 @@ class TestRefusals:
         pruner, module = archiving_half(), Decaying()
         rounds = Rounds(pruner)
 
-        def crash(trainer, module):
-            raise KeyError("cut off")
-
-        stop = Watch(on_train_epoch_start=lambda t, m: crash(t, m) if t.current_epoch == 5 else None)
+        stop = crash_in("on_train_epoch_start", 5)
         trainer = quiet_trainer(pruner, rounds, stop, max_epochs=6, default_root_dir=tmp_path)
-        with pytest.raises(KeyError):
+        with pytest.raises(Crash):
             trainer.fit(module, loader())
         for round in (1, 0):
             pruner.restore_round(round)
