@@ -53,12 +53,12 @@ def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]
         raise ValueError("There is nothing to report yet: no round has ended.")
     columns = {
         "round": [str(r.round) for r in records],
-        "epochs": [f"{r.first_epoch}–{r.last_epoch}" for r in records],
+        f"{records[0].unit}s": [_span(r) for r in records],
         "weights": ["–" if r.weights is None else f"{r.weights:,}" for r in records],
         "remaining": [_percent(r.remaining) for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
-        "phase": [r.phase or "–" for r in records],
+        "phase": ["taken back" if r.taken_back else r.phase or "–" for r in records],
     }
     if metric is not None:
         columns[metric] = [f"{r.metrics[metric]:.4g}" if metric in r.metrics else "–" for r in records]
@@ -74,6 +74,13 @@ def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
         are = "1 round is" if len(saved) == 1 else f"{len(saved)} rounds are"
         lines.append(f"{are} saved, that of the module as {held.path}.")
     return lines
+
+
+def _span(record: RoundRecord) -> str:
+    """From its first to its last epoch or step."""
+    if record.unit == "step":
+        return f"{record.first_step:,}–{record.last_step:,}"
+    return f"{record.first_epoch}–{record.last_epoch}"
 
 
 def _percent(share: float) -> str:

@@ -45,11 +45,11 @@ STEPS_OF_A_PRUNING = {
 class Alike(Dataset):
     """Batches that are all alike: Lightning restarts a plain DataLoader when it resumes in mid-epoch."""
 
-    def __init__(self, seed):
-        self.data = helpers.data(8, seed)
+    def __init__(self, seed, batches=3):
+        self.data, self.batches = helpers.data(8, seed), batches
 
     def __len__(self):
-        return 24
+        return 8 * self.batches
 
     def __getitem__(self, index):
         return self.data[index % 8]
@@ -66,6 +66,10 @@ class Resumable(Net):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self):
+        if self.kind == "steps-SGD-cosine":
+            optimizer = SGD(self.parameters(), lr=0.1, momentum=0.9)
+            schedule = CosineAnnealingLR(optimizer, STEPS)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
         if self.kind == "SGD-cosine":
             optimizer = SGD(self.parameters(), lr=0.1, momentum=0.9)
             return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, EPOCHS)}
@@ -115,7 +119,9 @@ def of_engine(engine):
 def run(folder, kind, rewind, alike, ckpt_path=None, extra=(), engine="one process"):
     """Train from a seed (a wrong one when resuming), and say everything that came of it."""
     seed_everything(1 if ckpt_path is None else 99)
-    sap = SAPCallback(rounds=2, every_n_epochs=2, rewind_weights=rewind, scope="global", eta_r=0.1)
+    in_steps = kind.startswith("steps-")  # nine rounds in one epoch
+    rounds = {"rounds": 8, "every_n_steps": 2} if in_steps else {"rounds": 2, "every_n_epochs": 2}
+    sap = SAPCallback(**rounds, rewind_weights=rewind, scope="global", eta_r=0.1)
     monitor, logger, rates = PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), Remembers(), {}
     watch = Watch(
         on_before_optimizer_step=lambda t, _: rates.update({t.global_step: t.optimizers[0].param_groups[0]["lr"]})
@@ -126,8 +132,9 @@ def run(folder, kind, rewind, alike, ckpt_path=None, extra=(), engine="one proce
     trainer = fit(
         module,
         *(sap, monitor, watch, *savers(folder, alike), *extra),
-        max_epochs=EPOCHS,
-        train=DataLoader(Alike(2 + 10 * rank), 8) if alike else loader(seed=2 + 10 * rank),
+        max_epochs=1 if in_steps else EPOCHS,
+        val_check_interval=3 if in_steps else 1.0,
+        train=DataLoader(Alike(2 + 10 * rank, STEPS if in_steps else 3), 8) if alike else loader(seed=2 + 10 * rank),
         val=loader(seed=3 + 10 * rank),
         ckpt_path=ckpt_path,
         logger=logger,
