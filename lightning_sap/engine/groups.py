@@ -97,7 +97,7 @@ def _scores(name: str, piece: PrunableTensor) -> Tensor:
             f"{piece.importance!r} must return one score for each weight of {name!r}: a tensor of shape "
             f"{tuple(shape)} of one of the dtypes {DTYPES}; got {got}."
         )
-    return found.detach().to(piece.weight.device)
+    return found.to(piece.weight.device)
 
 
 def check_scope(scope: str) -> None:

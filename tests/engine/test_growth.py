@@ -119,6 +119,8 @@ class TestLimits:
     def test_least_and_most_are_of_the_net_change(self, scope, net):
         found = step(scope, 0.5, 0.5, Limits(least=net, most=net))
         assert found.count - found.regrown == net == 7 - sum(found.masks.survivors.values())
+        grown = step(scope, 0.5, 0.5).regrown
+        assert found.regrown == min(grown, 7 - net)  # drops make up for what comes back as long as there are weights
 
     def test_without_limits_more_may_come_back_than_go(self):
         assert step("layer", 0.0, 1.0).count - step("layer", 0.0, 1.0).regrown == -5
