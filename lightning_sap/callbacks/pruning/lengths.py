@@ -44,11 +44,13 @@ class EpochLengths:
         if self.planned is None:
             self.planned = self.mean = self.steps(trainer)
 
-    def count(self, trainer: Trainer, before: int, epochs: int) -> None:
-        """Take this epoch into the mean, after so many steps in the epochs of the round before it."""
+    def count(self, trainer: Trainer, steps: int, epochs: int, in_epoch: int) -> None:
+        """Take this epoch into the mean: the round has taken so many steps, ``in_epoch`` of the epoch are over."""
         now = self.steps(trainer)
+        if epochs == 0:
+            self.late = max(0, in_epoch - steps)
         if self.planned is not None and now is not None and _reloads(trainer):
-            self.mean = (before + now) / (epochs + 1)
+            self.mean = (steps - in_epoch + self.late + now) / (epochs + 1)
 
     def see(self, trainer: Trainer, batches: int) -> bool:
         """Note how far the epoch is; True where the one before turns out to have been shorter than was said.

@@ -20,7 +20,7 @@ from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rewind import Mode, Moment, Obstacle, Replay, Ticks
-from lightning_sap.rounds.plan import RoundPlan
+from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 NEVER = sys.maxsize
 
@@ -65,7 +65,7 @@ class Schedules:
                 self._stepped.append(replay)
                 config.frequency = NEVER
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
-            _warn_of_shortfall(replay)
+            _warn_of_shortfall(replay, plan)
         return lines
 
     def close(self) -> None:
@@ -101,9 +101,9 @@ class Schedules:
             return
         steps, epochs = _passed(trainer, state)
         in_epoch = batches // trainer.accumulate_grad_batches
-        moment = self._moment(trainer, _round(state), steps, epochs, None if epoch_ended else in_epoch)
         if not epoch_ended:
-            self._lengths.count(trainer, steps - in_epoch, epochs)
+            self._lengths.count(trainer, steps, epochs, in_epoch)
+        moment = self._moment(trainer, _round(state), steps, epochs, None if epoch_ended else in_epoch)
         training = self._steps_of_training(trainer, state.plan)
         for replay in self._stepped:
             if replay.ticks.interval == "step" and training is not None:
@@ -133,8 +133,6 @@ class Schedules:
             return Moment.of_steps(steps, epochs + (in_epoch is None), span.length, per_epoch)
         if in_epoch is None:
             epochs, in_epoch = epochs + 1, 0
-        elif epochs == 0:
-            self._lengths.late = max(0, in_epoch - steps)
         left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else None
         return Moment.of_epochs(steps, epochs, span.length, in_epoch, per_epoch, self._lengths.late, left)
 
@@ -254,7 +252,7 @@ def _is_stepped_here(replay: Replay, module: LightningModule, unit: str) -> bool
     return replay.length is not None and replay.ticks.frequency == 1
 
 
-def _warn_of_shortfall(replay: Replay) -> None:
+def _warn_of_shortfall(replay: Replay, plan: RoundPlan) -> None:
     """Say that no round comes near the highest learning rate."""
     short = replay.shortfall()
     if short is None:
@@ -264,7 +262,7 @@ def _warn_of_shortfall(replay: Replay) -> None:
     rank_zero_warn(
         f"{type(replay.scheduler).__name__} under lr_schedule={replay.mode!r}: the learning rate of a round is "
         f"{short[0]:.3g} at most, and the schedule goes up to {short[1]:.3g}{summed}. Give longer rounds (smaller "
-        "`rounds`, larger `every_n_epochs`) or a shorter warm-up"
+        f"`rounds`, larger `{WORDS[plan.unit].every}`) or a shorter warm-up"
         + (", or use lr_schedule='squeeze' or 'keep'." if replay.mode == "restart" else ", or use lr_schedule='keep'.")
     )
 

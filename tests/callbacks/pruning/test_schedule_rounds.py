@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sap import SAPCallback
+from lightning_sap import FixedFraction, PruningCallback, SAPCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:A `OneCycleLR` scheduler is using 'interval'. 'epoch'")
 
@@ -64,6 +64,54 @@ def test_all_rounds_have_the_learning_rates_of_the_first(name, interval, lr_sche
     assert second == first
     assert third == first
     assert len(set(rates(first))) > 1
+
+
+def steps_pruning(lr_schedule, length, rounds=8):
+    return PruningCallback(FixedFraction(0.1), rounds=rounds, every_n_steps=length, lr_schedule=lr_schedule)
+
+
+@pytest.mark.parametrize(("lr_schedule", "rounds_written_for"), [("restart", 1), ("squeeze", 9)])
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:.* under lr_schedule='squeeze'. the learning rate of a round is")
+def test_rounds_in_steps_have_the_learning_rates_of_the_first(name, lr_schedule, rounds_written_for):
+    """Nine rounds of eleven steps within one epoch."""
+    module = Recording(lambda o: ALL[name](o, 11 * rounds_written_for), interval="step")
+    data = DataLoader(torch.randn(99, 4))
+    trace = fit(module, steps_pruning(lr_schedule, 11), max_epochs=1, data=data)
+    rounds = [trace[i : i + 11] for i in range(0, 99, 11)]
+    assert rounds == [rounds[0]] * 9
+    assert len(set(rates(rounds[0]))) > 1
+
+
+class TestRoundsInSteps:
+    """Of seven steps, in epochs of five."""
+
+    def test_squeeze_walks_an_epoch_schedule_in_every_round(self):
+        module = Recording(lambda o: LambdaLR(o, lambda epoch: 1 - epoch / 7))
+        trace = fit(module, steps_pruning("squeeze", 7, rounds=4), max_epochs=7)
+        # 7 epochs in all; position round(s * 6 / 6)
+        assert rates(trace) == pytest.approx([0.1 * (1 - s / 7) for s in range(7)] * 5)
+
+    def test_restart_counts_the_epochs_of_a_schedule_from_the_start_of_the_round(self):
+        module = Recording(lambda o: LambdaLR(o, lambda epoch: 0.5**epoch))
+        trace = fit(module, steps_pruning("restart", 7, rounds=4), max_epochs=7)
+        assert rates(trace) == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05] * 5)
+
+    def test_a_frequency_is_counted_from_the_start_of_the_round(self):
+        module = Recording(lambda o: LambdaLR(o, lambda step: 0.5**step), interval="step", frequency=2)
+        trace = fit(module, steps_pruning("restart", 7, rounds=4), max_epochs=7)
+        # batches 2 and 4 of five, counted from the round's start
+        assert rates(trace) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.025] * 5)
+
+    def test_auto_walks_through_a_warm_up_of_one_epoch(self):
+        module = Recording(warm_up(7))
+        trace = fit(module, steps_pruning("auto", 7, rounds=4), max_epochs=7)
+        assert rates(trace) == pytest.approx([0.1 * (e if e < 1 else (7 - e) / 6) for e in range(7)] * 5)
+
+    def test_a_round_too_short_is_warned_of_in_steps(self):
+        module = Recording(warm_up(7))
+        with pytest.warns(UserWarning, match="smaller `rounds`, larger `every_n_steps`"):
+            fit(module, steps_pruning("restart", 3, rounds=9), max_epochs=7)
 
 
 @pytest.mark.parametrize("lr_schedule", ["auto", "restart", "squeeze"])
