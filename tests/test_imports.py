@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "policies/amounts": {"functional/amount", "functional/pqi", "functional/scalars", "policies/base"},
     "policies/base": {"functional/amount", "functional/pqi"},
     "policies/importance": {"policies/base"},
+    "engine/copies": {"sharding", "engine/weights"},
     "engine/decision": {
         "sharding",
         "functional/amount",
@@ -50,10 +51,11 @@ ARROWS: dict[str, set[str]] = {
         "engine/masks",
         "engine/measure",
     },
+    "engine/effective": {"sharding"},
     "engine/groups": {"sharding", "functional/pqi", "policies/base", "policies/importance", "engine/weights"},
     "engine/masks": {"sharding", "functional/fingerprint", "functional/pqi"},
     "engine/measure": {"sharding", "functional/fingerprint", "functional/pqi", "policies/importance", "engine/groups"},
-    "engine/weights": {"sharding"},
+    "engine/weights": {"sharding", "engine/effective"},
     "rounds/phases": {"functional/scalars"},
     "rounds/protocol": {"engine/groups", "rounds/history"},
     "rewind": {"rewind/replay", "rewind/ticks", "rewind/weights"},
@@ -121,6 +123,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/pruning/checks": {
         "sharding",
+        "engine/effective",
         "engine/measure",
         "engine/weights",
         "rounds/plan",
@@ -141,6 +144,7 @@ ARROWS: dict[str, set[str]] = {
     "callbacks/pruning/messages": {
         "engine/groups",
         "engine/masks",
+        "engine/weights",
         "rounds/plan",
         "callbacks/pruning/options",
         "callbacks/pruning/state",

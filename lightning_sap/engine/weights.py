@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_sap.engine.effective import is_full_size, keeps_zeros
 from lightning_sap.sharding import reshard
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -21,6 +22,8 @@ Selector: TypeAlias = str | type[nn.Module] | Predicate
 Selection: TypeAlias = Selector | Sequence[Selector] | None
 
 COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into the names of the module it wraps
+COMPLEX = "it is complex"  # why a parameter cannot be pruned
+LOSES_ZEROS = "a zero in it is none in the weight that its layer uses"
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LORA = re.compile(r"(^|\.)lora_", re.IGNORECASE)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -38,7 +41,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class PrunableWeight:
-    """A prunable parameter: its name, the live tensor, and the groups of a transposed convolution (else 0)."""
+    """A prunable parameter: its name, the live tensor, and in how many groups its units lie on axis 1; 0: on axis 0."""
 
     name: str
     parameter: nn.Parameter
@@ -79,23 +82,57 @@ def prunable_weights(
         >>> list(prunable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2))))
         ['1.weight']
     """
-    parameters = _owners_of_parameters(module)
-    included, excluded = _as_list(include), _as_list(exclude)
-    names = [name for _, owners in parameters.values() for owner in owners for name in _names(owner)]
-    check_patterns([s for s in included + excluded if isinstance(s, str)], names)
-    found = {}
-    for parameter, places in parameters.values():
-        if not _can_be_pruned(parameter):
-            continue
-        owners = [o for o in places if _is_full_size(o, parameter)]
-        chosen = [o for o in owners if _matches(o, parameter, included) or (include is None and _is_weight(o, module))]
-        if chosen and not any(_matches(o, parameter, excluded) for o in owners):
-            host = _host(chosen[0], module)
-            groups = int(host.groups) if isinstance(host, TRANSPOSED) else 0
-            found[owners[0].name] = PrunableWeight(owners[0].name, parameter, groups)
+    found, obstacles = _select(module, include, exclude)
     if not (found or may_be_none):
-        raise ValueError(_nothing_to_prune(parameters, include, exclude))
+        raise ValueError(_nothing_to_prune(module, include, exclude, obstacles))
     return found
+
+
+def left_out(module: nn.Module, include: Selection = None, exclude: Selection = None) -> dict[str, str]:
+    """What would be pruned by its name, and cannot be: complex parameters, and those whose zeros do not last.
+
+    Args:
+        module: The model.
+        include: As for :func:`prunable_weights`.
+        exclude: As for :func:`prunable_weights`.
+
+    Returns:
+        By name the reason, ``COMPLEX`` or ``LOSES_ZEROS``.
+
+    Example:
+        >>> from torch import nn
+        >>> from torch.nn.utils import parametrizations
+        >>> left_out(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2)))
+        {'0.parametrizations.weight.original': 'a zero in it is none in the weight that its layer uses'}
+    """
+    _, obstacles = _select(module, include, exclude)
+    return {name: reason for name, reason in obstacles.items() if reason in (COMPLEX, LOSES_ZEROS)}
+
+
+def _select(
+    module: nn.Module, include: Selection, exclude: Selection
+) -> tuple[dict[str, PrunableWeight], dict[str, str]]:
+    """What is selected: that which can be pruned, and by name why the rest cannot."""
+    parameters = _owners_of_parameters(module)
+    names = [name for _, owners in parameters.values() for owner in owners for name in _names(owner)]
+    prunable = [name for p, owners in parameters.values() if not _obstacle(p) for o in owners for name in _names(o)]
+    included, excluded = _resolved(include, names), _resolved(exclude, names)
+    check_patterns([s for s in included + excluded if isinstance(s, str)], names, prunable)
+    found, obstacles = {}, {}
+    for parameter, places in parameters.values():
+        obstacle = _obstacle(parameter)
+        owners = places if obstacle else [owner for owner in places if _is_full_size(owner, parameter)]
+        # predicates may count on what can be pruned: floating point, two dimensions
+        asked = included if obstacle in (None, COMPLEX) else [s for s in included if isinstance(s, str | type)]
+        chosen = [o for o in owners if _matches(o, parameter, asked) or (include is None and _is_weight(o, module))]
+        if not chosen or any(_matches(owner, parameter, excluded) for owner in owners):
+            continue
+        name = owners[0].name
+        if obstacle := obstacle or _parametrization_obstacle(owners):
+            obstacles[name] = obstacle
+        else:
+            found[name] = PrunableWeight(name, parameter, _groups_on_axis_1(_host(chosen[0], module)))
+    return found, obstacles
 
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -163,29 +200,36 @@ def _host(owner: Owner, root: nn.Module) -> nn.Module:
     return owner.ancestors[2] if len(owner.ancestors) > 2 else root
 
 
+def _groups_on_axis_1(host: nn.Module) -> int:
+    """In how many groups the output units of a module's weight lie on axis 1; 0: they lie on axis 0."""
+    if isinstance(host, TRANSPOSED):
+        return int(host.groups)
+    transformers = sys.modules.get("transformers.pytorch_utils")  # a model with its layers has imported it
+    return int(transformers is not None and isinstance(host, transformers.Conv1D))
+
+
 def _is_full_size(owner: Owner, parameter: nn.Parameter) -> bool:
-    """False for a parametrization's smaller part, such as the norms of weight_norm: a zero there kills a whole unit."""
-    return not isinstance(owner.module, ParametrizationList) or _whole(owner.module).shape == parameter.shape
+    return not isinstance(owner.module, ParametrizationList) or is_full_size(owner.module, parameter)
 
 
-def _whole(parametrizations: ParametrizationList) -> Tensor:
-    """The parametrized tensor, taken as in evaluation: in training, spectral_norm changes its buffers at each look."""
-    modes = [(module, module.training) for module in parametrizations.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            whole: Tensor = parametrizations()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    return whole
-
-
-def _can_be_pruned(parameter: nn.Parameter) -> bool:
+def _obstacle(parameter: nn.Parameter) -> str | None:
+    """Why a parameter cannot be pruned, whatever its name."""
     if isinstance(parameter, nn.UninitializedParameter):
-        return False
-    return parameter.requires_grad and parameter.dim() >= 2 and parameter.numel() > 0 and parameter.is_floating_point()
+        return "it has no shape before the first forward"
+    found = {
+        "it is frozen": not parameter.requires_grad,
+        "it has fewer than two dimensions": parameter.dim() < 2,
+        "it has no elements": parameter.numel() == 0,
+        COMPLEX: parameter.is_complex(),
+        "it holds no floating-point numbers": not parameter.is_floating_point(),
+    }
+    return next((reason for reason, holds in found.items() if holds), None)
+
+
+def _parametrization_obstacle(owners: Sequence[Owner]) -> str | None:
+    """Why a parametrized tensor cannot be pruned; of a tied one, where any of its parametrizations forbids it."""
+    lists = [(o.module, o.name.rpartition(".")[2]) for o in owners if isinstance(o.module, ParametrizationList)]
+    return None if all(keeps_zeros(parametrizations, own_name) for parametrizations, own_name in lists) else LOSES_ZEROS
 
 
 def _is_weight(owner: Owner, root: nn.Module) -> bool:
@@ -235,23 +279,39 @@ def _as_list(selection: Selection) -> list[Selector]:
     return list(selection)
 
 
-def check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raise unless each glob matches one of the names."""
+def _resolved(selection: Selection, names: Sequence[str]) -> list[Selector]:
+    """The selectors, a dotted path of a module type as that type where it is no pattern of a name."""
+    return [
+        _module_type(selector) or selector
+        if isinstance(selector, str) and not any(fnmatchcase(name, selector) for name in names)
+        else selector
+        for selector in _as_list(selection)
+    ]
+
+
+def _module_type(path: str) -> type[nn.Module] | None:
+    """The module type of a dotted path such as ``torch.nn.Linear``, as YAML gives it; nothing is imported for it."""
+    home, _, name = path.rpartition(".")
+    kind = getattr(sys.modules.get(home), name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
+
+
+def check_patterns(patterns: Sequence[str], names: Sequence[str], offered: Sequence[str] | None = None) -> None:
+    """Raise unless each glob matches one of the names; the closest of those offered (None: of the names) are told."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            closest = difflib.get_close_matches(pattern, names, n=5, cutoff=0.0)
+            closest = difflib.get_close_matches(pattern, names if offered is None else offered, n=5, cutoff=0.0)
             raise ValueError(
                 f"The pattern {pattern!r} matches no parameter. Patterns are globs on whole parameter names "
                 f"(say '*.fc.*'); the closest names are {closest}."
             )
 
 
-def _nothing_to_prune(
-    parameters: dict[int, tuple[nn.Parameter, list[Owner]]], include: Selection, exclude: Selection
-) -> str:
-    names = [o[0].name for _, o in parameters.values()][:10]
+def _nothing_to_prune(module: nn.Module, include: Selection, exclude: Selection, obstacles: Mapping[str, str]) -> str:
+    refused = ", ".join(f"{name!r} ({reason})" for name, reason in itertools.islice(obstacles.items(), 10))
     return (
         f"The model has no prunable weight with include={include!r}, exclude={exclude!r}. Prunable are trainable "
         "parameters of two or more dimensions whose own name contains 'weight', embeddings left out; `include` lifts "
-        f"the rule on names and embeddings. The first parameters of the model are {names}."
+        f"the rule on names and embeddings. The first parameters of the model are {list(parameter_names(module))[:10]}."
+        + (f" Selected, but not prunable: {refused}." if refused else "")
     )

@@ -119,7 +119,7 @@ def test_sharded_second_fit_keeps_masks(ranks):
         "hybrid": "Cannot prune 'w', which is placed as (Replicate(), Shard(dim=0))",
         "mixed": "The weight 'v' is not sharded, but 'w' is",
         "partly sharded": "The weight 'net.0.weight' is not sharded, but 'net.2.weight' is",
-        "transposed": "the units of the transposed convolutions ['net.0.weight'] are spread",
+        "transposed": "the output units of ['net.0.weight'] lie on axis 1 and are spread",
         "averaged": "EMAWeightAveraging averages a deep copy of the module, and a module sharded by `fully_shard` "
         "cannot be copied. Use strategy='ddp' to average",
         "gini": "PQIMonitor(gini=True) needs whole weights",

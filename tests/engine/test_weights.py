@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from helpers import Net, copied, fit, same, survivors
+from helpers import Net, copied, fit, same, seeded, survivors
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from lightning_sap import FixedFraction, PruningCallback
-from lightning_sap.engine.weights import low_rank_adapters, parameter_names, prunable_weights
+from lightning_sap.engine.weights import LOSES_ZEROS, left_out, low_rank_adapters, parameter_names, prunable_weights
 
 
 def names(module, include=None, exclude=None):
@@ -53,6 +53,17 @@ class Odd(nn.Module):
         self.int_weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int64), requires_grad=False)
         self.complex_weight = nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
         self.register_buffer("weight_buffer", torch.ones(3, 3))
+
+
+class Spectral(nn.Module):
+    """Weights frequencies."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 4, dtype=torch.complex64))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=x.shape[-1])
 
 
 class TestDefault:
@@ -146,6 +157,32 @@ class TestIncludeAndExclude:
         with pytest.raises(ValueError, match=re.escape("no prunable weight with include=[]")):
             names(block(), include=[])
 
+    @pytest.mark.parametrize(
+        ("path", "kind"),
+        [
+            ("torch.nn.Linear", nn.Linear),
+            ("torch.nn.modules.linear.Linear", nn.Linear),
+            ("torch.nn.modules.conv._ConvNd", nn.modules.conv._ConvNd),
+            (f"{__name__}.Tied", Tied),
+        ],
+    )
+    def test_a_dotted_path_of_a_module_type_counts_as_the_type(self, path, kind):
+        module = nn.ModuleDict({"tied": Tied(), "block": block()})
+        assert names(module, include=[path]) == names(module, include=[kind])
+        assert names(module, exclude=path) == names(module, exclude=kind)
+        assert names(module, exclude=path) != names(module)
+
+    def test_a_dotted_path_that_is_the_name_of_a_parameter_stays_one(self):
+        module = nn.ModuleDict({"torch": nn.ModuleDict({"nn": nn.Module()}), "other": nn.Linear(2, 2)})
+        module["torch"]["nn"].Linear = nn.Parameter(torch.ones(2, 2))
+        assert names(module, include="torch.nn.Linear") == ["torch.nn.Linear"]
+
+    def test_no_module_is_imported_for_a_pattern(self, tmp_path, monkeypatch):
+        (tmp_path / "encoder.py").write_text("raise RuntimeError('imported')")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ValueError, match=r"The pattern 'encoder\.Layer' matches no parameter"):
+            names(block(), include="encoder.Layer")
+
     def test_include_by_a_type_around_the_owner_counts(self):
         module = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(4, 2, 8), "head": nn.Linear(4, 2)})
         assert names(module, exclude=nn.TransformerEncoderLayer) == ["head.weight"]
@@ -177,8 +214,42 @@ class TestMistakes:
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             names(block(), include="linear.weight")
         closest = re.findall(r"'([^']*)'", str(error.value).split("closest names are")[1])
-        assert len(closest) == 5
-        assert set(closest) <= {name for name, _ in block().named_parameters()}
+        assert set(closest) == {"0.weight", "1.weight", "3.weight", "3.bias", "4.weight"}  # of two dimensions
+
+    @pytest.mark.parametrize("pattern", ["0.wieght", "torch.nn.Linaer", "no.such.Type", "torch.nn.functional.relu"])
+    @pytest.mark.parametrize("option", ["include", "exclude"])
+    def test_the_closest_names_are_those_that_can_be_pruned(self, option, pattern):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
+        message = f"The pattern {pattern!r} matches no parameter."
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            names(module, **{option: pattern})
+        assert str(error.value).endswith("the closest names are ['0.weight'].")
+
+    def test_what_include_selects_and_cannot_be_pruned_is_told_with_the_reason(self):
+        with pytest.raises(ValueError, match="no prunable weight") as error:
+            names(Odd(), include=["complex_weight", "weight_vector", "frozen_weight", "int_weight"])
+        assert str(error.value).endswith(
+            " Selected, but not prunable: 'weight_vector' (it has fewer than two dimensions), 'frozen_weight' (it is "
+            "frozen), 'int_weight' (it is frozen), 'complex_weight' (it is complex)."
+        )
+
+    def test_a_predicate_is_not_asked_about_what_has_too_few_dimensions(self):
+        assert names(block(), include=lambda name, module, parameter: parameter.shape[1] == 4) == [
+            "0.weight", "1.weight", "3.weight", "3.bias", "4.weight",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("include", [None, "*", "net.0.*", lambda name, *_: True])
+    def test_a_complex_parameter_is_warned_of(self, include):
+        network = nn.Sequential(Spectral(), nn.Linear(6, 3))
+        pruner = PruningCallback(FixedFraction(0.5), rounds=1, include=include and [include, "net.1.weight"])
+        message = (
+            "sap: these are complex, and are not pruned: net.0.weight. Hold real and imaginary parts as two real "
+            "parameters to prune them, or leave them out with exclude=['net.0.weight']."
+        )
+        with pytest.warns(UserWarning, match="not pruned") as caught:
+            fit(Net(network), pruner, max_epochs=2)
+        assert [text for w in caught if (text := str(w.message)).startswith("sap: these")] == [message]
+        assert survivors(pruner) == {"net.1.weight": 9}
 
     def test_model_without_parameters_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("The first parameters of the model are [].")):
@@ -236,10 +307,6 @@ class TestParametrized:
         assert names(module) == ["0.parametrizations.weight.original", "1.weight"]
         assert same(module.state_dict(), before)  # looking at the weight takes no power iteration
 
-    def test_orthogonal(self):
-        module = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))
-        assert names(module) == ["0.parametrizations.weight.original", "1.weight"]
-
     def test_parametrized_weights_go_by_the_parametrized_name(self):
         module = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.Embedding(5, 4))
         parametrizations.weight_norm(module[1])
@@ -269,6 +336,149 @@ class TestParametrized:
         mask = pruner.masks["net.0.parametrizations.weight.original1"]
         assert int(mask.sum()) == 12
         assert torch.equal(network[0].weight != 0, mask)
+
+
+class Applied(nn.Module):
+    """A parametrization by a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+    def right_inverse(self, x):
+        return x
+
+
+def parametrized(function, layer=None):
+    """Such a layer and a plain one."""
+    layer = seeded(lambda: nn.Linear(4, 3)) if layer is None else layer
+    parametrize.register_parametrization(layer, "weight", Applied(function), unsafe=True)
+    return nn.Sequential(layer, nn.Linear(3, 2))
+
+
+def mirrored(x):
+    """Its upper triangle on both sides of the diagonal: a zero below the diagonal changes nothing."""
+    return x.triu() + x.triu(1).mT
+
+
+ORIGINAL = "0.parametrizations.weight.original"
+
+
+class TestZerosOfParametrizedWeights:
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: x * 2, torch.tanh, torch.relu, lambda x: x * x.abs(), nn.functional.hardshrink,
+            lambda x: x / x.norm(), lambda x: x / x.norm(dim=1, keepdim=True),
+        ],
+        ids=["scale", "tanh", "relu", "odd", "shrink", "norm", "norm of rows"],
+    )  # fmt: skip
+    def test_where_they_stay_zeros_it_is_prunable(self, function):
+        module = parametrized(function)
+        assert names(module) == [ORIGINAL, "1.weight"]
+        assert left_out(module) == {}
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            nn.functional.softplus, torch.exp, torch.sigmoid, lambda x: x - x.mean(), lambda x: x - x.mean(1, True),
+            lambda x: x.flip(0), lambda x: x.roll(1), lambda x: x + 1e-30,
+        ],
+        ids=["softplus", "exp", "sigmoid", "centred", "centred rows", "turned", "moved", "nearly zero"],
+    )  # fmt: skip
+    def test_where_they_do_not_it_is_left_out(self, function):
+        module = parametrized(function)
+        assert names(module) == ["1.weight"]
+        assert left_out(module) == {ORIGINAL: LOSES_ZEROS}
+
+    @pytest.mark.parametrize("size", range(2, 9))
+    def test_a_mirrored_weight_is_left_out(self, size):
+        assert names(parametrized(mirrored, seeded(lambda: nn.Linear(size, size)))) == ["1.weight"]
+
+    @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (3, 1), (7, 5), (2, 3, 1, 1), (40, 2)])
+    def test_a_centred_weight_of_any_shape_is_left_out(self, shape):
+        layer = nn.Linear(1, 1)
+        layer.weight = nn.Parameter(seeded(lambda: torch.randn(shape)))
+        assert names(parametrized(lambda x: x - x.mean(), layer)) == ["1.weight"]
+
+    @pytest.mark.parametrize("way", ["matrix_exp", "cayley", "householder"])
+    def test_an_orthogonal_weight_is_left_out(self, way):
+        module = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map=way), nn.Linear(4, 2))
+        assert names(module) == ["1.weight"]
+
+    def test_a_product_of_two_factors_is_left_out(self):
+        class Product(nn.Module):
+            def forward(self, left, right):
+                return left @ right
+
+            def right_inverse(self, x):
+                return x, torch.eye(x.shape[1])
+
+        module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        parametrize.register_parametrization(module[0], "weight", Product())
+        assert names(module) == ["1.weight"]
+
+    @pytest.mark.parametrize("layer", [lambda: nn.Conv2d(3, 3, 1, groups=3), lambda: nn.Linear(2, 40)])
+    def test_rows_of_one_or_two_weights_may_be_normalised(self, layer):
+        """Without any weight they are not a number, which is no zero that changed."""
+        module = nn.Sequential(parametrizations.weight_norm(layer()), nn.Linear(3, 2))
+        assert names(module, exclude="*original0") == ["0.parametrizations.weight.original1", "1.weight"]
+
+    @pytest.mark.parametrize("start", [torch.zeros_like, torch.ones_like])
+    def test_constant_weights_tell_nothing(self, start):
+        """Zeros stay zeros in a centred weight of zeros, for now."""
+        module = parametrized(lambda x: x - x.mean())
+        with torch.no_grad():
+            original = module[0].parametrizations.weight.original
+            original.copy_(start(original))
+        assert names(module) == ["1.weight"]
+
+    def test_a_function_that_refuses_zeros_is_left_out(self):
+        def refuse(x):
+            if (x == 0).sum() > 1:
+                raise ValueError("zeros")
+            return x
+
+        assert names(parametrized(refuse)) == ["1.weight"]
+
+    @pytest.mark.parametrize("function", [torch.tanh, nn.functional.softplus])
+    def test_trying_changes_nothing(self, function):
+        module = parametrized(function)
+        module[0].parametrizations.weight.eval()
+        tensors, modes = copied(module.state_dict()), [part.training for part in module.modules()]
+        parameters = list(module.parameters())
+        names(module)
+        assert same(module.state_dict(), tensors)
+        assert [part.training for part in module.modules()] == modes
+        assert all(one is other for one, other in zip(module.parameters(), parameters, strict=True))
+        assert all(parameter.grad is None for parameter in parameters)
+
+    def test_a_whole_fit_prunes_the_others_and_says_why(self):
+        network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        parametrize.register_parametrization(network[0], "weight", Applied(nn.functional.softplus), unsafe=True)
+        module, pruner = Net(network), PruningCallback(FixedFraction(0.5), rounds=2)
+        message = (
+            "sap: these are parametrized such that a zero in them is none in the weight that the layer uses, and are "
+            "not pruned: net.0.parametrizations.weight.original. Call "
+            "parametrize.remove_parametrizations(module.get_submodule('net.0'), 'weight') before fit to prune the "
+            "weight itself, or leave them out with exclude=['net.0.parametrizations.weight.original']."
+        )
+        with pytest.warns(UserWarning, match="not pruned") as caught:
+            fit(module, pruner, max_epochs=3)
+        assert [text for w in caught if (text := str(w.message)).startswith("sap: these")] == [message]
+        assert survivors(pruner) == {"net.2.weight": 6}
+        parametrize.remove_parametrizations(module.get_submodule("net.0"), "weight")
+        assert names(module) == ["net.0.weight", "net.2.weight"]
+
+    def test_what_is_excluded_is_not_warned_of(self):
+        network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        parametrize.register_parametrization(network[0], "weight", Applied(nn.functional.softplus), unsafe=True)
+        pruner = PruningCallback(FixedFraction(0.5), rounds=1, exclude="net.0.weight")
+        fit(Net(network), pruner, max_epochs=2)
+        assert survivors(pruner) == {"net.2.weight": 12}
 
 
 class TestUnits:

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.effective import pruned_by_torch
 from lightning_sap.engine.measure import Measure, check_finite
 from lightning_sap.engine.weights import PrunableWeight, prunable_weights
 from lightning_sap.rounds.plan import WORDS, RoundPlan
@@ -31,19 +33,45 @@ def check_strategy(trainer: Trainer) -> None:
             )
 
 
+def check_torch_pruning(module: nn.Module) -> None:
+    """Raise where ``torch.nn.utils.prune`` is still at work: it writes each weight anew before the forward."""
+    if found := list(pruned_by_torch(module)):
+        calls = [
+            f"prune.remove({f'module.get_submodule({path!r})' if path else 'module'}, {name!r})" for path, name in found
+        ]
+        raise ValueError(
+            f"torch.nn.utils.prune is still at work in {len(found)} tensors of the module: the parameter `..._orig` is "
+            "not what the layer uses. Make its pruning permanent before fit, by "
+            f"{'; '.join(calls)}; with keep_zeros=True its zeros count as pruned."
+        )
+
+
 def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None:
     """Raise for weights that are sharded in another way than by rows, and for units that are no rows."""
     check_placements({name: weight.parameter for name, weight in weights.items()})
     transposed = [n for n, weight in weights.items() if weight.transposed_groups and is_sharded(weight.parameter)]
     if options.scope == "neuron" and transposed:
         raise ValueError(
-            f"In scope 'neuron', the units of the transposed convolutions {transposed} are spread over the processes "
-            "that shard them. Use scope='layer' or 'global', leave them out with `exclude`, or use strategy='ddp'."
+            f"In scope 'neuron', the output units of {transposed} lie on axis 1 and are spread over the processes that "
+            "shard them. Use scope='layer' or 'global', leave them out with `exclude`, or use strategy='ddp'."
         )
 
 
+def check_distinct_names(trainer: Trainer) -> None:
+    """Raise if two callbacks share a state key: Lightning looks only at those that its Trainer was made with."""
+    keys = [callback.state_key for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    for key in keys:
+        if key.startswith("lightning_sap") and keys.count(key) > 1:
+            name = key.partition("/")[2]
+            raise ValueError(
+                f"Two callbacks of the Trainer have the name {name!r}, under which a checkpoint holds one state. "
+                f"Give one of them another, such as name={name + '2'!r}."
+            )
+
+
 def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) -> None:
-    """Raise if two pruning callbacks of the Trainer prune one of the same parameters."""
+    """Raise if two pruning callbacks of the Trainer prune one of the same parameters, or share a name."""
+    check_distinct_names(trainer)
     owner: dict[int, str] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         other = getattr(callback, "options", None)

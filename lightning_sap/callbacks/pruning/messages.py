@@ -10,6 +10,7 @@ from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor, dead_units
 from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 
@@ -111,6 +112,27 @@ def warn_of_adapters(options: Options, adapters: list[str]) -> None:
             f"{options.name}: these look like low-rank adapters of frozen weights: {_listed(adapters)}. Pruning them "
             "saves little: they are small, and their product, and so the merged weight, stays dense. Leave them out "
             f"with exclude={'*lora_*' if named_alike else adapters!r}, or merge them first and prune the merged model."
+        )
+
+
+def warn_of_left_out(options: Options, reasons: Mapping[str, str]) -> None:
+    """Warn of what is selected and cannot be pruned, and say what to do."""
+    complex_ones = [name for name, reason in reasons.items() if reason == COMPLEX]
+    if complex_ones:
+        rank_zero_warn(
+            f"{options.name}: these are complex, and are not pruned: {_listed(complex_ones)}. Hold real and imaginary "
+            f"parts as two real parameters to prune them, or leave them out with exclude={complex_ones!r}."
+        )
+    hosts = {name: name.partition("parametrizations.") for name, reason in reasons.items() if reason == LOSES_ZEROS}
+    if hosts:
+        cures = "; ".join(
+            f"parametrize.remove_parametrizations(module.get_submodule({host.rstrip('.')!r}), {rest.split('.')[0]!r})"
+            for host, _, rest in hosts.values()
+        )
+        rank_zero_warn(
+            f"{options.name}: these are parametrized such that a zero in them is none in the weight that the layer "
+            f"uses, and are not pruned: {_listed(list(hosts))}. Call {cures} before fit to prune the weight itself, or "
+            f"leave them out with exclude={list(hosts)!r}."
         )
 
 

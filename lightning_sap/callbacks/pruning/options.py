@@ -62,7 +62,7 @@ class Options:
             latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
             otherwise none.
         dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
-        name: Tells two callbacks apart, in checkpoints and in log keys.
+        name: Tells two callbacks apart, in checkpoints and in log keys: two in one Trainer need two names.
 
     Raises:
         ValueError: If one is out of its range.

@@ -21,7 +21,7 @@ from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.groups import Memory, PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, summary, sums_of
-from lightning_sap.engine.weights import PrunableWeight, parameter_names, prunable_weights
+from lightning_sap.engine.weights import PrunableWeight, left_out, parameter_names, prunable_weights
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.rounds.history import RoundRecord
@@ -54,6 +54,9 @@ class PruningSession:
 
     def select(self, module: nn.Module) -> dict[str, PrunableWeight]:
         """The prunable weights in the module's order; what was prunable once in this module stays so."""
+        checks.check_torch_pruning(module)
+        if not self.weights:  # said once in a fit
+            messages.warn_of_left_out(self.options, left_out(module, self.options.include, self.options.exclude))
         live = parameter_names(module)
         found = {name: weight for name, weight in self.weights.items() if live.get(name) is weight.parameter}
         found |= prunable_weights(module, self.options.include, self.options.exclude, may_be_none=bool(found))

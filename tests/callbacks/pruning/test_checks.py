@@ -9,6 +9,7 @@ from helpers import Crash, Net, Watch, copied, crash_in, fit, half, loader, quie
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_sap import PQIMonitor, SAPCallback
 from lightning_sap.callbacks.pruning import checks
@@ -141,9 +142,9 @@ class TestSelection:
     def test_include_pattern_without_a_match_lists_the_closest_names(self, option):
         message = (
             "The pattern 'net.0.wieght' matches no parameter. Patterns are globs on whole parameter names (say "
-            "'*.fc.*'); the closest names are ['net.0.weight', 'net.3.weight', 'net.1.weight', "
+            "'*.fc.*'); the closest names are ['net.0.weight', 'net.3.weight']."
         )
-        refused(message, half(**{option: ["net.3.*", "net.0.wieght"]}), whole=False)
+        refused(message, half(**{option: ["net.3.*", "net.0.wieght"]}))
 
     def test_model_without_a_prunable_weight_is_refused(self):
         module = Net(nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)))
@@ -152,7 +153,8 @@ class TestSelection:
             "The model has no prunable weight with include=None, exclude=None. Prunable are trainable parameters of "
             "two or more dimensions whose own name contains 'weight', embeddings left out; `include` lifts the rule on "
             "names and embeddings. The first parameters of the model are ['net.0.weight', 'net.0.bias', "
-            "'net.1.weight', 'net.1.bias']."
+            "'net.1.weight', 'net.1.bias']. Selected, but not prunable: 'net.0.weight' (it is frozen), 'net.1.weight' "
+            "(it has fewer than two dimensions)."
         )
         refused(message, half(), module=module)
 
@@ -186,8 +188,71 @@ class TestSelection:
         refused("The callbacks 'a' and 'b' both prune 'net.0.weight'.", a, b, module=module, whole=False)
 
     def test_two_callbacks_of_one_name_are_refused(self):
-        with pytest.raises(RuntimeError, match=r"`callback\.state_key` must be unique"):
+        """Lightning refers to the docstring."""
+        with pytest.raises(RuntimeError, match="Please consult the documentation of `PruningCallback`"):
             quiet_trainer(half(include="net.0.*"), half(include="net.3.*"))
+        assert "two in one Trainer need two names" in PruningCallback.__doc__
+
+    @pytest.mark.parametrize(
+        ("build", "name"),
+        [
+            (lambda: [half(include="net.0.*"), half(include="net.3.*")], "sap"),
+            (lambda: [half(), PQIMonitor(name="a"), PQIMonitor(name="a")], "a"),
+        ],
+    )
+    def test_two_callbacks_of_one_name_that_the_module_brings(self, build, name):
+        """Lightning does not look at these."""
+        module = Net()
+        module.configure_callbacks = build
+        message = (
+            f"Two callbacks of the Trainer have the name {name!r}, under which a checkpoint holds one state. "
+            f"Give one of them another, such as name='{name}2'."
+        )
+        refused(message, module=module)
+
+    def test_two_callbacks_of_two_names_that_the_module_brings(self):
+        module, first, second = Net(), half(include="net.0.*"), half(include="net.3.*", name="sap2")
+        module.configure_callbacks = lambda: [first, second]
+        fit(module, max_epochs=2)
+        assert (survivors(first), survivors(second)) == ({"net.0.weight": 24}, {"net.3.weight": 12})
+
+
+class TestTorchPruning:
+    def test_it_is_refused_with_the_calls_that_end_it(self):
+        module = Net()
+        prune.l1_unstructured(module.net[0], "weight", amount=0.5)
+        prune.random_unstructured(module.net[3], "weight", amount=0.25)
+        prune.l1_unstructured(module.net[3], "weight", amount=0.25)  # twice
+        prune.l1_unstructured(module.net[3], "bias", amount=1)
+        calls = [
+            "prune.remove(module.get_submodule('net.0'), 'weight')",
+            "prune.remove(module.get_submodule('net.3'), 'weight')",
+            "prune.remove(module.get_submodule('net.3'), 'bias')",
+        ]
+        message = (
+            "torch.nn.utils.prune is still at work in 3 tensors of the module: the parameter `..._orig` is not what "
+            f"the layer uses. Make its pruning permanent before fit, by {'; '.join(calls)}; with keep_zeros=True its "
+            "zeros count as pruned."
+        )
+        for pruner in (half(), half(keep_zeros=True), half(rounds=0, every_n_epochs=None)):
+            refused(message, pruner, module=module)
+        for call in calls:
+            eval(call, {"prune": prune, "module": module})
+        zeros = sum(int((layer.weight == 0).sum()) for layer in (module.net[0], module.net[3]))
+        pruner = half(keep_zeros=True, rounds=0, every_n_epochs=None)
+        fit(module, pruner, max_epochs=1)
+        assert pruner.remaining == 1 - zeros / 72
+
+    def test_of_the_module_itself(self):
+        module = nn.Linear(4, 2)
+        prune.identity(module, "weight")
+        with pytest.raises(ValueError, match=re.escape("by prune.remove(module, 'weight');")):
+            checks.check_torch_pruning(module)
+
+    @pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+    def test_spectral_norm_is_none(self, normalise):
+        """The older one too calls its parameter `weight_orig`."""
+        checks.check_torch_pruning(nn.Sequential(normalise(nn.Linear(4, 2))))
 
 
 class TestStrategies:
