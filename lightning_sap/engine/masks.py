@@ -116,7 +116,7 @@ class MaskSet:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if self._counts.get(name):
-                    _zero_(local(tensor), local(self._pruned[name]))
+                    zero_(local(tensor), local(self._pruned[name]))
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether each mask belongs to one of these weights and shape, and every pruned weight is zero."""
@@ -171,7 +171,7 @@ class MaskSet:
         return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
 
 
-def _zero_(tensor: Tensor, where: Tensor) -> None:
+def zero_(tensor: Tensor, where: Tensor) -> None:
     """Set the flagged entries to zero, in place."""
     if tensor.is_sparse:  # the gradient of some rows of an embedding, a row perhaps in several parts
         tensor._values().masked_fill_(where[tuple(tensor._indices())], 0.0)

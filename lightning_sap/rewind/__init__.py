@@ -1,7 +1,28 @@
 """Snapshots and restores: weights, learning-rate schedules, optimizer state."""
 
+from lightning_sap.rewind.kept import base_optimizers
+from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot_zero, zero_pruned_
 from lightning_sap.rewind.replay import Mode, Obstacle, Replay
+from lightning_sap.rewind.steps import fires_hooks, hook_gradients, hook_steps, innermost_optimizers
 from lightning_sap.rewind.ticks import Moment, Ticks
 from lightning_sap.rewind.weights import place_weights, restore_weights_, take_weights
 
-__all__ = ["Mode", "Moment", "Obstacle", "Replay", "Ticks", "place_weights", "restore_weights_", "take_weights"]
+__all__ = [
+    "Mode",
+    "Moment",
+    "Obstacle",
+    "OptimizerMemory",
+    "Replay",
+    "Ticks",
+    "base_optimizers",
+    "cannot_reset",
+    "cannot_zero",
+    "fires_hooks",
+    "hook_gradients",
+    "hook_steps",
+    "innermost_optimizers",
+    "place_weights",
+    "restore_weights_",
+    "take_weights",
+    "zero_pruned_",
+]

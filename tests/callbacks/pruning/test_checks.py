@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from torch import nn
 from torch.nn.utils import prune
 
-from lightning_sap import PQIMonitor, SAPCallback
+from lightning_sap import PQIMonitor, PruningCallback, SAPCallback
 from lightning_sap.callbacks.pruning import checks
 
 
