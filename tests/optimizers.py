@@ -35,14 +35,16 @@ SCHEDULE_FREE = {
     "schedule-free AdamW": partial(AdamWScheduleFree, lr=0.02, weight_decay=0.1, warmup_steps=3),
     "schedule-free SGD": partial(SGDScheduleFree, lr=0.5),
 }
-WRAPPERS = {
+SLOW_LATER = {
     "timm's Lookahead": slow_later,
     "timm's Lookahead of Prodigy": lambda parameters: SlowLaterLookahead(Prodigy(parameters), k=3),
+}
+SLOW_FIRST = {
     "pytorch_optimizer's Lookahead": slow_first,
     "pytorch_optimizer's Lookahead with momentum": partial(slow_first, pullback_momentum="pullback"),
 }
 SHARP = {"SAM": lambda parameters: SAM(parameters, Adam, lr=0.01)}
-REAL = {**PLAIN, **SCHEDULE_FREE, **WRAPPERS, **SHARP}
+REAL = {**PLAIN, **SCHEDULE_FREE, **SLOW_LATER, **SLOW_FIRST, **SHARP}
 
 
 def take_step(optimizer, loss_of):
