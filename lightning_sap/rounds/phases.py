@@ -98,7 +98,7 @@ class PhaseDetector:
     since: int = field(default=0, init=False)
     reason: str = field(default="The index has not turned from falling to rising.", init=False)
     _curve: list[float] = field(default_factory=list, init=False, repr=False)  # the index, from its highest value on
-    _start: int = field(default=0, init=False, repr=False)  # the round of its first entry
+    _rounds: list[int] = field(default_factory=list, init=False, repr=False)  # the rounds of its entries
     _names: list[str] = field(default_factory=list, init=False, repr=False)  # the layers whose mean it is
     _spared: dict[str, float] = field(default_factory=dict, init=False, repr=False)  # by layer, the most it could spare
     _best: float | None = field(default=None, init=False, repr=False)  # of the metric
@@ -118,15 +118,18 @@ class PhaseDetector:
             if (value := getattr(self, name)) is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}.")
 
-    def update(self, pqi: float, *, layers: Layers | None = None, metric: float | None = None) -> Phase:
+    def update(
+        self, pqi: float, *, layers: Layers | None = None, metric: float | None = None, round: int | None = None
+    ) -> Phase:
         """Take in one round, and say where the network stands.
 
         Args:
             pqi: PQ Index of all prunable weights after the round's training.
             layers: For each prunable parameter its index and the number of its surviving weights.
             metric: The validation metric; None where it is not known.
+            round: Its number, above that of the round before; None: the next.
         """
-        self.round += 1
+        self.round = self.round + 1 if round is None else round
         if self.phase != Phase.COLLAPSE:
             pqi, metric = float(pqi), None if metric is None else float(metric)
             layers = {name: (float(index), int(weights)) for name, (index, weights) in (layers or {}).items()}
@@ -139,9 +142,9 @@ class PhaseDetector:
             self.phase, self.since, self.reason = verdict or (self.phase, self.since, self.reason)
         return Phase(self.phase)
 
-    def preview(self, pqi: float, *, layers: Layers | None = None, metric: float | None = None) -> Phase:
+    def preview(self, pqi: float, **options: Any) -> Phase:
         """What :meth:`update` would say of a round; nothing is taken in."""
-        return copy.deepcopy(self).update(pqi, layers=layers, metric=metric)
+        return copy.deepcopy(self).update(pqi, **options)
 
     @property
     def last_sound(self) -> int | None:
@@ -163,8 +166,9 @@ class PhaseDetector:
         curve = self._curve or [0.0]
         unfallen = self.phase == Phase.REGULARIZATION and not self._apart(max(curve), min(curve), 1 + self.rise)
         if sorted(layers) != self._names or (unfallen and index > max(curve)):
-            self._names, self._curve, self._start = sorted(layers), [], self.round
+            self._names, self._curve, self._rounds = sorted(layers), [], []
         self._curve.append(index)
+        self._rounds.append(self.round)
         self._spared |= {n: max(i * left, self._spared.get(n, 0.0)) for n, (i, left) in layers.items() if left}
         if metric is not None:
             better = max if self.mode == "max" else min
@@ -208,14 +212,15 @@ class PhaseDetector:
     def _first_turn(self) -> Finding | None:
         index, low = self._curve[-1], min(self._curve)
         bound = low * (1 + min(self._noise(), self.rise))  # as low as the lowest, as far as the noise can tell
-        since = self._start + next(t for t, value in enumerate(self._curve) if value <= bound)
+        since = next(round for round, value in zip(self._rounds, self._curve, strict=True) if value <= bound)
         reason = f"the index rises: {index:.3g} after {low:.3g} at its lowest"
         return self._if_lasting("rise", self._apart(index, low, 1 + self.rise), reason, since)
 
     def _second_turn(self) -> Finding | None:
-        index, curve = self._curve[-1], self._curve[max(0, self.since - self._start) :] or self._curve
+        index, first = self._curve[-1], next((t for t, round in enumerate(self._rounds) if round >= self.since), 0)
+        curve = self._curve[first:]
         peak = max(curve)
-        since = self.round + 1 - len(curve) + curve.index(peak)
+        since = self._rounds[first + curve.index(peak)]
         reason = f"the index falls: {index:.3g} after {peak:.3g} at its peak"
         fell = self._apart(peak, index, 1 / (1 - self.fall))
         return self._if_lasting("fall", fell and not self._near, reason, since)

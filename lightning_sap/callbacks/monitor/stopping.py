@@ -54,20 +54,24 @@ class StoppingRule:
     ) -> dict[int, tuple[str, str]]:
         """Take in the rounds before `end` that it was not there to see; returns phase and reason of each."""
         told = {}
-        for record in records[self.detector.round + 1 : end]:
+        for record in records:
+            if not self.detector.round < record.round < end or record.taken_back:
+                continue
             left = {name: round(share * sizes.get(name, 0)) for name, share in record.layers_remaining.items()}
             layers = {name: (index, left[name]) for name, index in record.layers_pqi.items()}
-            self.detector.update(record.pqi, layers=layers, metric=record.metrics.get(monitor or ""))
+            self.detector.update(
+                record.pqi, layers=layers, metric=record.metrics.get(monitor or ""), round=record.round
+            )
             told[record.round] = (str(self.phase), self.detector.reason)
         return told
 
-    def preview(self, pqi: float, layers: Layers, metric: float | None) -> Phase:
+    def preview(self, round: int, pqi: float, layers: Layers, metric: float | None) -> Phase:
         """The phase that the round would get if it ended now."""
-        return self.detector.preview(pqi, layers=layers, metric=metric)
+        return self.detector.preview(pqi, layers=layers, metric=metric, round=round)
 
-    def update(self, pqi: float, layers: Layers, metric: float | None) -> Phase:
+    def update(self, round: int, pqi: float, layers: Layers, metric: float | None) -> Phase:
         """Take in the round that ends now."""
-        phase = self.detector.update(pqi, layers=layers, metric=metric)
+        phase = self.detector.update(pqi, layers=layers, metric=metric, round=round)
         if self.verdict is None and phase in STOPS[self.stop_on]:
             dated = self.detector.since if phase is Phase.COMPRESSION else self.detector.last_sound
             self.verdict = Verdict(str(phase), self.detector.round, self.detector.reason, dated)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages, planning
+from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
 from lightning_sap.callbacks.pruning.options import Options, check_names, takes_options
@@ -23,6 +24,7 @@ from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.engine.weights import low_rank_adapters
 from lightning_sap.policies.base import Policy
+from lightning_sap.rewind import fires_hooks, hook_steps, innermost_optimizers
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.protocol import RoundListener
 from lightning_sap.sharding import reshard
@@ -151,6 +153,7 @@ class PruningCallback(Callback):
         fit.pending = None
         fit.enter(Event.TRAINING_STARTS)
         session.enforce()
+        session.zero_kept_(session.state.masks)
         self._hook(trainer)
         if session.state.pqi_after_pruning is None:
             session.state.pqi_after_pruning = session.measure(pl_module).overall
@@ -161,13 +164,12 @@ class PruningCallback(Callback):
             messages.warn_of_silence(self.options)
 
     def _hook(self, trainer: Trainer) -> None:
-        """After each step of an optimizer: mask, count, and for the first one note the learning rate."""
+        """At each step of an optimizer: mask, count, and for the first one note the learning rate."""
         fit, session = self._fit, self.session
-        optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "register_step_post_hook")]
-        for hook in (session.enforce, session.count_step):
-            fit.hooks += [optimizer.register_step_post_hook(hook) for optimizer in optimizers]
-        fit.hooks += [optimizer.register_step_post_hook(session.record_lr) for optimizer in optimizers[:1]]
-        fit.hooked = len(optimizers) == len(trainer.optimizers)
+        fit.hooks += hook_masks(trainer.lightning_module, trainer.optimizers, session.enforce, session.mask_gradients)
+        fit.hooks += hook_steps(trainer.optimizers, session.count_step)
+        fit.hooks += hook_steps(trainer.optimizers[:1], session.record_lr)
+        fit.hooked = all(map(fires_hooks, innermost_optimizers(trainer.optimizers)))
         fit.global_step = trainer.global_step
 
     # -- rounds -------------------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class PruningCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
-        if pl_module.automatic_optimization and checks.clips_gradients(trainer, pl_module):
+        if pl_module.automatic_optimization and (not self._fit.hooked or checks.clips_gradients(trainer, pl_module)):
             self.session.mask_gradients()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,7 +215,18 @@ class PruningCallback(Callback):
         ended = trainer.is_last_batch
         session.schedules.advance_(trainer, session.state, batches=batch_idx + 1, epoch_ended=ended)
 
+    def _hold_masks(self, module: LightningModule) -> None:
+        """Whatever wrote weights since the last step: those that are pruned are zero."""
+        if self._fit.stage is Stage.TRAINING:
+            reshard(module)
+            self.session.enforce()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The module's ``on_validation_start`` may have put other weights in."""
+        self._hold_masks(pl_module)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hold_masks(pl_module)
         self.session.metrics.begin_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,6 +240,7 @@ class PruningCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End and save the round that ends with the epoch: from a checkpoint of this hook Lightning resumes."""
+        self._hold_masks(pl_module)
         log_epoch(trainer, pl_module, self._values(), logger=True)
         if self.ends_round(trainer) and self.session.state.steps > 0:
             self.session.end_round(trainer, pl_module, trainer.current_epoch, self._listeners(trainer))
@@ -241,6 +255,7 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round and say what was reached."""
         session = self.session
+        session.enforce()
         if session.state.steps > 0 and session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):
             checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
@@ -280,6 +295,7 @@ class PruningCallback(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._hold_masks(pl_module)
         self._close(Event.RUN_ENDS)
         if self.session.state.folder is not None:
             archive.release(trainer, self.session.state.folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.rewind import Mode, Moment, Obstacle, Replay, Ticks
+from lightning_sap.rewind import Mode, Moment, Obstacle, OptimizerMemory, Replay, Ticks, zero_pruned_
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 NEVER = sys.maxsize
@@ -39,7 +38,8 @@ class Schedules:
             Replay(config.scheduler, config.reduce_on_plateau, obstacle_to(config.scheduler))
             for config in self._configs
         ]
-        self._states = [(optimizer, _copied(optimizer.state)) for optimizer in optimizers]
+        self._optimizers = list(optimizers)
+        self._memories = [OptimizerMemory(optimizer) for optimizer in optimizers]
         self._lengths = EpochLengths()
         self._stepped: list[Replay] = []  # those that are stepped here
         self._modes: list[Mode] = []  # of the run that is resumed
@@ -79,10 +79,13 @@ class Schedules:
             replay.rewind_()
 
     def forget_(self) -> None:
-        """Put the state of every optimizer back to the first, which is none for most."""
-        for optimizer, first in self._states:
-            optimizer.state.clear()
-            optimizer.state.update(_copied(first))
+        """Make fresh what every optimizer keeps."""
+        for memory in self._memories:
+            memory.reset_()
+
+    def zero_pruned_(self, pruned: Mapping[Tensor, Tensor]) -> None:
+        """Zero what the optimizers keep for pruned weights."""
+        zero_pruned_(self._optimizers, pruned)
 
     def advance_(self, trainer: Trainer, state: PruningState, *, batches: int = 0, epoch_ended: bool = False) -> None:
         """Step each replayed schedule to where its round stands.
@@ -197,10 +200,6 @@ def _in_epochs(span: Span, per_epoch: int | None) -> int | None:
     if span.unit == "epoch" or span.length is None:
         return span.length
     return None if per_epoch is None else -(-span.length // per_epoch)
-
-
-def _copied(states: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
-    return {parameter: copy.deepcopy(state) for parameter, state in states.items()}
 
 
 def _settle(replay: Replay, wanted: Schedule, module: LightningModule, ticks: Ticks) -> None:

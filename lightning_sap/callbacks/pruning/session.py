@@ -244,6 +244,9 @@ class PruningSession:
         self.schedules.rewind_()
         if self.options.reset_optimizer:
             self.schedules.forget_()
+        if decision.regrown:
+            self.zero_kept_(self.state.masks)
+        self.zero_kept_(decision.masks)
         state = state.next_round(decision.masks, decision.count, after.overall, record, trainer.current_epoch)
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
@@ -322,6 +325,11 @@ class PruningSession:
         """After each real optimizer step: the pruned weights are zero again."""
         if not self.state.masks.is_dense:
             self.state.masks.apply_(self.live())
+
+    def zero_kept_(self, masks: MaskSet) -> None:
+        """Zero what the optimizers keep for the weights that these masks prune."""
+        pruned: dict[Tensor, Tensor] = {w.parameter: masks.pruned[name] for name, w in self.weights.items()}
+        self.schedules.zero_pruned_(pruned)
 
     def mask_gradients(self) -> None:
         """Pruned weights have no gradient."""
