@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sap import PQIMonitor, SAPCallback
@@ -74,6 +74,9 @@ class Resumable(Net):
             optimizer = SGD(self.parameters(), lr=0.1, momentum=0.9)
             return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, EPOCHS)}
         optimizer = AdamW(self.parameters(), lr=0.01)
+        if self.kind == "steps-AdamW-linear":
+            schedule = LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
         schedule = OneCycleLR(optimizer, 0.05, total_steps=STEPS)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

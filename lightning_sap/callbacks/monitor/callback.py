@@ -218,7 +218,7 @@ class PQIMonitor(RoundListener, Callback):
             missed = rule.catch_up(event.history, record.round, sizes, self.monitor)
             notes = {round: {"phase": phase, "reason": reason} for round, (phase, reason) in missed.items()}
             metric = record.metrics.get(self.monitor or "")
-            rule.update(record.round, *self._meter.evidence(trainer, pl_module, metric))
+            rule.update(*self._meter.evidence(trainer, pl_module, metric), record.round)
             notes[record.round] = {"phase": str(self.phase), "reason": self.reason}
             self._say(trainer, record.round, before)
         self._add_row(trainer, pl_module, record.last_epoch)
@@ -233,7 +233,7 @@ class PQIMonitor(RoundListener, Callback):
         round = pruner.current_round()
         if self._rule.detector.round >= round or not pruner.ends_round(trainer):
             return self.phase
-        return self._rule.preview(round, *self._meter.evidence(trainer, module, self._curve.metric(trainer, round)))
+        return self._rule.preview(*self._meter.evidence(trainer, module, self._curve.metric(trainer, round)), round)
 
     def _say(self, trainer: Trainer, round: int, before: tuple[Phase, Verdict | None]) -> None:
         """Tell the user of a verdict or a new phase."""

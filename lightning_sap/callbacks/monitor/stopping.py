@@ -65,12 +65,12 @@ class StoppingRule:
             told[record.round] = (str(self.phase), self.detector.reason)
         return told
 
-    def preview(self, round: int, pqi: float, layers: Layers, metric: float | None) -> Phase:
+    def preview(self, pqi: float, layers: Layers, metric: float | None, round: int) -> Phase:
         """The phase that the round would get if it ended now."""
         return self.detector.preview(pqi, layers=layers, metric=metric, round=round)
 
-    def update(self, round: int, pqi: float, layers: Layers, metric: float | None) -> Phase:
-        """Take in the round that ends now."""
+    def update(self, pqi: float, layers: Layers, metric: float | None, round: int | None = None) -> Phase:
+        """Take in the round that ends now, of that number; None: the next."""
         phase = self.detector.update(pqi, layers=layers, metric=metric, round=round)
         if self.verdict is None and phase in STOPS[self.stop_on]:
             dated = self.detector.since if phase is Phase.COMPRESSION else self.detector.last_sound

@@ -206,8 +206,8 @@ class PruningSession:
                     state.note = {**state.note, **fields}
                 else:
                     state.history.note(round, **fields)
-        if isinstance(state.answer, Stop):
-            state.stop, trainer.should_stop = state.answer, True
+            if isinstance(state.answer, Stop):
+                state.stop, trainer.should_stop = state.answer, True
         self.save_round(trainer)
 
     def prune_(

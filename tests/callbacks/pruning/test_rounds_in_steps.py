@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import BATCHES, OPTIMIZERS, Net, Watch, data, fit, loader, quiet_trainer
 from lightning.pytorch.loggers import CSVLogger
-from resuming import STEPS, Remembers, differences, run
+from resuming import Remembers, differences, run, without_validation
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -185,9 +185,9 @@ class TestWhatIsSeen:
         lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
         columns = lines[0].split(",")
         rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
-        by_step = {int(row["step"]): row for row in rows if row["sap/remaining"]}
-        assert [(step, float(row["sap/remaining"])) for step, row in by_step.items()][:2] == [(2, 0.5), (4, 0.25)]
-        assert all(row["pqi/global"] for row in by_step.values())
+        logged = {key: [int(row["step"]) for row in rows if row[key]] for key in ("sap/remaining", "pqi/global")}
+        assert logged["sap/remaining"][:2] == logged["pqi/global"][:2] == [2, 4]
+        assert [float(row["sap/remaining"]) for row in rows if row["sap/remaining"]][:2] == [0.5, 0.25]
 
     def test_a_monitor_judges_each_round_and_its_report_counts_steps(self):
         pruner, monitor = half(rounds=3, every_n_steps=2), PQIMonitor(stop_on=None)
@@ -218,7 +218,7 @@ class TestWhatIsSeen:
         assert "2 prunings in rounds of 4 steps from step 0" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["steps-SGD-cosine", "steps-AdamW-OneCycle"])
+@pytest.mark.parametrize("kind", ["steps-SGD-cosine", "steps-AdamW-linear"])
 @pytest.mark.parametrize("rewind", [None, "init"])
 def test_resume_from_any_step_of_an_epoch_with_nine_rounds_equals_unbroken_run(tmp_path, kind, rewind):
     whole = run(tmp_path / "whole", kind, rewind, True)
@@ -227,8 +227,7 @@ def test_resume_from_any_step_of_an_epoch_with_nine_rounds_equals_unbroken_run(t
         file = tmp_path / f"whole/step/step={step}.ckpt"
         resumed = run(tmp_path / f"from-{step}", kind, rewind, True, file)
         assert min(resumed["rates"]) == step
-        assert differences(whole, resumed) == [], step
-    assert STEPS == 18
+        assert differences(whole, resumed, without_validation(f"step/step={step}")) == [], step
 
 
 def test_a_round_file_from_inside_an_epoch_can_be_resumed_from(tmp_path):
