@@ -124,10 +124,10 @@ def limited_amounts(drops, grows, kept, pruned, sets, least, most):
     """Drops and growths of the groups; `least` and `most` are of dropped − grown. Too few drops make less grow."""
     grows = [min(grow, n) for grow, n in zip(grows, pruned, strict=True)]
     grown = sum(grows)
-    drops = limited_counts(
-        drops, kept, sets, 0 if least is None else least + grown, None if most is None else most + grown
-    )
-    if least is not None and sum(drops) - grown < least:
+    if least == 0 and most is None:
+        return limited_counts(drops, kept, sets, 0, None), grows
+    drops = limited_counts(drops, kept, sets, least + grown, None if most is None else most + grown)
+    if sum(drops) - grown < least:
         grows = spread(max(0, sum(drops) - least), grows, grows)
     return drops, grows
 
@@ -148,7 +148,7 @@ def groups_of(weights, scope, units=None):
 
 
 def prune_masks(
-    weights, masks=None, *, amount, scope, units=None, floors=None, least=None, most=None, growth=lambda pruned: 0
+    weights, masks=None, *, amount, scope, units=None, floors=None, least=0, most=None, growth=lambda pruned: 0
 ):
     """New masks. `amount` turns the surviving weights of a group into a count; `units` gives (unit, weight) arrays.
 

@@ -27,12 +27,13 @@ class Limits(NamedTuple):
     Attributes:
         floors: For each name the least number of weights that must be kept. What comes back in the step does not make
             room for more drops.
-        least: Fewest weights by which the step reduces the kept ones, ``dropped - grown``; None: no limit.
+        least: Fewest weights by which the step reduces the kept ones, ``dropped - grown``. 0 beside no ``most`` limits
+            nothing: more may come back than go.
         most: Most weights by which the step reduces the kept ones; None: no limit.
     """
 
     floors: Mapping[str, int] = {}
-    least: int | None = None
+    least: int = 0
     most: int | None = None
 
 
@@ -216,13 +217,12 @@ def _limited(wanted: Amounts, kept: Tensor, pruned: Tensor, spare: list[tuple[in
     Drops make up for what comes back; where they cannot, less comes back.
     """
     grow = torch.minimum(wanted.grow, pruned)
-    grown = int(grow.sum())
-    least = 0 if limits.least is None else limits.least + grown
-    most = None if limits.most is None else limits.most + grown
-    drop = _limited_drop(wanted.drop, kept, spare, least, most)
-    if limits.least is not None and grown > (left := max(0, int(drop.sum()) - limits.least)):
-        grow = spread(left, grow, grow)
-    return Amounts(drop, grow)
+    grown, most = int(grow.sum()), limits.most
+    if limits.least == 0 and most is None:
+        return Amounts(_limited_drop(wanted.drop, kept, spare, 0, None), grow)
+    drop = _limited_drop(wanted.drop, kept, spare, limits.least + grown, None if most is None else most + grown)
+    left = max(0, int(drop.sum()) - limits.least)
+    return Amounts(drop, grow if grown <= left else spread(left, grow, grow))
 
 
 def _limited_drop(counts: Tensor, kept: Tensor, spare: list[tuple[int, int]], least: int, most: int | None) -> Tensor:
