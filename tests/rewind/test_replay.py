@@ -429,12 +429,12 @@ class TestNoTrial:
 
     @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
     def test_auto_keeps_it(self, kind):
-        replay = chosen(kind(self.sgd()), "auto", round=4)
+        replay = chosen(kind(self.sgd(), (1.0, 0.8, 0.5, 0.2), 1.0), "auto", round=4)
         assert (replay.mode, "no copy of it can be made" in replay.reason) == ("keep", True)
 
     @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
     def test_restart_rewinds_what_schedules_usually_change(self, kind):
-        replay = chosen(kind(self.sgd()), "restart", round=4)
+        replay = chosen(kind(self.sgd(), (1.0, 0.8, 0.5, 0.2), 1.0), "restart", round=4)
         replay.scheduler.optimizer.param_groups[0]["d"] = 0.5
         replay.advance_(at(2))
         assert rate(replay) == 0.5
@@ -445,4 +445,4 @@ class TestNoTrial:
     @pytest.mark.parametrize("kind", [Stubborn, NeedsGradients])
     def test_squeeze_is_refused(self, kind):
         with pytest.raises(ValueError, match=r"lr_schedule='squeeze' needs a trial of \w+ on a copy"):
-            chosen(kind(self.sgd()), "squeeze", round=4)
+            chosen(kind(self.sgd(), (1.0, 0.8, 0.5, 0.2), 1.0), "squeeze", round=4)
