@@ -82,10 +82,10 @@ class ImageData(LightningDataModule):
 
     def loader(self, images: Dataset[Any], shuffle: bool = False) -> DataLoader[Any]:
         """Batches of one part."""
-        return DataLoader(
+        return DataLoader(  # all by name: with several processes Lightning makes it again with a sampler of its own
             images,
-            self.batch_size,
-            shuffle,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

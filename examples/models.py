@@ -52,7 +52,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         loss = cross_entropy(self(images), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -66,7 +66,7 @@ class Classifier(LightningModule):
         images, labels = batch
         scores = self(images)
         accuracy(scores, labels)
-        self.log(f"{stage}_loss", cross_entropy(scores, labels), prog_bar=True)
+        self.log(f"{stage}_loss", cross_entropy(scores, labels), prog_bar=True, sync_dist=True)
         self.log(f"{stage}_acc", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

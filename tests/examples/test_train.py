@@ -1,16 +1,12 @@
-import hashlib
 import importlib
-import pickle
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from images import write_cifar10, write_fashion_mnist, write_image_folder
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
-from torchvision.datasets import CIFAR10
 
 from lightning_sap import PQIMonitor, PruningCallback, SAPCallback
 
@@ -39,48 +35,6 @@ def cli(examples, monkeypatch):
         return train.main(run=run)
 
     return call
-
-
-def pixels(count, *shape):
-    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def write_fashion_mnist(root):
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for part, count in (("train", 20), ("t10k", 10)):
-        images = struct.pack(">4i", 0x803, count, 28, 28) + pixels(count, 28, 28).tobytes()
-        labels = struct.pack(">2i", 0x801, count) + bytes(i % 10 for i in range(count))
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-
-
-def write_cifar10(root, monkeypatch):
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-
-    def write(name, content):
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return hashlib.md5(raw, usedforsecurity=False).hexdigest()
-
-    def batch(name):
-        return [name, write(name, {"data": pixels(4, 3072), "labels": [0, 3, 6, 9]})]
-
-    # torchvision compares the files with the checksums of the real ones
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
-    md5 = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5})
-
-
-def write_image_folder(root, parts=(("train", 10), ("test", 3))):
-    for part, count in parts:
-        for name in ("cat", "dog"):
-            folder = root / part / name
-            folder.mkdir(parents=True)
-            for i, image in enumerate(pixels(count, 20, 24, 3)):
-                Image.fromarray(image).save(folder / f"{i}.png")
 
 
 @pytest.fixture(params=SHAPES)
@@ -223,6 +177,47 @@ def from_config(cli, path, tmp_path, *args, run=False):
     write_image_folder(tmp_path)
     root = ["--data.root", tmp_path] if path.stem == "image_folder_cnn" else []
     return cli(*(["fit"] if run else []), "--config", path, *root, *args, run=run)
+
+
+def test_an_option_goes_to_the_last_callback_of_the_list(cli, examples):
+    command = ["--config", examples / "configs" / "digits_mlp.yaml"]
+    assert [
+        c.patience
+        for c in cli(*command, "--trainer.callbacks.patience=3").trainer.callbacks
+        if isinstance(c, PQIMonitor)
+    ] == [3]
+    anew = [
+        "--trainer.callbacks=SAPCallback",
+        "--trainer.callbacks.rounds=5",
+        "--trainer.callbacks+=PQIMonitor",
+        "--trainer.callbacks.patience=3",
+    ]
+    app = cli(*command, *anew)
+    assert [pruner.options.rounds for pruner in pruners(app)] == [5]
+    assert [c.patience for c in app.trainer.callbacks if isinstance(c, PQIMonitor)] == [3]
+
+
+@pytest.mark.parametrize("given", ["--trainer.callbacks.rounds=5", "--trainer.callbacks.0.init_args.rounds=5"])
+def test_an_option_of_another_callback_of_the_list_is_answered_with_what_to_write(cli, examples, capsys, given):
+    with pytest.raises(SystemExit) as end:
+        cli("--config", examples / "configs" / "digits_mlp.yaml", given)
+    assert end.value.code == 2
+    assert "--trainer.callbacks=SAPCallback --trainer.callbacks.rounds=5" in capsys.readouterr().err
+
+
+def test_another_mistake_is_not_answered_so(cli, capsys):
+    with pytest.raises(SystemExit):
+        cli("--data=digits", "--model=mlp", "--trainer.max_epochs=many")
+    assert "is a list" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["SAPCallback", "PQIMonitor"])
+def test_a_second_callback_of_a_kind_is_asked_for_a_name(cli, examples, kind):
+    command = ["--config", examples / "configs" / "digits_mlp.yaml", f"--trainer.callbacks+={kind}"]
+    with pytest.raises(SystemExit, match="Give the second one another:\nin YAML `name: second`"):
+        cli(*command)
+    app = cli(*command, "--trainer.callbacks.name=second")
+    assert [c.state_key.split("/")[1] for c in app.trainer.callbacks if type(c).__name__ == kind][1:] == ["second"]
 
 
 def test_it_prunes_unless_told_otherwise(cli):
