@@ -215,6 +215,22 @@ class TestTrainingLimitedBySteps:
         assert seen == pytest.approx([0.1 * (1 - p / 38) for p in positions])
 
 
+class TestARoundThatBeginsInMidEpoch:
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+    def test_it_walks_from_the_first_value_to_the_last(self, tmp_path):
+        class Save(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                if trainer.global_step == 7:  # the second of the five steps of epoch 1
+                    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+
+        data = DataLoader(torch.randn(5, 4))
+        train(Recording(line(25), interval="step"), Save(), max_epochs=2, data=data)
+        module, callback = Recording(line(25), interval="step"), pruning("squeeze", rounds=1, every_n_epochs=2)
+        seen = train(module, callback, max_epochs=5, data=data, ckpt_path=tmp_path / "dense.ckpt")
+        positions = [round(s * 24 / (n - 1)) for n in (8, 10) for s in range(n)]
+        assert seen == pytest.approx([0.1 * (1 - p / 25) for p in positions])
+
+
 class TestMoment:
     def test_of_equal_epochs_is_exact_and_ends_in_the_last_step(self):
         moments = [Moment.of_epochs(s, s // 5, 3, s % 5, 5) for s in range(15)]
