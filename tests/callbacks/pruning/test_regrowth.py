@@ -19,7 +19,7 @@ class HalfAndATenth(Policy):
 
 
 def pruner_of(**options):
-    return PruningCallback(HalfAndATenth(), scope="global", rounds=4, **options)
+    return PruningCallback(HalfAndATenth(), **{"scope": "global", "rounds": 4, **options})
 
 
 def test_history_counts_what_went_and_what_came_back():
@@ -38,27 +38,28 @@ def test_history_counts_what_went_and_what_came_back():
 @pytest.mark.parametrize("reset", [True, False])
 def test_returning_weights_start_at_zero_without_momentum_and_are_trained_then(rewind, reset):
     masks, starts, momenta, trained = {}, {}, {}, {}
-    pruner = pruner_of(rewind_weights=rewind, reset_optimizer=reset)
+    pruner = pruner_of(rewind_weights=rewind, reset_optimizer=reset, scope="layer")
 
     def start(trainer, module):
-        state = trainer.optimizers[0].state.get(module.net[0].weight, {})
+        weight = module.net[3].weight  # of the outputs, so that each has a gradient
+        state = trainer.optimizers[0].state.get(weight, {})
         round = pruner.current_round()
         if round not in starts:
-            masks[round] = pruner.masks["net.0.weight"]
-            starts[round] = module.net[0].weight.detach().clone()
-            momenta[round] = state.get("momentum_buffer", torch.zeros(8, 6)).clone()
+            masks[round] = pruner.masks["net.3.weight"]
+            starts[round] = weight.detach().clone()
+            momenta[round] = state.get("momentum_buffer", torch.zeros(3, 8)).clone()
 
     def end(trainer, module):
-        trained[pruner.current_round()] = module.net[0].weight.detach().clone()
+        trained.setdefault(pruner.current_round(), module.net[3].weight.detach().clone())
 
     fit(Net(), pruner, Watch(on_train_batch_start=start, on_train_batch_end=end), max_epochs=5)
     returned = {t: masks[t] & ~masks[t - 1] for t in range(1, 5)}
-    assert sum(int(where.sum()) for where in returned.values()) > 5
+    assert [int(where.sum()) for where in returned.values()] == [0, 1, 1, 1]
     for t, where in returned.items():
         assert not starts[t][where].any()
         assert not momenta[t][where].any()
-    # units whose outputs are all pruned have no gradient
-    assert sum(int((trained[t][where] != 0).sum()) for t, where in returned.items()) > 3
+    # after one step they are alive; one of them hangs on a unit whose weights are all pruned, and has no gradient
+    assert sum(int((trained[t][where] != 0).sum()) for t, where in returned.items()) >= 2
 
 
 def test_target_is_met_by_the_last_pruning_alone():
