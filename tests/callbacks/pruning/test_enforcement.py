@@ -25,6 +25,8 @@ from helpers import (
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_sap.callbacks.pruning.session import PruningSession
+
 
 class Manual(Checked):
     """Two optimizers, of which the second steps first; it clips by itself."""
