@@ -159,6 +159,7 @@ class PruningCallback(Callback):
             session.state.pqi_after_pruning = session.measure(pl_module).overall
         rank_zero_info(messages.announcement(self.options, session.state, schedules))
         if session.state.plan.rounds != 0:
+            messages.warn_of_lasting(self.options, session.schedules.lasting())
             messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, session.weights))
         if trainer.barebones:
             messages.warn_of_silence(self.options)

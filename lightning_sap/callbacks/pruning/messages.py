@@ -151,3 +151,21 @@ def _counted(number: int, word: str) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")
+
+
+def warn_of_lasting(options: Options, reasons: Sequence[str]) -> None:
+    """Say which optimizers cannot be made fresh, where that is asked for."""
+    if reasons and options.reset_optimizer:
+        rank_zero_warn(
+            f"{options.name}: reset_optimizer=True cannot make all of the optimizer fresh: {'; '.join(reasons)}. Keep "
+            "them in `optimizer.state`, or give reset_optimizer=False."
+        )
+
+
+def warn_of_mixed(options: Options, reasons: Sequence[str]) -> None:
+    """Say which optimizers go on with what they keep of weights that are pruned."""
+    if reasons:
+        rank_zero_warn(
+            f"{options.name}: {'; '.join(reasons)}, so that what it keeps of pruned weights stays in it. The weights "
+            "are zero all the same. Give reset_optimizer=True to start every round without it."
+        )

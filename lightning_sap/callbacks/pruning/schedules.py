@@ -18,7 +18,18 @@ from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.rewind import Mode, Moment, Obstacle, OptimizerMemory, Replay, Ticks, zero_pruned_
+from lightning_sap.rewind import (
+    Mode,
+    Moment,
+    Obstacle,
+    OptimizerMemory,
+    Replay,
+    Ticks,
+    base_optimizers,
+    cannot_reset,
+    cannot_zero,
+    zero_pruned_,
+)
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 NEVER = sys.maxsize
@@ -82,6 +93,15 @@ class Schedules:
         """Make fresh what every optimizer keeps."""
         for memory in self._memories:
             memory.reset_()
+
+    def lasting(self) -> list[str]:
+        """What no pruning can make fresh, a sentence for each optimizer."""
+        return list(filter(None, map(cannot_reset, self._optimizers)))
+
+    def mixed(self) -> list[str]:
+        """Why single weights have no place in what optimizers keep, a sentence for each of these."""
+        every = [each for optimizer in self._optimizers for each in base_optimizers(optimizer)]
+        return list(filter(None, map(cannot_zero, every)))
 
     def zero_pruned_(self, pruned: Mapping[Tensor, Tensor]) -> None:
         """Zero what the optimizers keep for pruned weights."""

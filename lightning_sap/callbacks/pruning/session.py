@@ -244,8 +244,9 @@ class PruningSession:
         self.schedules.rewind_()
         if self.options.reset_optimizer:
             self.schedules.forget_()
-        if decision.regrown:
-            self.zero_kept_(self.state.masks)
+        else:
+            messages.warn_of_mixed(self.options, self.schedules.mixed())
+            self.zero_kept_(self.state.masks)  # weights that come back have no state from before
         self.zero_kept_(decision.masks)
         state = state.next_round(decision.masks, decision.count, after.overall, record, trainer.current_epoch)
         if state.prunings_left() == 0:

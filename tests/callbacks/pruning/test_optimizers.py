@@ -1,5 +1,6 @@
 """Whole fits with optimizers that keep something beside the weights, wrap another one, or are stepped by hand."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import Crash, Watch, crash, fit, same, seeded
 from lightning.pytorch import LightningModule
 from optimizers import REAL, SCHEDULE_FREE, SHARP, SLOW_FIRST, slow_first, slow_later
 from prodigyopt import Prodigy
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, SOAP
 from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -260,3 +261,34 @@ def test_killed_in_a_round_and_resumed_equals_the_unbroken_run(tmp_path, name, r
         run(classifier(name), Watch(on_train_epoch_end=stop))
     run(resumed, ckpt_path=tmp_path / "killed.ckpt")
     assert same(whole.state_dict(), resumed.state_dict())
+
+
+class Box:
+    def __init__(self):
+        self.content = torch.ones(2)
+
+
+class Hiding(Adam):
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.box = Box()
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_optimizer_that_cannot_be_reset_is_named_at_fit_start(reset):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(Classifier(Hiding), pruner(reset_optimizer=reset))
+    said = [str(w.message) for w in caught if "Hiding keeps tensors in its attribute 'box' (Box)" in str(w.message)]
+    assert len(said) == reset
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_optimizer_that_mixes_the_places_of_weights_is_named_where_it_goes_on(reset):
+    module, sap = Classifier(partial(SOAP, lr=0.01)), pruner(reset_optimizer=reset)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(module, sap)
+    said = [w for w in caught if "SOAP mixes the places of a weight by the matrices in 'state.GG'" in str(w.message)]
+    assert bool(said) != reset
+    assert max(module.seen[4:]) <= KEPT
