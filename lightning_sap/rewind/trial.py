@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +55,7 @@ def try_schedule(
 def _copy_of(scheduler: Any, groups: Sequence[dict[str, Any]]) -> Any:
     optimizer = Optimizer([nn.Parameter(torch.zeros(1))], {})
     optimizer.param_groups = [{**copy.deepcopy(group), "params": [nn.Parameter(torch.zeros(1))]} for group in groups]
-    memo: dict[int, Any] = {id(scheduler.optimizer): optimizer}
-    for part in (scheduler, *getattr(scheduler, "_schedulers", ())):  # CyclicLR holds one, and it cannot be copied
-        memo |= {id(value): value for value in vars(part).values() if isinstance(value, weakref.ref)}
-    return copy.deepcopy(scheduler, memo)
+    return copy.deepcopy(scheduler, {id(scheduler.optimizer): optimizer})
 
 
 def _run(twin: Any, ticks: Ticks, length: int) -> Trial:

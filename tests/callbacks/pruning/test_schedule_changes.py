@@ -69,6 +69,13 @@ class TestADataloaderThatTrainingMakesAnew:
         seen = train(module, halves("restart"), reload_dataloaders_every_n_epochs=1)
         assert seen == pytest.approx([0.1 * (1 - step / 80) for step in range(40)] * 2)
 
+    def test_restarted_at_a_frequency_it_counts_the_batches_of_each_epoch_as_lightning_does(self):
+        def module():
+            return Changing((3, 5), line(16), interval="step", frequency=2)
+
+        alone = train(module(), max_epochs=4, reload_dataloaders_every_n_epochs=1)
+        assert train(module(), halves("restart"), reload_dataloaders_every_n_epochs=1) == alone * 2
+
     def test_a_cycle_with_an_end_of_its_own_reaches_it(self):
         module = Changing((4, 8, 12, 16), lambda o: OneCycleLR(o, 0.1, total_steps=40), interval="step")
         seen = train(module, halves(), reload_dataloaders_every_n_epochs=1)
