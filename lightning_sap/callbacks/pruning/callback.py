@@ -185,7 +185,7 @@ class PruningCallback(Callback):
         """Advance here too: after some resumes an epoch starts without its hook, and rounds in steps end in it."""
         if batch_idx == 0:
             self._advance(trainer, pl_module, trainer.current_epoch - 1)
-        elif self.session.state.plan.unit == "step":
+        elif self.session.state.plan.unit == "step" and self.session.state.is_due(trainer.current_epoch):
             self._advance(trainer, pl_module, trainer.current_epoch)
 
     def _advance(self, trainer: Trainer, module: LightningModule, last_epoch: int) -> None:
