@@ -35,9 +35,8 @@ def keeps_zeros(parametrizations: ParametrizationList, own_name: str) -> bool:
         (True, False)
     """
     tensors = _tensors(parametrizations)
-    tensors = {
-        name: tensor.where(tensor != 0, 1) for name, tensor in tensors.items()
-    }  # zeros hide what is done to them
+    # zeros that are there already hide what is done to zeros
+    tensors = {name: tensor.where(tensor != 0, 1) for name, tensor in tensors.items()}
     values = tensors[own_name]
     position = torch.arange(values.numel(), device=values.device).reshape(values.shape)
     for factor, side in itertools.product(SCATTERING, (0, 1)):

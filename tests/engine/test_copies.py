@@ -66,9 +66,17 @@ class TestOfKnownTypes:
     def test_a_copy_whose_source_is_not_in_the_module(self):
         assert averaged_copies(nn.ModuleDict({"ema": AveragedModel(net()), "head": nn.Linear(2, 2)})) == {}
 
-    def test_of_a_compiled_module(self):
-        module = nn.ModuleDict({"net": torch.compile(net())})
+    @pytest.mark.parametrize("compiled_first", [True, False])
+    def test_of_a_compiled_module(self, compiled_first):
+        plain = net()
+        compiled = torch.compile(plain)
+        module = nn.ModuleDict({"net": compiled, "ema": AveragedModel(compiled if compiled_first else plain)})
+        assert averaged_copies(module) == pairs("ema.module", "net")
+
+    def test_of_a_module_with_a_compiled_layer(self):
+        module = nn.ModuleDict({"net": net()})
         module["ema"] = AveragedModel(module["net"])
+        module["net"][2] = torch.compile(module["net"][2])
         assert averaged_copies(module) == pairs("ema.module", "net")
 
 
@@ -125,6 +133,15 @@ class TestByTheirValues:
         module[3].requires_grad_(False)
         assert possible_copies(module) == {}
 
+    def test_a_whole_before_its_parts(self):
+        module = nn.ModuleDict({"early": copy.deepcopy(net()[0]), "net": net(), "momentum": frozen(net())})
+        assert possible_copies(module) == pairs("momentum", "net")
+
+    def test_the_source_is_no_average_itself(self):
+        module = nn.ModuleDict({"ema": AveragedModel(net()), "net": net(), "momentum": frozen(net())})
+        assert possible_copies(module) == pairs("momentum", "net")
+
     def test_a_lazy_module_is_passed_over(self):
-        module = nn.ModuleDict({"net": net(), "lazy": nn.LazyLinear(2), "average": frozen(net())})
-        assert possible_copies(module) == pairs("average", "net")
+        module = nn.ModuleDict({"lazy": nn.LazyLinear(2), "layer": seeded(lambda: nn.Linear(3, 2))})
+        module["average"] = frozen(module["layer"])
+        assert possible_copies(module) == {"average.weight": "layer.weight", "average.bias": "layer.bias"}

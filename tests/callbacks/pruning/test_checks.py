@@ -249,6 +249,12 @@ class TestTorchPruning:
         with pytest.raises(ValueError, match=re.escape("by prune.remove(module, 'weight');")):
             checks.check_torch_pruning(module)
 
+    def test_a_layer_of_ones_own_with_a_mask_is_none(self):
+        layer = nn.Linear(4, 2)
+        layer.weight_orig = nn.Parameter(torch.ones(2, 4))
+        layer.register_buffer("weight_mask", torch.ones(2, 4))
+        checks.check_torch_pruning(nn.Sequential(layer))
+
     @pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
     def test_spectral_norm_is_none(self, normalise):
         """The older one too calls its parameter `weight_orig`."""

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,11 @@ class TestRanges:
     )
     def test_options_at_the_ends_of_their_ranges_are_allowed(self, options):
         assert all(getattr(pruning(**options).options, key) == value for key, value in options.items())
+
+    def test_a_folder_may_be_a_path(self):
+        options = pruning(dirpath=Path("rounds") / "here").options
+        assert options.dirpath == "rounds/here"
+        assert options.plain() == pruning(dirpath="rounds/here").options.plain()
 
     @pytest.mark.parametrize(("p", "q"), [(1.0, 1.0), (2.0, 1.0), (0.0, 1.0), (-0.5, 1.0)])
     def test_orders_out_of_range_are_refused(self, p, q):
