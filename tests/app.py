@@ -72,7 +72,6 @@ def run(train, folder, arguments):
         "masked": all(not weights[name][~mask].any() for name, mask in pruner.masks.items()),
         "validated": float(app.trainer.callback_metrics["val_loss"]),
         "samples": len(app.trainer.train_dataloader.sampler),
-        "shuffled": app.trainer.train_dataloader.sampler.shuffle,
         "images": len(app.datamodule.train),
     }
 

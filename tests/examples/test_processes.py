@@ -27,7 +27,6 @@ def test_it_trains_and_prunes_alike_without_advice(ranks, name):
         assert found["advice"] == []
         assert found["rounds"] == [0, 1, 2]
         assert found["masked"]
-        assert found["shuffled"]
         assert found["samples"] == (found["images"] + 1) // 2  # each process has a half of the images
     assert first["remaining"] == second["remaining"] < 1
     assert first["validated"] == second["validated"]

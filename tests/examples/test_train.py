@@ -7,6 +7,7 @@ import pytest
 import torch
 from images import write_cifar10, write_fashion_mnist, write_image_folder
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from lightning_sap import PQIMonitor, PruningCallback, SAPCallback
 
@@ -72,6 +73,12 @@ def test_a_tenth_is_held_out_and_always_the_same(module):
     assert sorted(train + val) == list(range(count))
     module.setup("fit")
     assert module.val.images.indices == val
+
+
+def test_training_images_alone_are_shuffled(module):
+    module.setup("fit")
+    samplers = [loader.sampler for loader in (module.train_dataloader(), module.val_dataloader())]
+    assert [type(sampler) for sampler in samplers] == [RandomSampler, SequentialSampler]
 
 
 def test_validation_images_are_not_augmented(module):
