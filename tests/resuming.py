@@ -38,7 +38,7 @@ STEPS_OF_A_PRUNING = {
     "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
     "mask": "lightning_sap.engine.masks.MaskSet.apply_",
     "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
-    "warn": "lightning_sap.callbacks.pruning.messages.warn_of_dead",
+    "warn": "lightning_sap.callbacks.pruning.messages.warn_of_empty_units",
 }
 
 

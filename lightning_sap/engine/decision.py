@@ -111,21 +111,21 @@ def prune_masks(
     check_policy(policy)
     importance = check_importance(importance)
     _check_mappings(weights, masks=masks, units=units)
-    pieces = {}
+    tensors = {}
     for name, weight in weights.items():
         kept = (masks or {}).get(name)
         check_tensors(weight, kept, name)
         pruned = None if kept is None else ~kept.to(weight.device)
         unit = (units or {}).get(name)
-        pieces[name] = PrunableTensor(weight.detach(), pruned, unit, importance=importance)
-    after = decide(pieces, policy=policy, scope=scope, round=round).masks.pruned
+        tensors[name] = PrunableTensor(weight.detach(), pruned, unit, importance=importance)
+    after = decide(tensors, policy=policy, scope=scope, round=round).masks.pruned
     for mask in after.values():
         local(mask).logical_not_()  # in place: these masks are nobody else's
     return dict(after)
 
 
 def decide(
-    pieces: Mapping[str, PrunableTensor],
+    tensors: Mapping[str, PrunableTensor],
     *,
     policy: Policy,
     scope: Scope,
@@ -139,7 +139,7 @@ def decide(
     Nothing is changed.
 
     Args:
-        pieces: The weights; every process that holds rows of them calls this.
+        tensors: The weights; every process that holds rows of them calls this.
         policy: What says how many.
         scope: What forms a group.
         round: Number of the step.
@@ -147,32 +147,32 @@ def decide(
         history: Records of the rounds before, for the policy.
         metrics: Metrics of the round that ends, for the policy.
     """
-    if not pieces:
+    if not tensors:
         return Decision(summary({}, policy.p, policy.q), {}, {}, MaskSet({}))
-    limits, scores = limits or Limits(), scores_of(pieces)
-    sums = sums_of(pieces, policy.p, policy.q, by_unit=scope == "neuron", scores=scores)
+    limits, scores = limits or Limits(), scores_of(tensors)
+    sums = sums_of(tensors, policy.p, policy.q, by_unit=scope == "neuron", scores=scores)
     before = summary(sums, policy.p, policy.q)
-    check_finite(before, pieces)
+    check_finite(before, tensors)
     groups = concatenate(list(sums.values()))
     if scope == "global":
         groups = concatenate([total(groups, policy.p, policy.q)])
-    names, sizes = _groups(pieces, sums, scope)
+    names, sizes = _groups(tensors, sums, scope)
     standing = Standing(
         round=round, pruned=sizes - groups.count, names=names, history=history, metrics=dict(metrics or {})
     )
     spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
     of_groups = _spare_of_groups(sums, spare, scope)
     drop, grow = _limited(ask(policy, groups, standing), groups.count, standing.pruned, of_groups, limits)
-    here, shards = {name: piece.local() for name, piece in pieces.items()}, held_by(pieces)
+    here, shards = {name: tensor.local() for name, tensor in tensors.items()}, held_by(tensors)
     picked = _pick(here, scores, drop, scope, spare, sums, shards)
-    growth = _growth_of_tensors(grow, pieces, before, sums, scope)
-    for name, piece in here.items():
-        if piece.pruned is not None:
-            picked[name] |= piece.pruned
+    growth = _growth_of_tensors(grow, tensors, before, sums, scope)
+    for name, tensor in here.items():
+        if tensor.pruned is not None:
+            picked[name] |= tensor.pruned
             if growth[name].any():
-                back = _first(piece, ~piece.pruned, growth[name], scope, shards)
+                back = _first(tensor, ~tensor.pruned, growth[name], scope, shards)
                 picked[name] &= back.logical_not_()
-    masks = MaskSet({name: shard_like(mask, pieces[name].weight) for name, mask in picked.items()})
+    masks = MaskSet({name: shard_like(mask, tensors[name].weight) for name, mask in picked.items()})
     grown = {name: int(counts.sum()) for name, counts in growth.items()}
     dropped = {name: n - masks.survivors[name] + grown[name] for name, n in before.survivors.items()}
     return Decision(before, dropped, grown, masks)
@@ -193,10 +193,10 @@ def _check_mappings(weights: Mapping[str, Any], **others: Mapping[str, Any] | No
 
 
 def _groups(
-    pieces: Mapping[str, PrunableTensor], sums: Mapping[str, PowerSums], scope: Scope
+    tensors: Mapping[str, PrunableTensor], sums: Mapping[str, PowerSums], scope: Scope
 ) -> tuple[tuple[tuple[str, ...], ...], Tensor]:
     """The names of the parameters that each group belongs to, and the sizes of the groups."""
-    numbers = {name: piece.weight.numel() for name, piece in pieces.items()}
+    numbers = {name: tensor.weight.numel() for name, tensor in tensors.items()}
     if scope == "global":
         return (tuple(numbers),), torch.tensor([sum(numbers.values())])
     units = {name: len(part.count) for name, part in sums.items()}
@@ -241,7 +241,7 @@ def _limited_drop(counts: Tensor, kept: Tensor, spare: list[tuple[int, int]], le
 
 
 def _pick(
-    pieces: Mapping[str, PrunableTensor],
+    tensors: Mapping[str, PrunableTensor],
     scores: Mapping[str, Tensor],
     counts: Tensor,
     scope: Scope,
@@ -251,44 +251,44 @@ def _pick(
 ) -> dict[str, Tensor]:
     """Which of the kept weights held by this process go."""
     if scope == "global":
-        pruned = [piece.pruned for piece in pieces.values()]
+        pruned = [tensor.pruned for tensor in tensors.values()]
         rooms = list(spare.values())
-        return dict(zip(pieces, smallest(list(scores.values()), pruned, int(counts), rooms, shards), strict=True))
+        return dict(zip(tensors, smallest(list(scores.values()), pruned, int(counts), rooms, shards), strict=True))
     if scope == "layer":
-        of_layer = zip(pieces.items(), counts.tolist(), strict=True)
-        return {name: smallest([scores[name]], [piece.pruned], c, [c], shards)[0] for (name, piece), c in of_layer}
+        of_layer = zip(tensors.items(), counts.tolist(), strict=True)
+        return {name: smallest([scores[name]], [tensor.pruned], c, [c], shards)[0] for (name, tensor), c in of_layer}
     counts = counts.to(next(iter(scores.values())).device)  # at once, for each transfer waits for the device
     of_units = torch.split(counts, [len(part.count) for part in sums.values()])
     return {
-        name: _pick_of_rows(piece, scores[name], piece.pruned, c, shards)
-        for (name, piece), c in zip(pieces.items(), of_units, strict=True)
+        name: _pick_of_rows(tensor, scores[name], tensor.pruned, c, shards)
+        for (name, tensor), c in zip(tensors.items(), of_units, strict=True)
     }
 
 
 def _pick_of_rows(
-    piece: PrunableTensor, scores: Tensor, excluded: Tensor | None, counts: Tensor, shards: Shards
+    tensor: PrunableTensor, scores: Tensor, excluded: Tensor | None, counts: Tensor, shards: Shards
 ) -> Tensor:
-    rows = piece.rows(scores)
-    excluded = None if excluded is None else piece.rows(excluded)
-    return piece.from_rows(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))))
+    rows = tensor.rows(scores)
+    excluded = None if excluded is None else tensor.rows(excluded)
+    return tensor.from_rows(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))))
 
 
 def _growth_of_tensors(
-    grow: Tensor, pieces: Mapping[str, PrunableTensor], before: Measure, sums: Mapping[str, PowerSums], scope: Scope
+    grow: Tensor, tensors: Mapping[str, PrunableTensor], before: Measure, sums: Mapping[str, PowerSums], scope: Scope
 ) -> dict[str, Tensor]:
     """How many weights come back in each tensor, or in each of its units; of one group the tensors named first."""
     if scope != "global":
-        return dict(zip(pieces, torch.split(grow, [len(part.count) for part in sums.values()]), strict=True))
-    pruned = torch.tensor([piece.weight.numel() - before.survivors[name] for name, piece in pieces.items()])
+        return dict(zip(tensors, torch.split(grow, [len(part.count) for part in sums.values()]), strict=True))
+    pruned = torch.tensor([tensor.weight.numel() - before.survivors[name] for name, tensor in tensors.items()])
     earlier = pruned.cumsum(0) - pruned
     of_tensors = (grow - earlier).clamp(min=0).minimum(pruned)
-    return dict(zip(pieces, torch.split(of_tensors, 1), strict=True))
+    return dict(zip(tensors, torch.split(of_tensors, 1), strict=True))
 
 
-def _first(piece: PrunableTensor, excluded: Tensor, counts: Tensor, scope: Scope, shards: Shards) -> Tensor:
+def _first(tensor: PrunableTensor, excluded: Tensor, counts: Tensor, scope: Scope, shards: Shards) -> Tensor:
     """Where a tensor's, or each unit's, first weights are, but for those excluded: of equal scores the lower go."""
     equal = torch.zeros((), dtype=torch.float16, device=excluded.device).expand(excluded.shape)
     if scope == "neuron":
-        return _pick_of_rows(piece, equal, excluded, counts, shards)
+        return _pick_of_rows(tensor, equal, excluded, counts, shards)
     count = int(counts)
     return smallest([equal], [excluded], count, [count], shards)[0]

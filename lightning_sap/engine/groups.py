@@ -79,25 +79,25 @@ class PrunableTensor(NamedTuple):
         )
 
 
-def scores_of(pieces: Mapping[str, PrunableTensor]) -> dict[str, Tensor]:
+def scores_of(tensors: Mapping[str, PrunableTensor]) -> dict[str, Tensor]:
     """The scores of the weights that this process holds, checked but for being finite; magnitudes are not copied.
 
     Raises:
         ValueError: If an importance does not give one score for each weight; it names the parameter.
     """
-    return {name: _scores(name, piece.local()) for name, piece in pieces.items()}
+    return {name: _scores(name, tensor.local()) for name, tensor in tensors.items()}
 
 
-def _scores(name: str, piece: PrunableTensor) -> Tensor:
-    shape = piece.weight.shape
-    found: Any = piece.importance.scores(name, piece.weight)
+def _scores(name: str, tensor: PrunableTensor) -> Tensor:
+    shape = tensor.weight.shape
+    found: Any = tensor.importance.scores(name, tensor.weight)
     if not isinstance(found, Tensor) or found.dtype not in DTYPES or found.shape != shape:
         got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
         raise ValueError(
-            f"{piece.importance!r} must return one score for each weight of {name!r}: a tensor of shape "
+            f"{tensor.importance!r} must return one score for each weight of {name!r}: a tensor of shape "
             f"{tuple(shape)} of one of the dtypes {DTYPES}; got {got}."
         )
-    return found.to(piece.weight.device)
+    return found.to(tensor.weight.device)
 
 
 def check_scope(scope: str) -> None:
@@ -111,19 +111,19 @@ def dense_tensors(module: nn.Module) -> dict[str, PrunableTensor]:
     return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
 
 
-def dead_units(pieces: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:
+def empty_units(tensors: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:
     """For each tensor how many of its output units have no weights left, and how many it has; of all its shards."""
-    here = {name: piece.local() for name, piece in pieces.items()}
-    dead = {name: piece.rows(piece.pruned).all(1) for name, piece in here.items() if piece.pruned is not None}
-    if not dead:
-        return dict.fromkeys(pieces, (0, 0))
-    device = next(iter(dead.values())).device
-    counts = torch.stack([units.sum().to(device) for units in dead.values()]).cpu()
-    both = torch.stack([counts, torch.tensor([len(units) for units in dead.values()])])
-    of_shards = zip(*held_by(pieces).sum(both).tolist(), strict=True)
-    return dict.fromkeys(pieces, (0, 0)) | dict(zip(dead, of_shards, strict=True))
+    here = {name: tensor.local() for name, tensor in tensors.items()}
+    empty = {name: tensor.rows(tensor.pruned).all(1) for name, tensor in here.items() if tensor.pruned is not None}
+    if not empty:
+        return dict.fromkeys(tensors, (0, 0))
+    device = next(iter(empty.values())).device
+    counts = torch.stack([units.sum().to(device) for units in empty.values()]).cpu()
+    both = torch.stack([counts, torch.tensor([len(units) for units in empty.values()])])
+    of_shards = zip(*held_by(tensors).sum(both).tolist(), strict=True)
+    return dict.fromkeys(tensors, (0, 0)) | dict(zip(empty, of_shards, strict=True))
 
 
-def held_by(pieces: Mapping[str, PrunableTensor]) -> Shards:
+def held_by(tensors: Mapping[str, PrunableTensor]) -> Shards:
     """The processes over which these weights are sharded."""
-    return shards_of(piece.weight for piece in pieces.values())
+    return shards_of(tensor.weight for tensor in tensors.values())

@@ -123,8 +123,8 @@ class MaskSet:
         if any(name not in weights or weights[name].shape != mask.shape for name, mask in self._pruned.items()):
             return False
         placed = {name: placed_like(mask, weights[name]) for name, mask in self._pruned.items()}
-        alive = [int(local(weights[n].detach())[local(mask)].count_nonzero()) for n, mask in placed.items()]
-        return not int(shards_of(placed.values()).sum(torch.tensor(alive)).sum())
+        nonzero = [int(local(weights[n].detach())[local(mask)].count_nonzero()) for n, mask in placed.items()]
+        return not int(shards_of(placed.values()).sum(torch.tensor(nonzero)).sum())
 
     def pack(self) -> dict[str, Any]:
         """Plain values and uint8 tensors, one bit per weight, on the CPU; of sharded masks all shards."""

@@ -30,10 +30,10 @@ class Measure:
         return sum(self.layers.values()) / len(self.layers) if self.layers else 0.0
 
 
-def check_finite(measure: Measure, pieces: Mapping[str, PrunableTensor] | None = None) -> None:
+def check_finite(measure: Measure, tensors: Mapping[str, PrunableTensor] | None = None) -> None:
     """Raise if a weight was not finite, or its score by another importance than magnitude."""
     bad = [name for name, index in measure.layers.items() if not math.isfinite(index)]
-    others = {name: piece.importance for name, piece in (pieces or {}).items() if name in bad}
+    others = {name: tensor.importance for name, tensor in (tensors or {}).items() if name in bad}
     if others and not isinstance(importance := others[bad[0]], Magnitude):
         raise ValueError(
             f"{importance!r} returned scores that are not finite in {bad}: nothing is pruned, the masks stay as they "
@@ -47,7 +47,7 @@ def check_finite(measure: Measure, pieces: Mapping[str, PrunableTensor] | None =
 
 
 def sums_of(
-    pieces: Mapping[str, PrunableTensor],
+    tensors: Mapping[str, PrunableTensor],
     p: float,
     q: float,
     *,
@@ -57,38 +57,38 @@ def sums_of(
     """Power sums of the scores of kept weights: of each tensor, shape ``(1,)``, or ``(units,)``; on the CPU.
 
     Args:
-        pieces: The weights; of sharded ones all shards are summed.
+        tensors: The weights; of sharded ones all shards are summed.
         p: Order of the smaller norm.
         q: Order of the larger norm.
         by_unit: Whether every output unit has its own sums.
         scores: Those of the weights that this process holds; None: they are asked for.
     """
-    shards, orders = held_by(pieces), (p, q)
-    scores = scores_of(pieces) if scores is None else scores
-    remembering = {} if by_unit else {name: piece for name, piece in pieces.items() if piece.memory is not None}
+    shards, orders = held_by(tensors), (p, q)
+    scores = scores_of(tensors) if scores is None else scores
+    remembering = {} if by_unit else {name: tensor for name, tensor in tensors.items() if tensor.memory is not None}
     here = fingerprints([scores[name] for name in remembering])
     bits = shards.sum(torch.tensor(here, dtype=torch.int64)).tolist()
     known = {}
-    for (name, piece), now in zip(remembering.items(), bits, strict=True):
-        if piece.memory and (sums := piece.memory.recall(orders, piece.pruned, now)):
+    for (name, tensor), now in zip(remembering.items(), bits, strict=True):
+        if tensor.memory and (sums := tensor.memory.recall(orders, tensor.pruned, now)):
             known[name] = sums
     fresh = {
-        name: _sums_here(piece.local(), scores[name], p, q, by_unit)
-        for name, piece in pieces.items()
+        name: _sums_here(tensor.local(), scores[name], p, q, by_unit)
+        for name, tensor in tensors.items()
         if name not in known
     }
     fresh = over_shards(on_cpu(fresh), shards, p, q, by_unit)
-    for (name, piece), now in zip(remembering.items(), bits, strict=True):
-        if piece.memory and name in fresh:
-            piece.memory.keep(orders, piece.pruned, now, fresh[name])
-    return {name: known.get(name) or fresh[name] for name in pieces}
+    for (name, tensor), now in zip(remembering.items(), bits, strict=True):
+        if tensor.memory and name in fresh:
+            tensor.memory.keep(orders, tensor.pruned, now, fresh[name])
+    return {name: known.get(name) or fresh[name] for name in tensors}
 
 
-def _sums_here(piece: PrunableTensor, scores: Tensor, p: float, q: float, by_unit: bool) -> PowerSums:
-    mask = None if piece.pruned is None else ~piece.pruned
+def _sums_here(tensor: PrunableTensor, scores: Tensor, p: float, q: float, by_unit: bool) -> PowerSums:
+    mask = None if tensor.pruned is None else ~tensor.pruned
     if not by_unit:
         return concatenate([power_sums(scores, p, q, mask=mask)])
-    return power_sums(piece.rows(scores), p, q, mask=None if mask is None else piece.rows(mask), dim=1)
+    return power_sums(tensor.rows(scores), p, q, mask=None if mask is None else tensor.rows(mask), dim=1)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:

@@ -25,7 +25,7 @@ from lightning_sap import (
     SparsityInformed,
 )
 from lightning_sap.engine.decision import Limits, decide
-from lightning_sap.engine.groups import PrunableTensor, dead_units
+from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
@@ -211,7 +211,7 @@ def fault_of_decision(case, mesh):
     one, many = (decide(p, policy=policy, scope=scope, round=1, limits=limits) for p in (plain, sharded))
     same = all(torch.equal(whole(many.masks.pruned[name]), mask) for name, mask in one.masks.pruned.items())
     dead = [
-        dead_units({name: piece._replace(pruned=step.masks.pruned[name]) for name, piece in pieces.items()})
+        empty_units({name: piece._replace(pruned=step.masks.pruned[name]) for name, piece in pieces.items()})
         for pieces, step in ((plain, one), (sharded, many))
     ]
     same = same and dead[0] == dead[1]

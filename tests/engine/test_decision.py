@@ -20,7 +20,7 @@ from lightning_sap import (
     prune_masks,
 )
 from lightning_sap.engine.decision import Limits, decide
-from lightning_sap.engine.groups import PrunableTensor, dead_units, dense_tensors
+from lightning_sap.engine.groups import PrunableTensor, dense_tensors, empty_units
 from lightning_sap.engine.measure import Measure, summary, sums_of
 from lightning_sap.engine.weights import prunable_weights
 from lightning_sap.rounds.protocol import PrunerView, RoundListener
@@ -286,42 +286,42 @@ class TestPiece:
 
 
 class TestDeadUnits:
-    def test_dead_units_are_rows_without_a_kept_weight(self):
+    def test_empty_units_are_rows_without_a_kept_weight(self):
         pruned = torch.tensor([[True, True], [True, False], [True, True], [False, False]])
-        found = dead_units({"a": PrunableTensor(torch.ones(4, 2), pruned), "b": PrunableTensor(torch.ones(3, 2))})
+        found = empty_units({"a": PrunableTensor(torch.ones(4, 2), pruned), "b": PrunableTensor(torch.ones(3, 2))})
         assert found == {"a": (2, 4), "b": (0, 0)}
 
-    def test_dead_units_are_none_without_pruning(self):
-        assert dead_units({"a": PrunableTensor(torch.ones(4, 2)), "b": PrunableTensor(torch.ones(4))}) == {
+    def test_empty_units_are_none_without_pruning(self):
+        assert empty_units({"a": PrunableTensor(torch.ones(4, 2)), "b": PrunableTensor(torch.ones(4))}) == {
             "a": (0, 0),
             "b": (0, 0),
         }
-        assert dead_units({}) == {}
+        assert empty_units({}) == {}
 
-    def test_dead_units_of_a_convolution_are_filters(self):
+    def test_empty_units_of_a_convolution_are_filters(self):
         pruned = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
         pruned[1] = True
         pruned[2, 0] = True
-        assert dead_units({"conv": PrunableTensor(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
+        assert empty_units({"conv": PrunableTensor(torch.ones(3, 2, 2, 2), pruned)}) == {"conv": (1, 3)}
 
     @pytest.mark.parametrize(("groups", "dead"), [(1, 1), (2, 2)])
-    def test_dead_units_of_a_transposed_convolution(self, groups, dead):
+    def test_empty_units_of_a_transposed_convolution(self, groups, dead):
         """Of `(in, out / groups, …)`: pruned is output 1 of every group, and of group 0 alone output 0."""
         weight = prunable_weights(nn.ConvTranspose2d(4, 6, 2, groups=groups))["weight"]
         pruned = torch.zeros(weight.parameter.shape, dtype=torch.bool)
         pruned[:, 1] = True
-        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead, 6)}
+        assert empty_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {"w": (dead, 6)}
         pruned[: 4 // groups, 0] = True
-        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
+        assert empty_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
             "w": (dead + 1, 6)
         }
         pruned[0, 2] = True  # one input of several
-        assert dead_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
+        assert empty_units({"w": PrunableTensor(weight.parameter.detach(), pruned, weight.units)}) == {
             "w": (dead + 1, 6)
         }
 
-    def test_dead_units_of_a_vector_are_its_entries(self):
-        assert dead_units({"v": PrunableTensor(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
+    def test_empty_units_of_a_vector_are_its_entries(self):
+        assert empty_units({"v": PrunableTensor(torch.ones(3), torch.tensor([True, False, True]))}) == {"v": (2, 3)}
 
 
 class TestProtocol:

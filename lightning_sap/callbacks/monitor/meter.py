@@ -108,8 +108,8 @@ class IndexMeter:
 
 def _gini(tensors: dict[str, PrunableTensor]) -> float:
     """Gini index of the weights that survive, as one vector."""
-    alive = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in tensors.values()]
-    return float(gini_index(torch.cat(alive)))
+    kept = [p.weight.flatten() if p.pruned is None else p.weight[~p.pruned] for p in tensors.values()]
+    return float(gini_index(torch.cat(kept)))
 
 
 def pruners(trainer: Trainer) -> list[PrunerView]:

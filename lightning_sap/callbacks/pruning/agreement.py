@@ -28,7 +28,7 @@ class Fingerprint(NamedTuple):
     weights: int
 
 
-def check_agreement(trainer: Trainer, pieces: Mapping[str, PrunableTensor]) -> None:
+def check_agreement(trainer: Trainer, tensors: Mapping[str, PrunableTensor]) -> None:
     """Raise on every rank unless all ranks hold the same weights and masks; a collective where they are replicated.
 
     Compared are the bits, from which the power sums follow: sums of the same bits may still differ in their last digit
@@ -37,9 +37,9 @@ def check_agreement(trainer: Trainer, pieces: Mapping[str, PrunableTensor]) -> N
     Raises:
         ValueError: If they differ; it names the parameters and the ranks.
     """
-    if not _replicated(trainer, (piece.weight for piece in pieces.values())):
+    if not _replicated(trainer, (tensor.weight for tensor in tensors.values())):
         return
-    mine = _fingerprints(pieces)
+    mine = _fingerprints(tensors)
     all_ranks: list[dict[str, Fingerprint]] = [{}] * trainer.world_size
     torch.distributed.all_gather_object(all_ranks, mine)
     names = dict.fromkeys(name for of_rank in all_ranks for name in of_rank)
@@ -66,16 +66,18 @@ def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
     return several and not any(map(is_sharded, weights))
 
 
-def _fingerprints(pieces: Mapping[str, PrunableTensor]) -> dict[str, Fingerprint]:
-    dead = {name: piece.weight.new_zeros(1, dtype=torch.bool) for name, piece in pieces.items()}
-    dead |= {name: piece.pruned for name, piece in pieces.items() if piece.pruned is not None}
-    gone = count_true(list(dead.values())).tolist()
+def _fingerprints(tensors: Mapping[str, PrunableTensor]) -> dict[str, Fingerprint]:
+    masks = {name: tensor.weight.new_zeros(1, dtype=torch.bool) for name, tensor in tensors.items()}
+    masks |= {name: tensor.pruned for name, tensor in tensors.items() if tensor.pruned is not None}
+    counts = count_true(list(masks.values())).tolist()
     numbers = zip(
-        gone, fingerprints(list(dead.values())), fingerprints([p.weight for p in pieces.values()]), strict=True
+        counts, fingerprints(list(masks.values())), fingerprints([p.weight for p in tensors.values()]), strict=True
     )
     return {
-        name: Fingerprint(tuple(piece.weight.shape), str(piece.weight.dtype), piece.weight.numel() - n, mask, weights)
-        for (name, piece), (n, mask, weights) in zip(pieces.items(), numbers, strict=True)
+        name: Fingerprint(
+            tuple(tensor.weight.shape), str(tensor.weight.dtype), tensor.weight.numel() - n, mask, weights
+        )
+        for (name, tensor), (n, mask, weights) in zip(tensors.items(), numbers, strict=True)
     }
 
 

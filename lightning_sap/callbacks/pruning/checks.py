@@ -128,9 +128,9 @@ def check_target(options: Options, state: PruningState, frozen: Collection[str])
     """Raise if the target cannot be met exactly by what is left of the run."""
     if options.target_remaining is None or not state.plan.rounds:
         return
-    alive, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
-    target, total = options.target(sizes), sum(alive.values())
-    held, trained = sum(alive[name] for name in frozen), {n: size for n, size in sizes.items() if n not in frozen}
+    kept, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
+    target, total = options.target(sizes), sum(kept.values())
+    held, trained = sum(kept[name] for name in frozen), {n: size for n, size in sizes.items() if n not in frozen}
     least = max(min(1, total - held), sum(options.floors(trained).values()))
     found = {
         f"{held} of frozen parameters stay": bool(frozen) and held + least > target,

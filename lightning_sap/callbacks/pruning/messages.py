@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.engine.groups import PrunableTensor, dead_units
+from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
 from lightning_sap.rounds.plan import WORDS, RoundPlan
@@ -57,16 +57,16 @@ def farewell(options: Options, state: PruningState, *, stopped: bool) -> str:
     return reached if stopped else f"{reached} {further}"
 
 
-def warn_of_dead(options: Options, pieces: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
-    """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few alive."""
-    pruned = {name: piece._replace(pruned=masks.pruned[name]) for name, piece in pieces.items()}
+def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
+    """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few with weights."""
+    pruned = {name: tensor._replace(pruned=masks.pruned[name]) for name, tensor in tensors.items()}
     emptied = [name for name, count in masks.survivors.items() if count == 0]
-    dead = {name: (n, units) for name, (n, units) in dead_units(pruned).items() if 2 * n > units}
-    before = dead_units({name: piece for name, piece in pieces.items() if name in dead})
-    news = [f"no weights are left in {name!r}" for name in emptied if before[name] != dead[name]]
+    empty = {name: (n, units) for name, (n, units) in empty_units(pruned).items() if 2 * n > units}
+    before = empty_units({name: tensor for name, tensor in tensors.items() if name in empty})
+    news = [f"no weights are left in {name!r}" for name in emptied if before[name] != empty[name]]
     news += [
         f"{n} of {units} output units of {name!r} have no weights left"
-        for name, (n, units) in dead.items()
+        for name, (n, units) in empty.items()
         if name not in emptied and 2 * before[name][0] <= units
     ]
     if news:

@@ -238,7 +238,7 @@ class PruningSession:
             layers_pqi_pruned=after.layers,
             seconds=seconds,
         )
-        messages.warn_of_dead(self.options, self.tensors(module), decision.masks)
+        messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
         # from here on things change
         self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside))
         self.schedules.rewind_()
