@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import PQIMonitor, SAPCallback
-from lightning_sap.callbacks.pruning import session
+from lightning_sap.callbacks.pruning import decisions
 
 
 def small():
@@ -88,7 +88,7 @@ def agreeing(rank, folder):
 
 def deciding(folder, otherwise=False, **options):
     """A fit with one pruning, and the masks that this process decided on: if otherwise, the largest weights go."""
-    decided, decide = [], session.decide
+    decided, decide = [], decisions.decide
 
     def recorded(pieces, **how):
         if otherwise:
@@ -98,7 +98,7 @@ def deciding(folder, otherwise=False, **options):
 
     module, callback = small(), half(rounds=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "decide", recorded)
+        patch.setattr(decisions, "decide", recorded)
         trainer(folder, callbacks=[callback], **options).fit(module, data())
     (own,) = decided
     return {**outcome(callback, module), "decided": dict(own.masks.kept)}
