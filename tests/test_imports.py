@@ -78,10 +78,13 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/logging",
         "callbacks/monitor/curve",
         "callbacks/monitor/loggers",
+        "callbacks/monitor/messages",
         "callbacks/monitor/meter",
+        "callbacks/monitor/mode",
         "callbacks/monitor/stopping",
     },
     "callbacks/monitor/curve": {"engine/measure", "callbacks/round_metrics"},
+    "callbacks/monitor/messages": {"rounds/history"},
     "callbacks/monitor/meter": {
         "sharding",
         "functional/pqi",
@@ -92,6 +95,7 @@ ARROWS: dict[str, set[str]] = {
         "rounds/phases",
         "rounds/protocol",
     },
+    "callbacks/monitor/mode": {"rounds/metric_names"},
     "callbacks/monitor/stopping": {"rounds/history", "rounds/phases"},
     "callbacks/pruning": {"callbacks/pruning/callback", "callbacks/pruning/sap"},
     "callbacks/pruning/agreement": {

@@ -90,7 +90,7 @@ class TestPublicNames:
         positional, named = arguments(PQIMonitor)
         assert positional == {"p": None, "q": None}
         assert named == {
-            "stop_on": "collapse", "monitor": None, "mode": "max", "patience": 2, "restore": True, "verbose": True,
+            "stop_on": "collapse", "monitor": None, "mode": None, "patience": 2, "restore": True, "verbose": True,
             "gini": False, "log_layers": False, "name": "pqi",
         }  # fmt: skip
 

@@ -41,10 +41,10 @@ class PhaseDetector:
     The index falls while pruning regularizes, rises while it compresses, and falls again when the network collapses. It
     is the mean over the layers where they are given (the steadier witness), else that of all weights. Turns are counted
     from the running extremes, and are never less than four times the noise in the index. *Compression* dates from the
-    lowest index. *Collapse* is final: a hard fact (a value that is not finite, a layer that lost its last weight, an
+    lowest index. *Collapse* is final: a hard fact (an index that is not finite, a layer that lost its last weight, an
     index fallen to nothing), or seen for some rounds. In compression, the index falls from its peak; before it, a layer
     is exhausted: index times surviving weights, about what can go by the index, is next to 0. Neither is believed while
-    the metric is near its best; and a metric far from its best is a collapse too.
+    the metric is near its best; and a metric far from its best is a collapse too, or one that is not finite.
 
     A round is *sound* while the metric is within the tolerance of its best; where there is none, while each layer could
     still spare a share, the reserve, of the most weights that it ever could.
@@ -137,7 +137,7 @@ class PhaseDetector:
             if self._is_sound(pqi, layers, metric):
                 self._sound.append(self.round)
             turned = self.phase == Phase.COMPRESSION
-            verdict = self._hard_fact(pqi, layers, metric) or self._bad_metric(metric)
+            verdict = self._hard_fact(pqi, layers) or self._lost_metric(metric) or self._bad_metric(metric)
             verdict = verdict or (self._second_turn() if turned else self._exhausted(layers) or self._first_turn())
             self.phase, self.since, self.reason = verdict or (self.phase, self.since, self.reason)
         return Phase(self.phase)
@@ -170,11 +170,13 @@ class PhaseDetector:
         self._curve.append(index)
         self._rounds.append(self.round)
         self._spared |= {n: max(i * left, self._spared.get(n, 0.0)) for n, (i, left) in layers.items() if left}
-        if metric is not None:
+        if metric is not None and math.isfinite(metric):
             better = max if self.mode == "max" else min
             self._best = metric if self._best is None else better(metric, self._best)
 
     def _is_sound(self, pqi: float, layers: Layers, metric: float | None) -> bool:
+        if metric is not None and not math.isfinite(metric):
+            return False
         if self._best is None:
             spare = {n: i * left >= self.reserve * self._spared.get(n, 0.0) for n, (i, left) in layers.items()}
             return math.isfinite(pqi) and all(spare.values())
@@ -184,17 +186,23 @@ class PhaseDetector:
     def _is_score(self) -> bool:
         return self.mode == "max" and self._best is not None and self._best > 0
 
-    def _hard_fact(self, pqi: float, layers: Layers, metric: float | None) -> Finding | None:
-        values = {**{f"the index of {n}": i for n, (i, _) in layers.items()}, "the index": pqi, "the metric": metric}
-        facts = [f"{n} is {value}" for n, value in values.items() if value is not None and not math.isfinite(value)]
+    def _hard_fact(self, pqi: float, layers: Layers) -> Finding | None:
+        values = {**{f"the index of {n}": i for n, (i, _) in layers.items()}, "the index": pqi}
+        facts = [f"{n} is {value}" for n, value in values.items() if not math.isfinite(value)]
         facts += [f"{n} lost its last weight" for n, (_, left) in layers.items() if not left and n in self._spared]
         index, top = self._curve[-1], max(self._curve)
         if top > 0 and index <= self.floor * top:
             facts.append(f"the index fell to nothing: {index:.3g} after at most {top:.3g}")
         return (Phase.COLLAPSE.value, self.round, f"In round {self.round} {facts[0]}.") if facts else None
 
+    def _lost_metric(self, metric: float | None) -> Finding | None:
+        """One alone may be an accident of the batch or of the metric: it is left to patience."""
+        if metric is None:
+            return None
+        return self._if_lasting("lost metric", not math.isfinite(metric), f"the metric is {metric}")
+
     def _bad_metric(self, metric: float | None) -> Finding | None:
-        if metric is None or not self._best:  # of nothing no change is far
+        if metric is None or not math.isfinite(metric) or not self._best:  # of nothing no change is far
             self._near = False
             return None
         best, default = self._best, LOWER_SCORE if self._is_score() else LARGER_LOSS

@@ -125,18 +125,14 @@ class TestNoise:
 
 class TestHardFacts:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("where", ["index", "layer", "metric"])
+    @pytest.mark.parametrize("where", ["index", "layer"])
     def test_collapse_by_an_index_that_is_not_finite(self, value, where):
         detector = PhaseDetector()
         feed(detector, [0.2, 0.1], metric=[0.9, 0.9])
-        given = {
-            "index": {"pqi": value},
-            "layer": {"pqi": 0.1, "layers": {"fc": (value, 7)}},
-            "metric": {"pqi": 0.1, "metric": value},
-        }
+        given = {"index": {"pqi": value}, "layer": {"pqi": 0.1, "layers": {"fc": (value, 7)}}}
         assert detector.update(**given[where]) is Phase.COLLAPSE
         assert detector.since == 2
-        name = {"index": "the index", "layer": "the index of fc", "metric": "the metric"}[where]
+        name = {"index": "the index", "layer": "the index of fc"}[where]
         assert detector.reason == f"In round 2 {name} is {value}."
 
     def test_collapse_by_an_index_fallen_to_nothing(self):
@@ -210,6 +206,35 @@ class TestMetric:
         assert feed(detector, [0.1] * 6, metric=losses)[-2:] == ["regularization", "collapse"]
         assert (detector.since, detector.reason) == (4, "Since round 4 the metric is far from its best: 1.2 after 0.1.")
         assert "collapse" not in feed(PhaseDetector(mode="min"), [0.1] * 6, metric=[2.3, 1, 0.5, 0.4, 0.3, 0.3])
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_collapse_by_a_metric_that_is_not_finite_in_patience_rounds(self, value, mode):
+        detector = PhaseDetector(mode)
+        assert feed(detector, [0.1] * 5, metric=[0.9, 0.9, value, None, value])[-2:] == ["regularization", "collapse"]
+        assert (detector.since, detector.last_sound) == (2, 1)
+        assert detector.reason == f"Since round 2 the metric is {value}."
+        assert feed(PhaseDetector(mode, patience=1), [0.1] * 2, metric=[0.9, value])[-1] == "collapse"
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_a_metric_that_is_not_finite_in_single_rounds_changes_nothing_but_that_they_are_not_sound(
+        self, value, mode
+    ):
+        detector = PhaseDetector(mode)
+        found = [(detector.update(0.1, metric=m).value, detector.last_sound) for m in (0.9, 0.9, value, 0.9, value)]
+        assert found == [("regularization", last) for last in (0, 1, 1, 3, 3)]
+        assert detector.update(0.1, metric=0.4 if mode == "max" else 9.5) is Phase.REGULARIZATION  # its best is 0.9
+
+    def test_a_metric_that_is_nan_in_the_first_round_makes_it_not_sound(self):
+        detector = PhaseDetector()
+        assert [(detector.update(0.1, metric=m).value, detector.last_sound) for m in (math.nan, 0.9)] == [
+            ("regularization", None), ("regularization", 1),
+        ]  # fmt: skip
+
+    def test_a_nan_between_two_bad_rounds_neither_counts_nor_ends_their_series(self):
+        assert feed(PhaseDetector(), [0.1] * 4, metric=[0.9, 0.1, math.nan, 0.9])[-1] == "regularization"
+        assert feed(PhaseDetector(), [0.1] * 4, metric=[0.9, 0.1, math.nan, 0.1])[-2:] == ["regularization", "collapse"]
 
     def test_neither_unit_nor_sign_of_a_metric_matters(self):
         """A score counted in percent, a loss given as a negative score."""

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.monitor import loggers
+from lightning_sap.callbacks.monitor import loggers, messages
 from lightning_sap.callbacks.monitor.curve import Curve
 from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
+from lightning_sap.callbacks.monitor.mode import MetricMode
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.functional.scalars import as_plain
 from lightning_sap.report import markdown, show
@@ -46,8 +47,10 @@ class PQIMonitor(RoundListener, Callback):
             collapse (``"collapse"``) or to compress (``"compression"``), see :class:`PhaseDetector`; None: never.
         monitor: A logged metric to judge by beside the index, such as ``"val_acc"``; it is drawn as well. In a round
             without validation there is none.
-        mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``).
-        patience: Rounds in a row in which a phase must be seen.
+        mode: Whether that metric is better when larger (``"max"``) or smaller (``"min"``). None: ``"min"`` where its
+            name ends in loss, error, perplexity or the like (``val_loss``, ``val/mae``, ``wer_epoch``), else ``"max"``;
+            the log says which.
+        patience: Rounds in a row in which a phase must be seen, or the metric not be finite.
         restore: Having stopped, put the last sound round (of a compression, the round it dates from) back into the
             module, its trained weights and its masks. Every round is saved for that, see ``save_rounds`` and
             ``dirpath`` of the pruner.
@@ -74,7 +77,7 @@ class PQIMonitor(RoundListener, Callback):
         *,
         stop_on: StopOn = "collapse",
         monitor: str | None = None,
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         patience: int = 2,
         restore: bool = True,
         verbose: bool = True,
@@ -86,7 +89,8 @@ class PQIMonitor(RoundListener, Callback):
         if not name or "/" in name:
             raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
         self.stop_on = stop_on
-        self.monitor, self.mode = monitor, mode
+        self._mode = MetricMode(monitor, mode)
+        self.monitor, self.mode = monitor, self._mode.value
         self.patience = as_plain(patience)
         self.restore = restore
         self.verbose = verbose
@@ -99,7 +103,7 @@ class PQIMonitor(RoundListener, Callback):
 
     def _begin(self) -> None:
         """What a run must not lose, at its start."""
-        self._curve = Curve(self.monitor)
+        self._curve, self._mode = Curve(self.monitor), MetricMode(self.monitor, self._mode.given)
         self._rule = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
 
     @property
@@ -134,23 +138,19 @@ class PQIMonitor(RoundListener, Callback):
         self._stage = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if leader(trainer) is None and self.stop_on is not None:
-            rank_zero_warn(
-                f"{self.name}: no callback of lightning-sap prunes in this Trainer, so PQIMonitor only logs and never "
-                f"stops. Add SAPCallback or PruningCallback, or say stop_on=None (now {self.stop_on!r})."
-            )
+        if leader(trainer) is not None:
+            self._mode.say(self.name)
+        elif self.stop_on is not None:
+            messages.warn_of_no_pruner(self.name, self.stop_on)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter.check(trainer, pl_module)
         if trainer.barebones:
-            rank_zero_warn(
-                f"PQIMonitor: Trainer(barebones=True) silences logging: {self.name}/global and the other values reach "
-                "no logger and no callback; rows() and plot() have them all the same, without a monitored metric."
-            )
+            messages.warn_of_silence(self.name)
         loggers.lay_out(trainer, self.name, self._meter.layers(trainer, pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._curve.finish(trainer)
+        self._finish_row(trainer)
         self._curve.metrics.begin_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +174,8 @@ class PQIMonitor(RoundListener, Callback):
         log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._curve.finish(trainer)
+        self._finish_row(trainer)
+        self._mode.judge(self.name)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show what happened; beside a pruner, once it says that the run has ended."""
@@ -186,6 +187,13 @@ class PQIMonitor(RoundListener, Callback):
         """The round; without a pruner, the epoch."""
         pruner = leader(trainer)
         return trainer.current_epoch if pruner is None else pruner.current_round()
+
+    def _finish_row(self, trainer: Trainer) -> None:
+        """Every hook of the epoch before had the time to log."""
+        self._curve.finish(trainer)
+        if self._curve.rows:
+            row = self._curve.rows[-1]
+            self._mode.see(self.name, row["round"], row["epoch"], row["metric"])
 
     def _add_row(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
         """Keep what an epoch, or a round inside it, ended with."""
@@ -251,14 +259,9 @@ class PQIMonitor(RoundListener, Callback):
         self._records = list(history)
         held = next((record for record in history if record.restored), None)
         if held is not None:
-            rank_zero_info(
-                f"{self.name}: the module holds round {held.round} again, {held.remaining:.2%} of the weights: "
-                f"{held.path}"
-            )
+            messages.tell_restored(self.name, held)
         elif self.verdict is not None and self.restore and self.verdict.restore is None:
-            rank_zero_warn(
-                f"{self.name}: the module stays as it is after round {history[-1].round}. No round was sound."
-            )
+            messages.warn_of_no_sound_round(self.name, history[-1].round)
         self._show(trainer)
         if held is None:
             self._meter.check_ending(stopped=trainer.should_stop and self.verdict is None)
@@ -327,7 +330,7 @@ class PQIMonitor(RoundListener, Callback):
         return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._curve.state_dict(), "rule": self._rule.state_dict()}
+        return {**self._curve.state_dict(), "rule": self._rule.state_dict(), "dense": self._mode.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a fit; a file that is only validated or tested leaves what is known of this one."""
@@ -336,6 +339,7 @@ class PQIMonitor(RoundListener, Callback):
         self._begin()
         self._curve.load_state_dict(state_dict)
         self._rule.load_state_dict(state_dict["rule"])
+        self._mode.load_state_dict(state_dict.get("dense"))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the monitored metric of this moment: Lightning does not."""

@@ -108,4 +108,4 @@ def test_resume_with_stop_on_stops_after_the_next_round(tmp_path):
 def test_checkpoint_of_a_stopped_run_loads_with_weights_only(whole):
     _, folder = whole("collapse", 1)
     state = torch.load(folder / "train-epoch-end" / "epoch=5.ckpt", weights_only=True)["callbacks"]
-    assert state["lightning_sap.monitor/pqi"]["judge"]["verdict"]["restore"] == 3
+    assert state["lightning_sap.monitor/pqi"]["rule"]["verdict"]["restore"] == 3

@@ -161,11 +161,11 @@ class TestCollapse:
         with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, module=Scripted([math.nan]))
         assert [str(w.message) for w in caught if "sound" in str(w.message)] == [
-            "pqi: the module stays as it is after round 0. No round was sound."
+            "pqi: the module stays as it is after round 1. No round was sound."
         ]
-        assert found.monitor.verdict == Verdict("collapse", 0, "In round 0 the metric is nan.", None)
-        assert found.trainer.current_epoch == 1
-        assert holds(found, 0)
+        assert found.monitor.verdict == Verdict("collapse", 1, "Since round 0 the metric is nan.", None)
+        assert found.trainer.current_epoch == 2
+        assert holds(found, 1)
 
     def test_stop_without_the_saved_round_warns_and_leaves_the_module(self, tmp_path):
         with pytest.warns(UserWarning, match="the module stays") as caught:
