@@ -10,7 +10,7 @@ from optimizers import REAL, slow_first, slow_later, take_step
 from prodigyopt import Prodigy
 from pytorch_optimizer import SOAP, Shampoo
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from lightning_sap.rewind import (
     OptimizerMemory,
@@ -310,3 +310,23 @@ def test_objects_in_the_state_are_named():
     optimizer = SGD([weight], lr=0.1)
     optimizer.state[weight] = {"projector": Box(torch.ones(2))}
     assert cannot_zero(optimizer) == "SGD keeps Box objects in 'state.projector'"
+
+
+def test_a_wrappers_argument_does_not_hide_a_count_of_the_same_name():
+    network = mlp()
+    optimizer = REAL["timm's Lookahead of Prodigy"](list(network.parameters()))  # the k of Prodigy counts steps
+    memory = OptimizerMemory(optimizer)
+    train(network, optimizer, 4)
+    assert optimizer.param_groups[0]["k"] == 4
+    memory.reset_()
+    assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["lookahead_k"]) == (0, 3)
+
+
+def test_state_that_happens_to_equal_one_weight_is_no_copy_of_it():
+    ones, twos = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((2,), 2.0))
+    optimizer = Adagrad([ones, twos], lr=0.1, initial_accumulator_value=1.0)
+    memory = OptimizerMemory(optimizer)
+    with torch.no_grad():
+        ones.fill_(5)
+    memory.reset_()
+    assert optimizer.state[ones]["sum"].tolist() == [1, 1]

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import Crash, Net, Watch, crash, fit, loader
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
+from lightning_sap.callbacks.pruning.enforcement import BeforeSaving
 from lightning_sap.functional.pqi import pq_index
 
 KEPT = 14  # of 72 weights, a fifth
@@ -135,11 +137,12 @@ def test_masks_hold_in_what_is_saved_by_an_exception(tmp_path):
     module, sap = Writing(clamp, "on_train_batch_end"), pruner()
 
     def fail(trainer, module):
-        if trainer.current_epoch == 2:
+        if trainer.global_step == 8:  # right after the module has written, within an epoch
             crash()
 
     with pytest.raises(Crash):
-        train(module, sap, OnExceptionCheckpoint(tmp_path), Watch(on_train_epoch_end=fail), enable_checkpointing=True)
+        train(module, sap, OnExceptionCheckpoint(tmp_path), Watch(on_train_batch_start=fail), enable_checkpointing=True)
+    assert module.after_writing[-1] > 60
     (file,) = tmp_path.glob("*.ckpt")
     assert nonzero_in(torch.load(file, weights_only=True)["state_dict"]) == KEPT
     assert nonzero(module) == KEPT
@@ -184,6 +187,17 @@ def test_copies_of_the_module_are_not_masked_by_the_callback():
         clamp(copies[0])
     assert nonzero_in(copies[0].state_dict()) == 72
     assert nonzero(module) == KEPT
+
+
+def test_copies_and_pickles_of_the_hook_do_nothing():
+    def fail():
+        raise AssertionError
+
+    hook = BeforeSaving(fail)  # a function that cannot be pickled
+    with pytest.raises(AssertionError):
+        hook()
+    assert copy.deepcopy(hook)() is None
+    assert pickle.loads(pickle.dumps(hook))() is None
 
 
 @pytest.mark.parametrize("failing", [True, False])
