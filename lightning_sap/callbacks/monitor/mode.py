@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,7 +11,7 @@ from lightning_sap.rounds.metric_names import Mode, better
 
 WORDS: dict[Mode, str] = {"max": "larger", "min": "smaller"}
 OTHER: dict[Mode, Mode] = {"max": "min", "min": "max"}
-FEWEST = 3  # epochs that tell a trend
+FEWEST = 3  # validations that tell a trend
 LEAST = 0.1  # relative change that does
 
 
@@ -54,7 +54,8 @@ class MetricMode:
 
     def judge(self, name: str) -> None:
         """The dense round, in which training alone makes the network better, is over."""
-        values, self._dense = list((self._dense or {}).values()), None
+        seen, self._dense = (self._dense or {}).values(), None
+        values = [value for value, _ in groupby(seen)]  # an epoch without validation repeats the one before
         if len(values) < FEWEST or self.by_name is not None:
             return
         first, last = values[0], values[-1]
@@ -63,7 +64,7 @@ class MetricMode:
             moved = "fell" if last < first else "rose"
             rank_zero_warn(
                 f"{name}: in the dense round {self.monitor!r} only {moved}, from {first:.3g} to {last:.3g} in "
-                f"{len(values)} epochs, and mode={self.value!r} says that it is better when {WORDS[self.value]}. Give "
+                f"{len(values)} validations, and mode={self.value!r} says that it is better when {WORDS[self.value]}. Give "
                 f"mode={OTHER[self.value]!r} if it is better when {WORDS[OTHER[self.value]]}."
             )
 

@@ -191,7 +191,7 @@ class TestContradictions:
         fit(Losing(key, script), monitor, half(every_n_epochs=4), val=loader(), max_epochs=8, **options)
 
     MESSAGE = (
-        "pqi: in the dense round 'objective' only fell, from 0.9 to 0.6 in 4 epochs, and mode='max' says that it is "
+        "pqi: in the dense round 'objective' only fell, from 0.9 to 0.6 in 4 validations, and mode='max' says that it is "
         "better when larger. Give mode='min' if it is better when smaller."
     )
 
@@ -201,8 +201,16 @@ class TestContradictions:
         assert [str(w.message) for w in caught if "pqi:" in str(w.message)] == [self.MESSAGE]
 
     def test_a_metric_that_rises_against_mode_min_is_warned_of(self):
-        with pytest.warns(UserWarning, match=r"'objective' only rose, from 0\.5 to 0\.8 in 4 epochs, and mode='min'"):
+        with pytest.warns(
+            UserWarning, match=r"'objective' only rose, from 0\.5 to 0\.8 in 4 validations, and mode='min'"
+        ):
             self.dense((0.5, 0.6, 0.7, 0.8), mode="min")
+
+    def test_epochs_without_validation_hide_no_contradiction(self):
+        monitor, module = monitor_of(monitor="objective", stop_on=None), Losing("objective", (0.9, 0.8, 0.7), every=2)
+        with pytest.warns(UserWarning, match=r"only fell, from 0\.9 to 0\.7 in 3 validations"):
+            fit(module, monitor, half(rounds=1, every_n_epochs=6), val=loader(), max_epochs=12,
+                check_val_every_n_epoch=2)  # fmt: skip
 
     @pytest.mark.parametrize(
         ("script", "options"),
