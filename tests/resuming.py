@@ -27,9 +27,9 @@ FILES += [f"step/step={step}" for step in range(1, STEPS)]
 
 STATE = "lightning_sap/sap"
 STATE_KEYS = {
-    "masks", "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning",
-    "first_weights", "kept", "answer", "stop", "history", "metrics", "folder",
-    "lr", "note", "schedules", "options", "waiting",
+    "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
+    "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
+    "folder", "lr", "note", "schedules", "options", "waiting",
 }  # fmt: skip
 
 STEPS_OF_A_PRUNING = {

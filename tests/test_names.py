@@ -155,9 +155,9 @@ class TestCheckpointKeys:
         assert {"lightning_sap/sap", "lightning_sap.monitor/pqi"} <= set(states)
         state = states["lightning_sap/sap"]
         assert set(state) == {
-            "masks", "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning",
-            "first_weights", "kept", "answer", "stop", "history", "metrics", "folder",
-            "lr", "note", "schedules", "options", "waiting",
+            "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
+            "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
+            "folder", "lr", "note", "schedules", "options", "waiting",
         }  # fmt: skip
         assert set(state["plan"]) == {"rounds", "length", "first", "end", "unit", "schedules_from"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}

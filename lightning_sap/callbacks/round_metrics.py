@@ -20,7 +20,7 @@ class RoundMetrics:
         self._saved: dict[str, float] = {}  # of the moment that was interrupted
         self._validated: int | None = None  # the moment in which validation ran last
         self._of_validation: set[str] = set()  # the metrics that validation logs
-        self._at_epoch_start: dict[str, Tensor] = {}
+        self._at_start: dict[str, Tensor] = {}
         self._before_validation: dict[str, Tensor] = {}
 
     @property
@@ -28,9 +28,9 @@ class RoundMetrics:
         """Whether validation has run."""
         return self._validated is not None
 
-    def begin_epoch(self, trainer: Trainer) -> None:
-        """Remember the metrics with which an epoch begins: what is logged in it is another tensor."""
-        self._at_epoch_start = dict(trainer.callback_metrics)
+    def begin(self, trainer: Trainer) -> None:
+        """Remember the metrics with which an epoch or a round begins: what is logged in it is another tensor."""
+        self._at_start = dict(trainer.callback_metrics)
 
     def begin_validation(self, trainer: Trainer) -> None:
         """To be called before validation: what is new after it was logged by it."""
@@ -54,16 +54,17 @@ class RoundMetrics:
         """Every metric that was logged in this moment."""
         metrics = trainer.callback_metrics
         stale = self._of_validation if self._validated != moment else ()
-        stale = {key for key in stale if metrics.get(key) is self._at_epoch_start.get(key)}  # not logged in training
+        stale = {key for key in stale if metrics.get(key) is self._at_start.get(key)}  # not logged in training
         return self._saved | {key: float(value) for key, value in metrics.items() if key not in stale}
 
-    def end(self) -> None:
-        """The moment is over: what was saved of it counts no more."""
+    def end(self, trainer: Trainer) -> None:
+        """The moment is over: what was saved of it counts no more, and the next begins."""
         self._saved = {}
+        self.begin(trainer)
 
     def forget_fit(self) -> None:
         """Let go of the tensors of a fit."""
-        self._at_epoch_start, self._before_validation = {}, {}
+        self._at_start, self._before_validation = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values; ``metrics`` is to be filled in where a checkpoint is saved."""

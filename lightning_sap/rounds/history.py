@@ -33,8 +33,8 @@ class RoundRecord:
         reason: Why, in one sentence.
         path: The checkpoint of its trained model; None if there is none.
         restored: Whether its weights and masks were put back into the module.
-        first_step: Number of optimizer steps of the run before it.
-        last_step: Number of optimizer steps of the run before its last one.
+        first_step: Optimizer steps of the Trainer before it.
+        last_step: Optimizer steps of the Trainer before its last one.
         unit: What rounds are counted in: "epoch" or "step".
         regrown: Number of weights that came back at its end.
         taken_back: Whether the run went back to an earlier round at its end. ``pruned`` counts from that round's masks.

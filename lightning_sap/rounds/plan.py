@@ -29,7 +29,7 @@ class RoundPlan:
     Attributes:
         rounds: How many prunings; None: one after every round for as long as training goes on.
         length: Epochs or optimizer steps of a round.
-        first: Epoch or step at which the first round starts; steps are those of this fit.
+        first: Epoch or step at which the first round starts; steps are the Trainer's, those before this fit too.
         end: End of training (exclusive) when the plan was made; None if it is not known beforehand.
         unit: What is counted: "epoch" or "step".
         schedules_from: Epoch at which the learning-rate schedules begin: before ``first`` where training goes on from a

@@ -20,19 +20,19 @@ def validated(metrics, now, moment, **logged):
 
 def test_a_metric_of_validation_belongs_to_the_rounds_in_which_validation_ran():
     metrics, now = RoundMetrics(), trainer(train_loss=3.0)
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     validated(metrics, now, 0, val_loss=2.0)
     assert metrics.of(now, 0) == {"train_loss": 3.0, "val_loss": 2.0}
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     assert metrics.of(now, 1) == {"train_loss": 3.0}
     assert metrics.known(now) == {"train_loss": 3.0, "val_loss": 2.0}
 
 
 def test_a_metric_that_training_logs_too_is_of_the_round_in_which_it_was_logged():
     metrics, now = RoundMetrics(), trainer()
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     validated(metrics, now, 0, loss=2.0)
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     now.callback_metrics["loss"] = torch.tensor(1.5)
     assert metrics.of(now, 1) == {"loss": 1.5}
 
@@ -41,16 +41,16 @@ def test_a_resumed_run_knows_the_metrics_of_the_interrupted_round_until_it_ends(
     metrics, now = RoundMetrics(), trainer()
     metrics.load_state_dict({"metrics": {"val_loss": 2.0}, "validated": 3, "validation_keys": ["val_loss"]})
     assert metrics.of(now, 3) == {"val_loss": 2.0}
-    metrics.end()
+    metrics.end(trainer())
     assert metrics.of(now, 4) == {}
     assert metrics.state_dict() == {"metrics": {}, "validated": 3, "validation_keys": ["val_loss"]}
 
 
 def test_what_validation_logs_while_it_runs_belongs_to_its_moment():
     metrics, now = RoundMetrics(), trainer()
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     validated(metrics, now, 0, val_loss=2.0)
-    metrics.begin_epoch(now)
+    metrics.begin(now)
     metrics.begin_validation(now)
     metrics.validate(1)
     assert metrics.has_validated

@@ -83,7 +83,18 @@ class TestResume:
             same(found["masks"]["net.4.weight"]["bits"], wanted["masks"]["net.4.weight"]["bits"])
             assert found["masks"].keys() == wanted["masks"].keys()
             same(found["first_weights"], wanted["first_weights"])
-            for key in ("round", "first_epoch", "first_step", "steps", "count", "plan", "schedules", "options"):
+            for key in (
+                "round",
+                "first_epoch",
+                "first_step",
+                "steps",
+                "epoch",
+                "epoch_steps",
+                "count",
+                "plan",
+                "schedules",
+                "options",
+            ):
                 assert found[key] == wanted[key]
 
 

@@ -151,7 +151,7 @@ class PQIMonitor(RoundListener, Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
-        self._curve.metrics.begin_epoch(trainer)
+        self._curve.metrics.begin(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
@@ -185,8 +185,7 @@ class PQIMonitor(RoundListener, Callback):
 
     def _moment(self, trainer: Trainer) -> int:
         """The round; without a pruner, the epoch."""
-        pruner = leader(trainer)
-        return trainer.current_epoch if pruner is None else pruner.current_round()
+        return trainer.current_epoch if (pruner := leader(trainer)) is None else pruner.current_round()
 
     def _finish_row(self, trainer: Trainer) -> None:
         """Every hook of the epoch before had the time to log."""
@@ -231,10 +230,11 @@ class PQIMonitor(RoundListener, Callback):
             self._say(trainer, record.round, before)
         self._add_row(trainer, pl_module, record.last_epoch)
         if record.unit == "step":
+            self._curve.note(record.metrics)
             log_now(trainer, self._values(trainer, pl_module))
-        if self.verdict is None:
-            return GoOn(notes=notes)
-        return Stop(self.verdict.restore if self.restore else None, notes)
+        return (
+            GoOn(notes=notes) if self.verdict is None else Stop(self.verdict.restore if self.restore else None, notes)
+        )
 
     def _phase_now(self, pruner: PrunerView, trainer: Trainer, module: LightningModule) -> Phase:
         """The phase; at the end of a round that is not judged yet, what it is going to be."""

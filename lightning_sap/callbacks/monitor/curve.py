@@ -40,6 +40,10 @@ class Curve:
         key = "epoch" if round is None else "round"
         self.rows = [*(other for other in self.rows if other[key] != row[key]), row]
 
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Add the monitored metric of a round that ends inside an epoch to its row."""
+        self.rows[-1]["metric"] = metrics.get(self.monitor)
+
     def finish(self, trainer: Trainer) -> None:
         """Add the monitored metric to the last row, now that every hook had the time to log it.
 
@@ -50,7 +54,7 @@ class Curve:
             return
         metrics, row = self.metrics.known(trainer), self.rows[-1]
         row["metric"] = self.metric(trainer, row["epoch"] if row["round"] is None else row["round"])
-        self.metrics.end()
+        self.metrics.end(trainer)
         if self.monitor not in metrics and (self.metrics.has_validated or not trainer.enable_validation):
             raise ValueError(
                 f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."

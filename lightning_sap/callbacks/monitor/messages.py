@@ -31,5 +31,6 @@ def warn_of_no_sound_round(name: str, round: int) -> None:
 def tell_restored(name: str, record: RoundRecord) -> None:
     """Say which round the module holds again."""
     rank_zero_info(
-        f"{name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights: {record.path}"
+        f"{name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights"
+        f"{'' if record.path is None else f': {record.path}'}"
     )

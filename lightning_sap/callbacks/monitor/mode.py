@@ -64,8 +64,8 @@ class MetricMode:
             moved = "fell" if last < first else "rose"
             rank_zero_warn(
                 f"{name}: in the dense round {self.monitor!r} only {moved}, from {first:.3g} to {last:.3g} in "
-                f"{len(values)} validations, and mode={self.value!r} says that it is better when {WORDS[self.value]}. Give "
-                f"mode={OTHER[self.value]!r} if it is better when {WORDS[OTHER[self.value]]}."
+                f"{len(values)} validations, and mode={self.value!r} says that it is better when {WORDS[self.value]}. "
+                f"Give mode={OTHER[self.value]!r} if it is better when {WORDS[OTHER[self.value]]}."
             )
 
     def state_dict(self) -> list[tuple[int, float]] | None:

@@ -101,7 +101,7 @@ class PruningCallback(Callback):
         return self.session.state.round
 
     def ends_round(self, trainer: Trainer) -> bool:
-        """Whether the round ends with what has been trained now, as far as is planned."""
+        """Whether the round ends, as far as is planned, if the epoch ends now; rounds in steps end inside it too."""
         state, completed = self.session.state, trainer.current_epoch + 1
         if state.plan.is_over(state.round, state.elapsed(completed)):
             return True
@@ -150,6 +150,8 @@ class PruningCallback(Callback):
             trainer.should_stop = True  # the run was cut off after that answer
         else:
             session.state.stop = None
+        if not any(listener.may_take_back for listener in listeners):
+            session.state.kept = None
         fit.pending = None
         fit.enter(Event.TRAINING_STARTS)
         session.enforce()
@@ -178,7 +180,7 @@ class PruningCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         self._advance(trainer, pl_module, trainer.current_epoch - 1)
-        self.session.metrics.begin_epoch(trainer)
+        self.session.begin_epoch(trainer)
         self.session.schedules.advance_(trainer, self.session.state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -212,6 +214,7 @@ class PruningCallback(Callback):
         if not fit.hooked:
             session.enforce()
             session.state.steps += trainer.global_step - fit.global_step
+            session.state.epoch_steps += trainer.global_step - fit.global_step
             fit.global_step = trainer.global_step
         ended = trainer.is_last_batch
         session.schedules.advance_(trainer, session.state, batches=batch_idx + 1, epoch_ended=ended)

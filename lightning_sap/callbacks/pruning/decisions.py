@@ -33,9 +33,9 @@ def ask(
     for listener in sorted(listeners, key=lambda listener: not listener.may_take_back):
         taken_back = any(isinstance(answer, TakeBack) for answer in answers)
         answers.append(listener.on_round_end(trainer, module, replace(event, taken_back=taken_back)))
+    answers = trainer.strategy.broadcast(answers) if listeners else []
     checks.check_answers(answers, can_go_back)
-    answers = [*trainer.strategy.broadcast(answers), GoOn()] if listeners else [GoOn()]
-    answers = sorted(answers, key=lambda answer: (TakeBack, Stop, GoOn).index(type(answer)))
+    answers = sorted([*answers, GoOn()], key=lambda answer: (TakeBack, Stop, GoOn).index(type(answer)))
     notes = {round: fields for answer in reversed(answers) for round, fields in answer.notes.items()}
     return replace(answers[0], notes=notes)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lightning.pytorch import Trainer
 
 from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.schedules import last_epoch, steps_of_epochs
+from lightning_sap.callbacks.pruning.schedules import end_in_epochs, steps_of_epochs
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rounds.plan import RoundPlan, plan_rounds
 
@@ -16,7 +16,7 @@ def plan(trainer: Trainer, options: Options) -> RoundPlan:
     """The rounds of a training that begins now: in steps where that is asked for or only steps limit it."""
     limited = trainer.max_epochs is not None and trainer.max_epochs >= 0
     if options.every_n_steps is not None or not (limited or options.every_n_epochs or trainer.max_steps < 0):
-        left = steps_left(trainer)
+        left = steps_left(trainer, 0)
         end = None if left is None else trainer.global_step + left
         return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, unit="step")
     return _plan_in_epochs(trainer, options)
@@ -26,7 +26,7 @@ def _plan_in_epochs(trainer: Trainer, options: Options) -> RoundPlan:
     """As many rounds as fit where ``max_steps`` ends training before ``max_epochs``."""
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
     whole = plan_rounds(trainer.max_epochs, *wanted)
-    end = last_epoch(trainer, trainer.current_epoch, trainer.global_step)
+    end = end_in_epochs(trainer, trainer.current_epoch, trainer.global_step)
     if end is None or end < 0:
         return whole
     if not whole.rounds or whole.first + whole.rounds * whole.length < end:
@@ -46,21 +46,27 @@ def with_new_end(trainer: Trainer, state: PruningState) -> RoundPlan:
     if plan.end is None:
         return plan
     if plan.unit == "step":
-        left = steps_left(trainer)
+        left = steps_left(trainer, state.epoch_steps if state.epoch == trainer.current_epoch else 0)
         return plan if left is None else replace(plan, end=state.first_step + state.steps + left)
     if (trainer.max_epochs or -1) <= 0:
         return plan
     whole = plan.schedules_from == 0  # what steps an earlier fit took is not known
-    return replace(plan, end=last_epoch(trainer, 0, 0) if whole else trainer.max_epochs)
+    return replace(plan, end=end_in_epochs(trainer, 0, 0) if whole else trainer.max_epochs)
 
 
-def steps_left(trainer: Trainer) -> int | None:
-    """Optimizer steps until training ends; None if that is not known beforehand."""
+def steps_left(trainer: Trainer, taken: int) -> int | None:
+    """Optimizer steps until training ends, so many taken in this epoch; None if that is not known beforehand."""
     limits = [trainer.max_steps - trainer.global_step] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        whole = steps_of_epochs(trainer, trainer.max_epochs)
-        limits += [] if whole is None else [whole - trainer.global_step]
+        whole = steps_of_epochs(trainer, max(0, trainer.max_epochs - trainer.current_epoch))
+        limits += [] if whole is None else [max(0, whole - taken)]
     return min(limits, default=None)
+
+
+def stops_now(trainer: Trainer) -> bool:
+    """Whether training stops at once, since something asked for it and its least is reached."""
+    enough = trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return bool(trainer.should_stop) and enough
 
 
 def ends_training(trainer: Trainer) -> bool:

@@ -294,7 +294,7 @@ def steps_of_epochs(trainer: Trainer, epochs: int) -> int | None:
     return epochs * -(-int(batches) // every)
 
 
-def last_epoch(trainer: Trainer, epoch: int, step: int) -> int | None:
+def end_in_epochs(trainer: Trainer, epoch: int, step: int) -> int | None:
     """Where training ends (exclusive) that began an epoch at a step: by ``max_epochs`` or, before, by ``max_steps``.
 
     None or -1 where that is not known.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
+
+Beside: TypeAlias = "Sequence[PruningSession]"  # the runs of the other callbacks that prune
 
 
 class PruningSession:
@@ -174,16 +176,15 @@ class PruningSession:
         module: LightningModule,
         last_epoch: int,
         listeners: Sequence[RoundListener],
-        beside: Sequence[PruningSession],
+        beside: Beside,
     ) -> None:
         """Take the weights to rewind to when it is time, and prune if a round ended, its last epoch as given."""
         self._take_first_weights(module, trainer.current_epoch)
         if not self.state.is_due(trainer.current_epoch):
             return
-        is_news = self.state.answer is None
         self.end_round(trainer, module, last_epoch, listeners)
-        if is_news and isinstance(self.state.answer, Stop):
-            return  # training ends with the batch that starts, or goes on to its least and comes here again
+        if planning.stops_now(trainer):
+            return  # training ends with the batch that starts
         self.prune_(trainer, module, last_epoch, beside, keeps=any(listener.may_take_back for listener in listeners))
 
     def _take_first_weights(self, module: nn.Module, epochs: int) -> None:
@@ -211,13 +212,7 @@ class PruningSession:
         self.save_round(trainer)
 
     def prune_(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        last_epoch: int,
-        beside: Sequence[PruningSession],
-        *,
-        keeps: bool,
+        self, trainer: Trainer, module: LightningModule, last_epoch: int, beside: Beside, *, keeps: bool
     ) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
         state, started, answer = self.state, time.perf_counter(), self.state.answer or GoOn()
@@ -252,25 +247,23 @@ class PruningSession:
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
         self.state = state
-        self.metrics.end()
+        self.metrics.end(trainer)
 
     def finish(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        listeners: Sequence[RoundListener],
-        beside: Sequence[PruningSession],
+        self, trainer: Trainer, module: LightningModule, listeners: Sequence[RoundListener], beside: Beside
     ) -> None:
         """End the last round, where it was trained; go back if it is taken back."""
         if self.state.steps == 0:
             return
-        last_epoch, measure = trainer.current_epoch - 1, self.measure(module)
+        last_epoch, measure = max(self.state.first_epoch, trainer.current_epoch - 1), self.measure(module)
         self.end_round(trainer, module, last_epoch, listeners)  # unless it has ended as planned
         record = self.record(trainer, measure, last_epoch)
         if isinstance(self.state.answer, TakeBack):
             record = replace(record, taken_back=True)
             self.go_back_(trainer, module, beside)
         self.state.history.append(record)
+        if record.taken_back and self.state.kept is not None:
+            self.state.history.mark_restored(self.state.kept.round)
 
     def adopt(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Take up the state of a run that was over, and close its last round where that was not done."""
@@ -278,7 +271,7 @@ class PruningSession:
         if self.state.round not in [record.round for record in self.state.history]:
             self.finish(trainer, module, (), ())
 
-    def go_back_(self, trainer: Trainer, module: LightningModule, beside: Sequence[PruningSession]) -> None:
+    def go_back_(self, trainer: Trainer, module: LightningModule, beside: Beside) -> None:
         """Put back the weights, buffers and masks of the round that was kept."""
         kept = self.state.kept
         if kept is None:
@@ -292,12 +285,12 @@ class PruningSession:
         change_()
         compatibility.in_averages_(trainer, module, change_)
 
-    def _restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Sequence[PruningSession]) -> None:
+    def _restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Beside) -> None:
         restore_weights_(module, weights)
         for session in (*beside, self):  # what is pruned now stays pruned, returning weights start from zero
             session.enforce()
 
-    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Sequence[PruningSession]) -> None:
+    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Beside) -> None:
         """Rewind the weights, where there are some to go back to, and mask them."""
         if self.state.first_weights is not None:
             self._restore_(module, self.state.first_weights, beside)
@@ -341,6 +334,13 @@ class PruningSession:
     def count_step(self, *_: Any) -> None:
         """After each real optimizer step, of any optimizer."""
         self.state.steps += 1
+        self.state.epoch_steps += 1
+
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Count its steps, and tell its metrics from earlier ones."""
+        if self.state.epoch != trainer.current_epoch:
+            self.state.epoch, self.state.epoch_steps = trainer.current_epoch, 0
+        self.metrics.begin(trainer)
 
     def record_lr(self, optimizer: Optimizer, *_: Any) -> None:
         """Keep the learning rate of this step: schedules move on before the round's record is made."""

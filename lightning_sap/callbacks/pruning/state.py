@@ -38,12 +38,15 @@ class PruningState:
         plan: How many rounds, and how long.
         round: Number of the round that goes on: so many prunings lie before it.
         first_epoch: Epoch in which it started.
-        first_step: Optimizer steps of this run before it.
+        first_step: Optimizer steps of the Trainer before it.
         steps: Optimizer steps in it.
+        epoch: Epoch in which the latest step was taken.
+        epoch_steps: Optimizer steps in that epoch.
         count: Weights that the latest pruning took.
         pqi_after_pruning: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
-        kept: The latest round that can be gone back to; None where nothing may ask for it.
+        kept: The latest round that can be gone back to; None where nothing may ask for it. It stays after training: the
+            last round goes on if the run is resumed with a later end.
         answer: What follows the round that has ended; None while it goes on.
         stop: The answer that ended training.
         history: The rounds that ended.
@@ -61,6 +64,8 @@ class PruningState:
     first_epoch: int = 0
     first_step: int = 0
     steps: int = 0
+    epoch: int = 0
+    epoch_steps: int = 0
     count: int = 0
     pqi_after_pruning: float | None = None
     first_weights: dict[str, Tensor] | None = None
@@ -160,7 +165,7 @@ class PruningState:
         closed = [record for record in self.history if record.round >= self.round]
         if closed or not self.plan.is_over(self.round, self.plan.length):  # the last round has no pruning after it
             self.answer = None
-        if closed and self.history.restored is None:
+        if closed and (self.history.restored is None or closed[-1].taken_back):
             self.history = History(record for record in self.history if record.round < self.round)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
 

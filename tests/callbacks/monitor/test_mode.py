@@ -191,8 +191,8 @@ class TestContradictions:
         fit(Losing(key, script), monitor, half(every_n_epochs=4), val=loader(), max_epochs=8, **options)
 
     MESSAGE = (
-        "pqi: in the dense round 'objective' only fell, from 0.9 to 0.6 in 4 validations, and mode='max' says that it is "
-        "better when larger. Give mode='min' if it is better when smaller."
+        "pqi: in the dense round 'objective' only fell, from 0.9 to 0.6 in 4 validations, and mode='max' says that it "
+        "is better when larger. Give mode='min' if it is better when smaller."
     )
 
     def test_a_metric_that_only_moves_against_its_mode_in_the_dense_round_is_warned_of_once(self):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from resuming import records_of
 
 from lightning_sap import GoOn, PQIMonitor, RoundListener, Stop, TakeBack
+from lightning_sap.report import markdown
 
 
 class Answers(RoundListener, Callback):
@@ -129,6 +130,22 @@ class TestStop:
         assert [record.round for record in pruner.history] == [0, 1]
         assert trainer.global_step == 5
 
+    def test_inside_an_epoch_no_pruner_prunes_in_the_batch_that_is_left(self):
+        steps = {"every_n_epochs": None, "every_n_steps": 2}
+        first, second = half(include="net.0.*", **steps), half(include="net.3.*", name="other", **steps)
+        trainer = quiet_trainer(first, second, Answers(GoOn(), Stop()), max_epochs=1)
+        trainer.fit(Net(), loader(96))
+        assert (first.remaining, second.remaining) == (0.5, 0.5)
+
+    @pytest.mark.parametrize("least", [{"min_steps": 12}, {"min_epochs": 4}])
+    def test_inside_an_epoch_training_that_goes_on_to_its_least_prunes_as_planned(self, least):
+        pruner = half(every_n_epochs=None, rounds=5, every_n_steps=2)
+        trainer = fit(Net(), pruner, Answers(GoOn(), *[Stop()] * 9), **least)
+        assert trainer.global_step == 12
+        assert [(record.first_step, record.last_step) for record in pruner.history] == [
+            (2 * t, 2 * t + 1) for t in range(6)
+        ]
+
     def test_a_run_cut_off_after_it_ends_at_once_when_resumed(self, tmp_path):
         saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         fit(Net(), half(), Answers(GoOn(), Stop()), saver, enable_checkpointing=True)
@@ -187,6 +204,8 @@ class TestTakeBack:
         assert same(copied(module.state_dict()), ends.ends[2])
         assert pruner.remaining == 0.25
         assert pruner.history[-1].taken_back
+        assert pruner.history.restored.round == 2
+        assert "The module holds round 2 again: 25.00 %" in markdown(pruner.history)
 
     def test_optimizers_start_anew(self):
         states = []
@@ -220,6 +239,15 @@ class TestTakeBack:
         assert same(again.state_dict(), whole.state_dict())
         assert same(resumed.masks, pruner.masks)
         assert records_of(resumed) == records_of(pruner)
+
+    def test_resumed_without_such_a_listener_no_round_is_kept_and_none_can_be_taken_back(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        fit(Net(), half(), Answers(), saver, max_epochs=6, enable_checkpointing=True)
+        resumed, listener = half(), Answers(GoOn(), TakeBack())
+        listener.may_take_back = False
+        with pytest.raises(ValueError, match="takes a round back, and no earlier round was kept"):
+            fit(Net(), resumed, listener, max_epochs=6, ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert resumed.state_dict()["kept"] is None
 
     def test_without_such_a_listener_no_round_is_kept(self):
         pruner = half()

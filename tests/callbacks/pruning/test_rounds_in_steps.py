@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import BATCHES, OPTIMIZERS, Net, Watch, data, fit, loader, quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from resuming import Remembers, differences, run, without_validation
 from torch.optim.lr_scheduler import OneCycleLR
@@ -96,6 +97,25 @@ class TestPlan:
         kept = pruner.history[1].layers_remaining["net.0.weight"]
         assert kept == 0.5
         assert torch.equal(seen[0][seen[0] != 0], taken[1][seen[0] != 0])
+
+    @pytest.mark.parametrize(("batches", "rounds"), [(6, 11), (1, 1)])
+    def test_a_second_fit_counts_the_steps_that_are_left_by_its_own_epochs(self, batches, rounds):
+        module, pruner = Net(), half(every_n_steps=2)
+        trainer = quiet_trainer(pruner, max_epochs=4)
+        trainer.fit(module, loader())  # 12 steps
+        trainer.fit_loop.max_epochs = 8
+        trainer.fit(module, loader(8 * batches))
+        assert pruner.session.state.plan.rounds == rounds
+        assert pruner.session.state.plan.end == trainer.global_step == 12 + 4 * batches
+
+    @pytest.mark.parametrize(("batch_size", "batches"), [(4, 6), (16, 2)])
+    def test_resumed_with_another_batch_size_the_plan_ends_where_training_does(self, tmp_path, batch_size, batches):
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        fit(Net(), half(rounds=2, every_n_steps=3), saver, enable_checkpointing=True)
+        pruner = half(rounds=2, every_n_steps=3)
+        train = loader(batch_size=batch_size)
+        trainer = fit(Net(), pruner, train=train, ckpt_path=tmp_path / "epoch=0.ckpt")
+        assert pruner.session.state.plan.end == trainer.global_step == 3 + 3 * batches
 
 
 class TestCounting:
@@ -198,6 +218,12 @@ class TestWhatIsSeen:
         header, _, first, *_ = monitor.report().splitlines()
         assert header.startswith("| round | steps |")
         assert first.startswith("| 0 | 0–1 |")
+
+    def test_a_round_without_validation_has_no_metric_of_an_earlier_round_in_the_epoch(self):
+        pruner, monitor = half(rounds=5, every_n_steps=2), PQIMonitor(stop_on=None, monitor="val_loss")
+        fit(Net(), pruner, monitor, max_epochs=1, train=loader(96), val=loader(), val_check_interval=4)
+        assert ["val_loss" in record.metrics for record in pruner.history] == [False, True] * 3
+        assert [row["metric"] is not None for row in monitor.rows()] == [False, True] * 3
 
     def test_each_round_inside_an_epoch_is_saved_and_can_be_put_back(self, tmp_path):
         pruner = half(rounds=3, every_n_steps=2, save_rounds=True, dirpath=tmp_path)

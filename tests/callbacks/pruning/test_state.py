@@ -44,7 +44,8 @@ class TestPruningState:
         assert same(twin.kept.weights, state.kept.weights)
         assert same(dict(twin.kept.masks.pruned), dict(state.kept.masks.pruned))
         for key in (
-            "plan", "round", "first_epoch", "first_step", "steps", "count", "pqi_after_pruning", "lr", "metrics",
+            "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
+            "count", "pqi_after_pruning", "lr", "metrics",
             "answer", "stop",
         ):  # fmt: skip
             assert getattr(twin, key) == getattr(state, key)
