@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages, planning
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, endings, messages, planning
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
@@ -165,6 +165,7 @@ class PruningCallback(Callback):
             messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, session.weights))
         if trainer.barebones:
             messages.warn_of_silence(self.options)
+        fit.course = endings.begin(self.options, session.state, trainer)
 
     def _hook(self, trainer: Trainer) -> None:
         """At each step of an optimizer: mask, count, and for the first one note the learning rate."""
@@ -216,8 +217,8 @@ class PruningCallback(Callback):
             session.state.steps += trainer.global_step - fit.global_step
             session.state.epoch_steps += trainer.global_step - fit.global_step
             fit.global_step = trainer.global_step
-        ended = trainer.is_last_batch
-        session.schedules.advance_(trainer, session.state, batches=batch_idx + 1, epoch_ended=ended)
+        fit.course.see_batch(session.state)
+        session.schedules.advance_(trainer, session.state, batches=batch_idx + 1, epoch_ended=trainer.is_last_batch)
 
     def _hold_masks(self, module: LightningModule) -> None:
         """Whatever wrote weights since the last step: those that are pruned are zero."""
@@ -248,6 +249,8 @@ class PruningCallback(Callback):
         log_epoch(trainer, pl_module, self._values(), logger=True)
         if self.ends_round(trainer) and self.session.state.steps > 0:
             self.session.end_round(trainer, pl_module, trainer.current_epoch, self._listeners(trainer))
+        elif self.ends_round(trainer):
+            self._fit.course.see_round(self.options, self.session.state)
 
     def _values(self) -> dict[str, float]:
         state, name = self.session.state, self.options.name
@@ -257,13 +260,13 @@ class PruningCallback(Callback):
     # -- a fit ends ---------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the last round and say what was reached."""
+        """Close the last round."""
         session = self.session
         session.enforce()
         if session.state.steps > 0 and session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):
             checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
-        rank_zero_info(messages.farewell(self.options, self.session.state, stopped=trainer.should_stop))
+        self._fit.course.end(self.options, session.state, trainer)
         self._close(Event.TRAINING_ENDS)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,8 +277,10 @@ class PruningCallback(Callback):
         # by now Lightning has moved the module back to the CPU
         self.session.state.masks = self.session.state.masks.moved(self.session.live())
         self.session.enforce()
-        if self._leads(trainer):
+        if leads := self._leads(trainer):
             self._put_back()
+        self._fit.course.tell(self.options, self.session.state)
+        if leads:
             for listener in _of_kind(trainer, RoundListener):
                 listener.on_run_end(trainer, pl_module, list(self.history))
 

@@ -12,13 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 def check_callbacks(trainer: Trainer) -> None:
     """Raise for callbacks beside which pruning never works."""
-    if _of_kind(trainer, "ModelPruning"):
+    if of_kind(trainer, "ModelPruning"):
         raise ValueError(
             "ModelPruning renames the weights that it prunes and keeps masks of its own; use either callback. What "
             "it does, PruningCallback(FixedFraction(amount), include=...) does too."
         )
     sharding = any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
-    if sharding and (averaging := _of_kind(trainer, "WeightAveraging")):
+    if sharding and (averaging := of_kind(trainer, "WeightAveraging")):
         raise ValueError(
             f"{type(averaging[0]).__name__} averages a deep copy of the module, and a module sharded by `fully_shard` "
             "cannot be copied. Use strategy='ddp' to average, or leave the averaging out under ModelParallelStrategy."
@@ -27,7 +27,7 @@ def check_callbacks(trainer: Trainer) -> None:
 
 def check_averaging(trainer: Trainer) -> None:
     """Raise for StochasticWeightAveraging, which takes the schedules away and averages over prunings."""
-    if _of_kind(trainer, "StochasticWeightAveraging"):
+    if of_kind(trainer, "StochasticWeightAveraging"):
         raise ValueError(
             "StochasticWeightAveraging replaces the learning-rate schedule and averages dense weights with pruned "
             "ones; use EMAWeightAveraging or WeightAveraging, or rounds=0 to hold the masks of a pruned model."
@@ -39,7 +39,7 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
 
     The averaging callbacks put their copy into the module for validation, and take it out again: so they are asked.
     """
-    for callback in _of_kind(trainer, "WeightAveraging"):
+    for callback in of_kind(trainer, "WeightAveraging"):
         callback.on_validation_epoch_start(trainer, module)
         change_()
         callback.on_validation_epoch_end(trainer, module)
@@ -47,13 +47,13 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
 
 def accumulation(trainer: Trainer) -> int | None:
     """Batches to an optimizer step; None where their number changes during training."""
-    schedulings = [callback.scheduling for callback in _of_kind(trainer, "GradientAccumulationScheduler")]
+    schedulings = [callback.scheduling for callback in of_kind(trainer, "GradientAccumulationScheduler")]
     factors = {factor for scheduling in schedulings for factor in scheduling.values()}
     factors = factors or {trainer.accumulate_grad_batches}
     return int(factors.pop()) if len(factors) == 1 else None
 
 
-def _of_kind(trainer: Trainer, name: str) -> list[Any]:
+def of_kind(trainer: Trainer, name: str) -> list[Any]:
     """The Trainer's callbacks of that class of Lightning, or of the same one of `pytorch_lightning` where in use."""
     packages = (lightning.pytorch.callbacks, sys.modules.get("pytorch_lightning.callbacks"))
     kinds = tuple(getattr(package, name) for package in packages if hasattr(package, name))

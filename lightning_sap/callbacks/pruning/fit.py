@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sap.callbacks.pruning.endings import Course
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage, after
 
 
@@ -29,6 +30,7 @@ class Fit:
         hooks: Those on its optimizers.
         hooked: Whether every optimizer has them: Lightning takes others than PyTorch's, which may know none.
         global_step: The Trainer's, where not every optimizer has hooks.
+        course: What is seen of it, and said at its end.
     """
 
     trainer: Callable[[], Trainer | None] = _nothing
@@ -39,6 +41,7 @@ class Fit:
     hooks: list[RemovableHandle] = field(default_factory=list)
     hooked: bool = True
     global_step: int = 0
+    course: Course = field(default_factory=Course)
 
     def enter(self, event: Event) -> None:
         """Go to the stage that follows an event."""

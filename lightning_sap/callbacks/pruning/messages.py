@@ -17,10 +17,10 @@ from lightning_sap.rounds.plan import WORDS, RoundPlan
 def announcement(options: Options, state: PruningState, schedules: list[str]) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
-    rounds = "prunings after every round" if plan.rounds is None else _counted(plan.rounds, "pruning")
+    rounds = "prunings after every round" if plan.rounds is None else counted(plan.rounds, "pruning")
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
-        f"{options.name}: {rounds} in rounds of {_counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
+        f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
         f"scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
         *(f"  learning rate: {line}" for line in schedules),
@@ -45,16 +45,8 @@ def _kept(options: Options, plan: RoundPlan) -> str:
     """How many checkpoints the rounds leave."""
     keep = options.save_rounds
     if keep is not None and not isinstance(keep, bool):
-        return f"checkpoints of the latest {_counted(keep, 'round')}"
+        return f"checkpoints of the latest {counted(keep, 'round')}"
     return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
-
-
-def farewell(options: Options, state: PruningState, *, stopped: bool) -> str:
-    """What a run has reached, and, unless it was stopped, how to go further."""
-    masks, prunings = state.masks, _counted(state.round, "pruning")
-    reached = f"{options.name}: {masks.remaining:.2%} of {masks.total:,} weights remain after {prunings}."
-    further = "For a sparser network give more rounds (rounds, max_epochs) or a target_remaining."
-    return reached if stopped else f"{reached} {further}"
 
 
 def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
@@ -78,16 +70,12 @@ def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor],
 
 def warn_of_lost(options: Options, state: PruningState) -> None:
     """Warn that a run that is resumed with an earlier end does not come to all of its prunings."""
-    plan = state.plan
-    if plan.rounds is None or plan.end is None:
-        return
-    lost = plan.rounds - plan.prunings_before(state.round, state.start, plan.end - 1)
-    if lost > 0:
+    plan, lost = state.plan, state.prunings_lost()
+    if plan.rounds is not None and lost > 0:
         missed = "" if options.target_remaining is None else f", and misses target_remaining={options.target_remaining}"
-        needed = state.start + (plan.rounds - state.round) * plan.length + 1
         rank_zero_warn(
-            f"{options.name}: training now ends before {lost} of the {_counted(plan.rounds, 'pruning')} planned"
-            f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={needed} or more, and steps to match."
+            f"{options.name}: training now ends before {lost} of the {counted(plan.rounds, 'pruning')} planned"
+            f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={state.end_needed()} or more, and steps to match."
         )
 
 
@@ -145,7 +133,8 @@ def warn_of_silence(options: Options) -> None:
     )
 
 
-def _counted(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
+    """So many of something."""
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 

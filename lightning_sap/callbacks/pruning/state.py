@@ -173,6 +173,17 @@ class PruningState:
         """How many prunings are still to come; None if there is no end to them."""
         return None if self.plan.rounds is None else self.plan.rounds - self.round
 
+    def prunings_lost(self) -> int:
+        """How many prunings do not come before the end that is planned."""
+        if self.plan.rounds is None or self.plan.end is None:
+            return 0
+        return self.plan.rounds - self.plan.prunings_before(self.round, self.start, self.plan.end - 1)
+
+    def end_needed(self) -> int:
+        """The least end of training that all prunings, or the next where there is no end to them, lie before."""
+        left = 1 if self.plan.rounds is None else self.plan.rounds - self.round
+        return self.start + left * self.plan.length + 1
+
     @property
     def start(self) -> int:
         """Where the round started, in what the plan counts."""
