@@ -29,7 +29,8 @@ STATE = "lightning_sap/sap"
 STATE_KEYS = {
     "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
     "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
-    "folder", "lr", "note", "schedules", "options", "waiting",
+    "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
+    "first_bits", "copies",
 }  # fmt: skip
 
 STEPS_OF_A_PRUNING = {

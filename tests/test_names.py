@@ -157,7 +157,8 @@ class TestCheckpointKeys:
         assert set(state) == {
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
-            "folder", "lr", "note", "schedules", "options", "waiting",
+            "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
+            "first_bits", "copies",
         }  # fmt: skip
         assert set(state["plan"]) == {"rounds", "length", "first", "end", "unit", "schedules_from"}
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}

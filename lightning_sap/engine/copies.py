@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_sap.engine.weights import COMPILE_PREFIX
+from lightning_sap.engine.weights import COMPILE_PREFIX, PrunableWeight
 from lightning_sap.sharding import is_sharded
 
 Parameters: TypeAlias = dict[str, nn.Parameter]  # of a part, by the names that they have in it
@@ -34,44 +34,60 @@ def averaged_copies(module: nn.Module) -> dict[str, str]:
     return _matched({path: parts[path] for path in averages if path in parts}, sources)
 
 
-def possible_copies(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, str]:
-    """Parameters that may be averages of others, or a teacher: by name the name of what has their values now.
-
-    A part counts if it is not trained, and a trained one has parameters of the same names, shapes and values. Only
-    training tells a momentum encoder, which follows the trained one, from a copy that stays as it is.
-
-    Args:
-        module: The model, before training starts.
-        trained: The parameters that are trained, such as those of the optimizers. None: those that require gradients.
+def parameters_of_averages(module: nn.Module) -> list[str]:
+    """The names of all parameters that an ``AveragedModel``, or timm's ``ModelEmaV2`` or ``ModelEmaV3``, holds.
 
     Example:
-        >>> encoder, momentum = nn.Linear(4, 2), nn.Linear(4, 2).requires_grad_(False)
-        >>> module = nn.ModuleDict({"encoder": encoder, "momentum": momentum})
-        >>> possible_copies(module)
-        {}
-        >>> _ = momentum.load_state_dict(encoder.state_dict())
-        >>> possible_copies(module)
-        {'momentum.weight': 'encoder.weight', 'momentum.bias': 'encoder.bias'}
+        >>> parameters_of_averages(nn.ModuleDict({"average": AveragedModel(nn.Linear(4, 2))}))
+        ['average.module.weight', 'average.module.bias']
     """
-    ids = {id(p) for p in (trained if trained is not None else (p for p in module.parameters() if p.requires_grad))}
-    ids -= {id(p) for path in _averages(module) for p in module.get_submodule(path).parameters()}
-    parts, sure = _parts(module), averaged_copies(module)
-    copies = {
-        path: part
-        for path, part in parts.items()
-        if not any(id(p) in ids or _named(path, name) in sure for name, p in part.items())
-    }
-    sources = {path: part for path, part in parts.items() if any(id(p) in ids for p in part.values())}
-    return _matched(copies, sources, equal=True)
+    return [
+        _named(path, name) for path in _averages(module) for name, _ in module.get_submodule(path).named_parameters()
+    ]
 
 
-def _matched(copies: dict[str, Parameters], sources: dict[str, Parameters], *, equal: bool = False) -> dict[str, str]:
-    """The names in the copies, a whole before its parts, by those in the nearest source that is alike, or equal."""
+def followers(
+    weights: Mapping[str, PrunableWeight], moved: Iterable[str], trained: Iterable[str], first: Mapping[str, int]
+) -> dict[str, str]:
+    """Weights that follow trained ones, as those of a momentum encoder do: by name the name of what they follow.
+
+    A weight that is not trained, and that training changes all the same, follows the trained one whose values it had
+    before training; of several, the one whose name ends most alike. A teacher that stays as it is, is none.
+
+    Args:
+        weights: All weights by name, in the order of the module.
+        moved: Names of those that are not trained, and that training changed.
+        trained: Names of those that are trained.
+        first: The fingerprint of each before training.
+
+    Example:
+        >>> from lightning_sap.engine.weights import prunable_weights
+        >>> weights = prunable_weights(nn.ModuleDict({"encoder": nn.Linear(4, 2), "momentum": nn.Linear(4, 2)}))
+        >>> followers(weights, ["momentum.weight"], ["encoder.weight"], dict.fromkeys(weights, 7))
+        {'momentum.weight': 'encoder.weight'}
+    """
+    sources, found = [name for name in trained if name in first], {}
+    for copy in moved:
+        shape = weights[copy].parameter.shape
+        equal = [n for n in sources if first[n] == first[copy] and weights[n].parameter.shape == shape]
+        if equal:
+            found[copy] = max(equal, key=lambda name: _common_ending(name.split("."), copy.split(".")))
+    return found
+
+
+def _common_ending(one: list[str], other: list[str]) -> int:
+    """How many parts of two paths are equal, counted from their ends."""
+    equal = (a == b for a, b in zip(reversed(one), reversed(other), strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, equal))
+
+
+def _matched(copies: dict[str, Parameters], sources: dict[str, Parameters]) -> dict[str, str]:
+    """The names in the copies, a whole before its parts, by those in the nearest source that is alike."""
     found: dict[str, str] = {}
     for path, copy in copies.items():
         if all(_named(path, name) in found for name in copy):
             continue
-        alike = [at for at, part in sources.items() if _is_alike(copy, part) and (not equal or _is_equal(copy, part))]
+        alike = [at for at, part in sources.items() if _is_alike(copy, part)]
         if alike:
             at = alike[0] if len(alike) == 1 else min(alike, key=lambda at: _distance(copy, sources[at]))
             found |= {_named(path, name): _named(at, name) for name in copy}
@@ -106,13 +122,6 @@ def _named(path: str, name: str) -> str:
 def _is_alike(copy: Parameters, source: Parameters) -> bool:
     """Whether the source has all of these names, for tensors of the same shapes."""
     return all(name in source and source[name].shape == parameter.shape for name, parameter in copy.items())
-
-
-def _is_equal(copy: Parameters, source: Parameters) -> bool:
-    """Whether the values are equal, and not just those that every part starts from, such as zeros and ones."""
-    return any(p.dim() > 1 and bool((p != p.flatten()[0]).any()) for p in copy.values() if p.numel()) and all(
-        torch.equal(parameter.detach().to(source[name]), source[name]) for name, parameter in copy.items()
-    )
 
 
 def _distance(copy: Parameters, source: Parameters) -> float:

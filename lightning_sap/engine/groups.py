@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.engine.weights import prunable_weights
+from lightning_sap.engine.weights import Untrained, is_frozen, prunable_weights
 from lightning_sap.functional.pqi import DTYPES, PowerSums
 from lightning_sap.policies.base import Importance
 from lightning_sap.policies.importance import Magnitude
@@ -106,9 +106,10 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"Unknown scope {scope!r}; it must be one of 'neuron', 'layer' and 'global'.")
 
 
-def dense_tensors(module: nn.Module) -> dict[str, PrunableTensor]:
+def dense_tensors(module: nn.Module, untrained: Untrained = is_frozen) -> dict[str, PrunableTensor]:
     """The weights of a module that are prunable by default, live, nothing of them pruned."""
-    return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in prunable_weights(module).items()}
+    weights = prunable_weights(module, untrained=untrained)
+    return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in weights.items()}
 
 
 def empty_units(tensors: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:

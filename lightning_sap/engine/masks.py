@@ -94,6 +94,11 @@ class MaskSet:
         new = {name: w for name, w in weights.items() if name not in self._pruned}
         return MaskSet({**self._pruned, **MaskSet.dense(new)._pruned}) if new else self
 
+    def matched(self, weights: Mapping[str, Tensor]) -> MaskSet:
+        """The masks of these weights and of no others, dense ones where there are none, in their order."""
+        masks = self.extended(weights)._pruned
+        return MaskSet({name: masks[name] for name in weights})
+
     def grown_since(self, older: MaskSet) -> Iterator[tuple[str, Tensor]]:
         """Where weights are kept that older masks pruned: name and bool tensor, one after the other, as they are asked.
 

@@ -20,9 +20,11 @@ from lightning_sap.sharding import reshard
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
 Selection: TypeAlias = Selector | Sequence[Selector] | None
+Untrained: TypeAlias = Callable[[nn.Parameter], str | None]  # why a parameter is not trained; None if it is
 
 COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into the names of the module it wraps
 COMPLEX = "it is complex"  # why a parameter cannot be pruned
+FROZEN = "it is frozen"
 LOSES_ZEROS = "a zero in it is none in the weight that its layer uses"
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LORA = re.compile(r"(^|\.)lora_", re.IGNORECASE)
@@ -58,8 +60,18 @@ class PrunableWeight:
         return grouped.reshape(self.transposed_groups * tensor.shape[1], -1)
 
 
+def is_frozen(parameter: nn.Parameter) -> str | None:
+    """``FROZEN`` for a parameter that requires no gradient."""
+    return None if parameter.requires_grad else FROZEN
+
+
 def prunable_weights(
-    module: nn.Module, include: Selection = None, exclude: Selection = None, *, may_be_none: bool = False
+    module: nn.Module,
+    include: Selection = None,
+    exclude: Selection = None,
+    *,
+    may_be_none: bool = False,
+    untrained: Untrained = is_frozen,
 ) -> dict[str, PrunableWeight]:
     """Prunable parameters of a module by name, in the module's order, each tied parameter once.
 
@@ -73,6 +85,7 @@ def prunable_weights(
             ``(name, module, parameter) -> bool``; if given, only what one of them matches, whatever its name or owner.
         exclude: The same; what one of them matches is left out.
         may_be_none: Whether it is fine if nothing is left to prune, as where all is frozen.
+        untrained: Says why a parameter is not trained, and None of those that are.
 
     Raises:
         ValueError: If a pattern matches no parameter, or nothing is left to prune.
@@ -82,19 +95,22 @@ def prunable_weights(
         >>> list(prunable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2))))
         ['1.weight']
     """
-    found, obstacles = _select(module, include, exclude)
+    found, obstacles = _select(module, include, exclude, untrained)
     if not (found or may_be_none):
         raise ValueError(_nothing_to_prune(module, include, exclude, obstacles))
     return found
 
 
-def left_out(module: nn.Module, include: Selection = None, exclude: Selection = None) -> dict[str, str]:
+def left_out(
+    module: nn.Module, include: Selection = None, exclude: Selection = None, untrained: Untrained = is_frozen
+) -> dict[str, str]:
     """What would be pruned by its name, and cannot be: complex parameters, and those whose zeros do not last.
 
     Args:
         module: The model.
         include: As for :func:`prunable_weights`.
         exclude: As for :func:`prunable_weights`.
+        untrained: As for :func:`prunable_weights`.
 
     Returns:
         By name the reason, ``COMPLEX`` or ``LOSES_ZEROS``.
@@ -105,22 +121,24 @@ def left_out(module: nn.Module, include: Selection = None, exclude: Selection = 
         >>> left_out(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2)))
         {'0.parametrizations.weight.original': 'a zero in it is none in the weight that its layer uses'}
     """
-    _, obstacles = _select(module, include, exclude)
+    _, obstacles = _select(module, include, exclude, untrained)
     return {name: reason for name, reason in obstacles.items() if reason in (COMPLEX, LOSES_ZEROS)}
 
 
 def _select(
-    module: nn.Module, include: Selection, exclude: Selection
+    module: nn.Module, include: Selection, exclude: Selection, untrained: Untrained
 ) -> tuple[dict[str, PrunableWeight], dict[str, str]]:
     """What is selected: that which can be pruned, and by name why the rest cannot."""
     parameters = _owners_of_parameters(module)
     names = [name for _, owners in parameters.values() for owner in owners for name in _names(owner)]
-    prunable = [name for p, owners in parameters.values() if not _obstacle(p) for o in owners for name in _names(o)]
+    prunable = [
+        n for p, owners in parameters.values() if not _obstacle(p, untrained) for o in owners for n in _names(o)
+    ]
     included, excluded = _resolved(include, names), _resolved(exclude, names)
     check_patterns([s for s in included + excluded if isinstance(s, str)], names, prunable)
     found, obstacles = {}, {}
     for parameter, places in parameters.values():
-        obstacle = _obstacle(parameter)
+        obstacle = _obstacle(parameter, untrained)
         owners = places if obstacle else [owner for owner in places if _is_full_size(owner, parameter)]
         # predicates may count on what can be pruned: floating point, two dimensions
         asked = included if obstacle in (None, COMPLEX) else [s for s in included if isinstance(s, str | type)]
@@ -212,12 +230,13 @@ def _is_full_size(owner: Owner, parameter: nn.Parameter) -> bool:
     return not isinstance(owner.module, ParametrizationList) or is_full_size(owner.module, parameter)
 
 
-def _obstacle(parameter: nn.Parameter) -> str | None:
+def _obstacle(parameter: nn.Parameter, untrained: Untrained) -> str | None:
     """Why a parameter cannot be pruned, whatever its name."""
     if isinstance(parameter, nn.UninitializedParameter):
         return "it has no shape before the first forward"
+    if reason := untrained(parameter):
+        return reason
     found = {
-        "it is frozen": not parameter.requires_grad,
         "it has fewer than two dimensions": parameter.dim() < 2,
         "it has no elements": parameter.numel() == 0,
         COMPLEX: parameter.is_complex(),

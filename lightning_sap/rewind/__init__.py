@@ -1,6 +1,6 @@
 """Snapshots and restores: weights, learning-rate schedules, optimizer state."""
 
-from lightning_sap.rewind.kept import base_optimizers
+from lightning_sap.rewind.kept import base_optimizers, parameters_of
 from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot_zero, zero_pruned_
 from lightning_sap.rewind.replay import Mode, Obstacle, Replay
 from lightning_sap.rewind.steps import fires_hooks, hook_gradients, hook_steps, innermost_optimizers
@@ -21,6 +21,7 @@ __all__ = [
     "hook_gradients",
     "hook_steps",
     "innermost_optimizers",
+    "parameters_of",
     "place_weights",
     "restore_weights_",
     "take_weights",

@@ -1,6 +1,7 @@
 """Averaged copies inside a module: which parameters copy which."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_sap.engine.copies import averaged_copies, possible_copies
+from lightning_sap.engine.copies import averaged_copies, followers, parameters_of_averages
+from lightning_sap.engine.weights import prunable_weights
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
@@ -80,68 +82,56 @@ class TestOfKnownTypes:
         assert averaged_copies(module) == pairs("ema.module", "net")
 
 
-class TestByTheirValues:
+class TestFollowers:
+    """Weights that change though they are not trained, by what the bits were before training."""
+
+    def weights(self):
+        parts = {"encoder": net(), "predictor": nn.Linear(2, 2), "momentum": nn.ModuleDict({"encoder": net()})}
+        return prunable_weights(nn.ModuleDict(parts))
+
+    FIRST: ClassVar = {
+        "encoder.0.weight": 1,
+        "encoder.2.weight": 2,
+        "predictor.weight": 3,
+        "momentum.encoder.0.weight": 1,
+        "momentum.encoder.2.weight": 2,
+    }
+    TRAINED = ("encoder.0.weight", "encoder.2.weight", "predictor.weight")
+
     def test_a_momentum_encoder(self):
-        module = nn.ModuleDict({"encoder": net(), "predictor": nn.Linear(2, 2)})
-        module["momentum"] = frozen(module["encoder"])
-        assert possible_copies(module) == pairs("momentum", "encoder")
+        moved = ["momentum.encoder.0.weight", "momentum.encoder.2.weight"]
+        assert followers(self.weights(), moved, self.TRAINED, self.FIRST) == {
+            "momentum.encoder.0.weight": "encoder.0.weight",
+            "momentum.encoder.2.weight": "encoder.2.weight",
+        }
 
-    def test_one_that_requires_gradients_and_is_in_no_optimizer(self):
-        module = nn.ModuleDict({"encoder": net(), "momentum": net()})
-        assert possible_copies(module) == {}
-        assert possible_copies(module, module["encoder"].parameters()) == pairs("momentum", "encoder")
+    def test_what_does_not_change_follows_nothing(self):
+        assert followers(self.weights(), [], self.TRAINED, self.FIRST) == {}
 
-    def test_copies_of_two_parts_in_a_container_of_their_own(self):
-        module = nn.ModuleDict({"encoder": net(1), "projector": net(2)})
-        module["averages"] = nn.ModuleList([frozen(module["projector"]), frozen(module["encoder"])])
-        assert possible_copies(module) == pairs("averages.0", "projector") | pairs("averages.1", "encoder")
+    def test_one_that_began_with_other_values_follows_nothing(self):
+        first = {**self.FIRST, "momentum.encoder.0.weight": 7}
+        assert followers(self.weights(), ["momentum.encoder.0.weight"], self.TRAINED, first) == {}
 
-    def test_one_in_another_precision(self):
-        module = nn.ModuleDict({"net": net().bfloat16()})
-        module["average"] = frozen(module["net"]).float()
-        assert possible_copies(module) == pairs("average", "net")
+    def test_equal_bits_of_another_shape_are_not_followed(self):
+        """All zeros have the same bits."""
+        first = dict.fromkeys(self.FIRST, 0)
+        found = followers(self.weights(), ["momentum.encoder.0.weight"], self.TRAINED[1:], first)
+        assert found == {}
 
-    @pytest.mark.parametrize(
-        "other",
-        [
-            lambda: net(1).requires_grad_(False),  # a teacher
-            lambda: frozen(nn.Sequential(net(1)[0], nn.ReLU(), net()[2])[:2]),  # another beginning
-            lambda: nn.Sequential(net(), frozen(nn.Linear(2, 2))),  # trained but for another part
-        ],
-        ids=["a teacher", "another beginning", "trained"],
-    )
-    def test_what_is_no_copy(self, other):
-        assert possible_copies(nn.ModuleDict({"net": net(), "other": other()})) == {}
+    def test_of_several_that_are_equal_the_one_whose_name_ends_alike(self):
+        layers = nn.ModuleDict({"x": nn.ModuleDict({"a": net(), "b": net()}), "y": nn.ModuleDict({"b": net()})})
+        weights = prunable_weights(layers)
+        first = dict.fromkeys(weights, 5)
+        trained = [name for name in weights if name.startswith("x")]
+        assert followers(weights, ["y.b.0.weight"], trained, first) == {"y.b.0.weight": "x.b.0.weight"}
 
-    def test_the_part_that_is_equal(self):
-        """A teacher may share its beginning."""
-        module = nn.ModuleDict({"net": net(), "other": frozen(nn.Sequential(*net()[:2], nn.Linear(3, 5)))})
-        assert possible_copies(module) == {"other.0.weight": "net.0.weight", "other.0.bias": "net.0.bias"}
+    def test_what_joined_after_training_began_is_not_followed(self):
+        first = {name: bits for name, bits in self.FIRST.items() if name != "encoder.0.weight"}
+        assert followers(self.weights(), ["momentum.encoder.0.weight"], self.TRAINED, first) == {}
 
-    @pytest.mark.parametrize("average", [AveragedModel, ModelEmaV2, ModelEmaV3])
-    def test_what_certainly_is_one_is_not_among_them(self, average):
-        module = nn.ModuleDict({"net": net()})
-        module["ema"] = average(module["net"])
-        assert possible_copies(module) == possible_copies(module, module["net"].parameters()) == {}
 
-    def test_equal_constants_make_no_copy(self):
-        module = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3), nn.Linear(3, 3), nn.Linear(3, 3))
-        for layer in module[2:]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        module[1].requires_grad_(False)
-        module[3].requires_grad_(False)
-        assert possible_copies(module) == {}
-
-    def test_a_whole_before_its_parts(self):
-        module = nn.ModuleDict({"early": copy.deepcopy(net()[0]), "net": net(), "momentum": frozen(net())})
-        assert possible_copies(module) == pairs("momentum", "net")
-
-    def test_the_source_is_no_average_itself(self):
-        module = nn.ModuleDict({"ema": AveragedModel(net()), "net": net(), "momentum": frozen(net())})
-        assert possible_copies(module) == pairs("momentum", "net")
-
-    def test_a_lazy_module_is_passed_over(self):
-        module = nn.ModuleDict({"lazy": nn.LazyLinear(2), "layer": seeded(lambda: nn.Linear(3, 2))})
-        module["average"] = frozen(module["layer"])
-        assert possible_copies(module) == {"average.weight": "layer.weight", "average.bias": "layer.bias"}
+def test_parameters_of_averages_are_those_that_known_types_hold():
+    module = nn.ModuleDict({"net": net(), "teacher": frozen(net())})
+    module["ema"] = AveragedModel(module["net"])
+    module["timm"] = ModelEmaV2(module["net"])
+    assert parameters_of_averages(module) == [f"{path}.module.{name}" for path in ("ema", "timm") for name in NAMES]

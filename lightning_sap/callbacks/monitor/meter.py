@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.training import Training
 from lightning_sap.engine.groups import PrunableTensor, dense_tensors
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
 from lightning_sap.engine.weights import check_patterns
@@ -61,7 +62,9 @@ class IndexMeter:
     def tensors(self, trainer: Trainer, module: LightningModule) -> dict[str, PrunableTensor]:
         """The weights that are watched, live, with their masks."""
         pruned = [pruner.tensors(module) for pruner in pruners(trainer)]
-        return {name: piece for part in pruned for name, piece in part.items()} or dense_tensors(module)
+        return {name: piece for part in pruned for name, piece in part.items()} or dense_tensors(
+            module, Training.of(trainer, module).untrained
+        )
 
     def layers(self, trainer: Trainer, module: LightningModule) -> list[str]:
         """The parameters that are logged one by one."""

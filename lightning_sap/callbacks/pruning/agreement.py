@@ -60,6 +60,14 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
     return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights))
 
 
+def union(trainer: Trainer, names: Iterable[str]) -> set[str]:
+    """The names that any rank has; a collective."""
+    of_ranks = [set(names)] * trainer.world_size
+    if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(of_ranks, set(names))
+    return set().union(*of_ranks)
+
+
 def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
     """Whether several ranks hold the same weights; with sharded ones there is but one decision, from all shards."""
     several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -69,6 +69,27 @@ def path_of(folder: str, name: str, round: int) -> str:
     return os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
 
 
+def open_folder(trainer: Trainer, options: Options, state: PruningState, wanted: bool, shared: str | None) -> None:
+    """Note where the rounds are saved: once chosen, that folder, as long as the options say the same."""
+    if not wanted or state.plan.rounds == 0:
+        state.folder = None
+    elif state.folder is None or not can_save(trainer, state.folder):
+        state.folder = shared or choose_folder(trainer, options.dirpath)
+
+
+def save_round(trainer: Trainer, options: Options, state: PruningState) -> None:
+    """Save the round that ends now, once, if that is asked for; a collective."""
+    if state.folder is not None and "path" not in state.note:
+        before, path = state.note, path_of(state.folder, options.name, state.round)
+        state.note = {**before, "path": path}  # which the file says too
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except BaseException:
+            state.note = before
+            raise
+        tidy(trainer, options, state.folder, state)
+
+
 def tidy(trainer: Trainer, options: Options, folder: str, state: PruningState) -> None:
     """Once the round that ends now is saved: delete the mark, and the checkpoints of rounds too old to be kept."""
     if trainer.is_global_zero:

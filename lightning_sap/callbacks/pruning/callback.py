@@ -126,8 +126,8 @@ class PruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
-        self.session.weights = self.session.select(pl_module)
-        checks.check_disjoint(self.options, trainer, pl_module)
+        self.session.select(trainer, pl_module)
+        checks.check_disjoint(self.options, trainer)
         checks.check_restoring(self.options, self._listeners(trainer))
         self.session.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
 
@@ -143,7 +143,7 @@ class PruningCallback(Callback):
         schedules = session.schedules.choose(trainer, pl_module, session.state.plan, wanted)
         listeners = self._listeners(trainer)
         archives = bool(self.options.save_rounds) or any(listener.may_restore for listener in listeners)
-        session.open_archive(trainer, archives, self._shared_folder(trainer))
+        archive.open_folder(trainer, self.options, session.state, archives, self._shared_folder(trainer))
         if fit.pending is None and trainer.global_step > 0:
             session.schedules.rewind_()  # where training goes on from a checkpoint that was not pruned
         if session.state.stop is not None and any(listener.may_stop for listener in listeners):
@@ -156,10 +156,10 @@ class PruningCallback(Callback):
         fit.enter(Event.TRAINING_STARTS)
         session.enforce()
         session.zero_kept_(session.state.masks)
-        self._hook(trainer)
+        self._hook(trainer, pl_module)
         if session.state.pqi_after_pruning is None:
             session.state.pqi_after_pruning = session.measure(pl_module).overall
-        rank_zero_info(messages.announcement(self.options, session.state, schedules))
+        rank_zero_info(messages.announcement(self.options, session.state, schedules, session.subject.outside))
         if session.state.plan.rounds != 0:
             messages.warn_of_lasting(self.options, session.schedules.lasting())
             messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, session.weights))
@@ -167,14 +167,14 @@ class PruningCallback(Callback):
             messages.warn_of_silence(self.options)
         fit.course = endings.begin(self.options, session.state, trainer)
 
-    def _hook(self, trainer: Trainer) -> None:
+    def _hook(self, trainer: Trainer, module: LightningModule) -> None:
         """At each step of an optimizer: mask, count, and for the first one note the learning rate."""
         fit, session = self._fit, self.session
-        fit.hooks += hook_masks(trainer.lightning_module, trainer.optimizers, session.enforce, session.mask_gradients)
-        fit.hooks += hook_steps(trainer.optimizers, session.count_step)
-        fit.hooks += hook_steps(trainer.optimizers[:1], session.record_lr)
-        fit.hooked = all(map(fires_hooks, innermost_optimizers(trainer.optimizers)))
-        fit.global_step = trainer.global_step
+        hold, optimizers = partial(self._hold_masks, module), trainer.optimizers
+        fit.hooks += hook_masks(module, optimizers, session.enforce, session.meet_gradients, hold)
+        fit.hooks += hook_steps(optimizers, session.count_step) + hook_steps(optimizers[:1], session.record_lr)
+        fit.hooked = all(map(fires_hooks, innermost_optimizers(optimizers)))
+        session.subject.blind, fit.global_step = not fit.hooked, trainer.global_step
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -201,12 +201,12 @@ class PruningCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
         if pl_module.automatic_optimization and (not self._fit.hooked or checks.clips_gradients(trainer, pl_module)):
-            self.session.mask_gradients()
+            self.session.meet_gradients()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With manual optimization the module clips by itself, at any time after this; else it may in its own hook."""
         if not pl_module.automatic_optimization or checks.overrides(pl_module, "on_after_backward"):
-            self.session.mask_gradients()
+            self.session.meet_gradients()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -223,8 +223,7 @@ class PruningCallback(Callback):
     def _hold_masks(self, module: LightningModule) -> None:
         """Whatever wrote weights since the last step: those that are pruned are zero."""
         if self._fit.stage is Stage.TRAINING:
-            reshard(module)
-            self.session.enforce()
+            self.session.hold(module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module's ``on_validation_start`` may have put other weights in."""
@@ -262,7 +261,7 @@ class PruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the last round."""
         session = self.session
-        session.enforce()
+        session.hold(pl_module)
         if session.state.steps > 0 and session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):
             checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))

@@ -14,7 +14,7 @@ from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.effective import pruned_by_torch
 from lightning_sap.engine.measure import Measure, check_finite
-from lightning_sap.engine.weights import PrunableWeight, prunable_weights
+from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 from lightning_sap.rounds.protocol import GoOn, RoundListener, Stop, TakeBack
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
@@ -69,15 +69,15 @@ def check_distinct_names(trainer: Trainer) -> None:
             )
 
 
-def check_disjoint(options: Options, trainer: Trainer, module: LightningModule) -> None:
+def check_disjoint(options: Options, trainer: Trainer) -> None:
     """Raise if two pruning callbacks of the Trainer prune one of the same parameters, or share a name."""
     check_distinct_names(trainer)
     owner: dict[int, str] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        other = getattr(callback, "options", None)
-        if not isinstance(other, Options):
+        other, session = getattr(callback, "options", None), getattr(callback, "session", None)
+        if not isinstance(other, Options) or session is None:
             continue
-        for weight in prunable_weights(module, other.include, other.exclude, may_be_none=True).values():
+        for weight in session.weights.values():
             first = owner.setdefault(id(weight.parameter), other.name)
             if first != other.name and options.name in (first, other.name):
                 raise ValueError(

@@ -41,12 +41,11 @@ def ask(
 
 
 def decide_next(session: PruningSession, trainer: Trainer, module: LightningModule, scale: float) -> Decision:
-    """What the next pruning does; nothing is changed but that newly unfrozen parameters join, dense; a collective."""
+    """What the next pruning does; nothing is changed; a collective."""
     options, state = session.options, session.state
-    session.weights = session.select(module)
-    checks.check_disjoint(options, trainer, module)
-    state.masks = state.masks.extended(session.live())
-    tensors, frozen = session.tensors(module), session.frozen()
+    checks.check_disjoint(options, trainer)
+    tensors = session.tensors(module)
+    frozen = [name for name in tensors if name not in state.trained]
     agreement.check_agreement(trainer, tensors)
     trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     sizes = {name: tensor.weight.numel() for name, tensor in trained.items()}

@@ -33,12 +33,13 @@ def hook_masks(
     module: nn.Module,
     optimizers: Iterable[Optimizer],
     mask_weights: Callable[..., None],
-    mask_gradients: Callable[[], None],
+    meet_gradients: Callable[[], None],
+    hold: Callable[[], None],
 ) -> list[RemovableHandle]:
-    """Mask the gradients before each step, the weights after each step and before they are saved."""
+    """Meet the gradients before each step, mask the weights after each step; hold them before they are saved."""
     optimizers = list(optimizers)
     every = [each for optimizer in optimizers for each in base_optimizers(optimizer) if fires_hooks(each)]
-    handles = hook_gradients(optimizers, mask_gradients)
+    handles = hook_gradients(optimizers, meet_gradients)
     handles += [each.register_step_post_hook(mask_weights) for each in every]
-    saving: RemovableHandle = module.register_state_dict_pre_hook(BeforeSaving(mask_weights))  # type: ignore[no-untyped-call]
+    saving: RemovableHandle = module.register_state_dict_pre_hook(BeforeSaving(hold))  # type: ignore[no-untyped-call]
     return [*handles, saving]

@@ -14,7 +14,9 @@ from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 
 
-def announcement(options: Options, state: PruningState, schedules: list[str]) -> str:
+def announcement(
+    options: Options, state: PruningState, schedules: list[str], outside: Mapping[str, int] | None = None
+) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
     rounds = "prunings after every round" if plan.rounds is None else counted(plan.rounds, "pruning")
@@ -23,6 +25,7 @@ def announcement(options: Options, state: PruningState, schedules: list[str]) ->
         f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
         f"scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
+        *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
         *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
     ]
@@ -85,10 +88,10 @@ def warn_of_another_module(options: Options) -> None:
 
 
 def warn_of_frozen(options: Options, frozen: Sequence[str]) -> None:
-    """Warn that frozen weights hold more than the target, which is met by the others only."""
+    """Warn that weights that were not trained hold more than the target, which is met by the others only."""
     rank_zero_warn(
-        f"{options.name}: frozen now, and pruned no further: {_listed(list(frozen))}. These hold more than "
-        f"target_remaining={options.target_remaining} leaves, which is met by the other weights alone."
+        f"{options.name}: not trained in this round, and pruned no further: {_listed(list(frozen))}. These hold more "
+        f"than target_remaining={options.target_remaining} leaves, which is met by the other weights alone."
     )
 
 
@@ -133,15 +136,6 @@ def warn_of_silence(options: Options) -> None:
     )
 
 
-def counted(number: int, word: str) -> str:
-    """So many of something."""
-    return f"{number} {word}" + ("" if number == 1 else "s")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")
-
-
 def warn_of_lasting(options: Options, reasons: Sequence[str]) -> None:
     """Say which optimizers cannot be made fresh, where that is asked for."""
     if reasons and options.reset_optimizer:
@@ -158,3 +152,70 @@ def warn_of_mixed(options: Options, reasons: Sequence[str]) -> None:
             f"{options.name}: {'; '.join(reasons)}, so that what it keeps of pruned weights stays in it. The weights "
             "are zero all the same. Give reset_optimizer=True to start every round without it."
         )
+
+
+def tell_settled(options: Options, joined: Mapping[str, int], left: Mapping[str, int]) -> None:
+    """Say which weights are prunable from now on, and which were not trained; by name their sizes."""
+    if joined:
+        rank_zero_info(f"{options.name}: trained for the first time, and prunable from now on: {_sized(joined)}.")
+    if left:
+        rank_zero_info(
+            f"{options.name}: an optimizer holds these, and they had no gradient in the first round: {_sized(left)}. "
+            "They are left out until they have one."
+        )
+
+
+def warn_of_unmatched(options: Options, names: Sequence[str]) -> None:
+    """Warn of averages that average nothing of the module."""
+    if names:
+        rank_zero_warn(
+            f"{options.name}: these are averages, and what they average was not found in the module: "
+            f"{_listed(list(names))}. They stay dense. Hold the average and what it averages in one module, with "
+            "layers of the same names and shapes."
+        )
+
+
+def warn_of_moved(options: Options, names: Sequence[str]) -> None:
+    """Warn of weights that change and are not trained."""
+    if names:
+        rank_zero_warn(
+            f"{options.name}: these weights change without a gradient: {_listed(list(names))}. They stay dense. If "
+            "they average others, start them as exact copies, which then share the masks of what they average; if they "
+            "are trained, add them to an optimizer of configure_optimizers."
+        )
+
+
+def warn_of_replaced(options: Options, dense: Mapping[str, int], gone: Sequence[str]) -> None:
+    """Warn of masks that are given up, as their weights were replaced or are no more."""
+    if dense:
+        rank_zero_warn(
+            f"{options.name}: these were replaced while training goes on: {_sized(dense)}. The new weights join dense, "
+            "and are not rewound."
+        )
+    if gone:
+        rank_zero_warn(
+            f"{options.name}: these are no longer in the module, or not to be trained there: {_listed(list(gone))}. "
+            "Their masks are given up."
+        )
+
+
+def of_lost_parameters(options: Options, names: Sequence[str]) -> str:
+    """What is wrong with replaced parameters that are not trained."""
+    return (
+        f"{options.name}: {_listed(list(names))} replaced parameters of the module while training goes on, and no "
+        "optimizer holds them, so that they are never trained. Add them where you replace them: "
+        "trainer.optimizers[0].add_param_group({'params': layer.parameters()}); or set requires_grad_(False) on them."
+    )
+
+
+def _sized(sizes: Mapping[str, int]) -> str:
+    return f"{sum(sizes.values()):,} weights in {_listed(list(sizes))}"
+
+
+def counted(number: int, word: str) -> str:
+    """So many of something."""
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")

@@ -12,16 +12,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, messages, planning
+from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning
 from lightning_sap.callbacks.pruning.decisions import ask, decide_next
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
 from lightning_sap.callbacks.pruning.state import KeptRound, PruningState
+from lightning_sap.callbacks.pruning.trained import Subject, of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.groups import Memory, PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, summary, sums_of
-from lightning_sap.engine.weights import PrunableWeight, left_out, parameter_names, prunable_weights
+from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import restore_weights_, take_weights
 from lightning_sap.rounds.history import RoundRecord
@@ -41,42 +43,42 @@ class PruningSession:
         self.schedules = Schedules()
         self._importance = check_importance(options.importance)
         self.weights: dict[str, PrunableWeight] = {}
+        self.subject = Subject()
         self._memories: dict[str, Memory] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit."""
-        return {**vars(self), "weights": {}, "_memories": {}, "schedules": Schedules(), "metrics": RoundMetrics()}
+        of_fit = {"weights": {}, "subject": Subject(), "schedules": Schedules(), "metrics": RoundMetrics()}
+        return {**vars(self), **of_fit, "_memories": {}}
 
     def forget_fit(self) -> None:
         """Let go of the module, and of what was seen of its fit."""
-        self.weights, self._memories = {}, {}
+        self.weights, self.subject, self._memories = {}, Subject(), {}
         self.metrics.forget_fit()
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
 
-    def select(self, module: nn.Module) -> dict[str, PrunableWeight]:
-        """The prunable weights in the module's order; what was prunable once in this module stays so."""
-        checks.check_torch_pruning(module)
-        if not self.weights:  # said once in a fit
-            messages.warn_of_left_out(self.options, left_out(module, self.options.include, self.options.exclude))
-        live = parameter_names(module)
-        found = {name: weight for name, weight in self.weights.items() if live.get(name) is weight.parameter}
-        found |= prunable_weights(module, self.options.include, self.options.exclude, may_be_none=bool(found))
-        weights = {name: found[name] for name in live if name in found}
-        checks.check_sharding(self.options, weights)
-        return weights
+    def select(self, trainer: Trainer, module: nn.Module) -> None:
+        """Find the prunable weights, in the module's order."""
+        self.weights, self.subject = select(self.options, module, trainer)
 
     def live(self) -> dict[str, Tensor]:
         """The weights themselves."""
         return {name: weight.parameter.detach() for name, weight in self.weights.items()}
 
-    def frozen(self) -> list[str]:
-        """Those that are not trained now."""
-        return [name for name, weight in self.weights.items() if not weight.parameter.requires_grad]
+    def frozen(self, state: PruningState) -> list[str]:
+        """Those that are not going to be trained, as far as is known before training."""
+        untrained = self.subject.training.untrained
+        return [n for n, weight in self.weights.items() if n not in state.trained and untrained(weight.parameter)]
+
+    def hold(self, module: nn.Module) -> None:
+        """See whether layers were replaced; what is pruned is zero, whatever wrote it."""
+        look_(self, module)
+        self.enforce()
 
     def tensors(self, module: nn.Module, masks: MaskSet | None = None) -> dict[str, PrunableTensor]:
         """The weights with their masks, those given or those in force."""
-        pruned, weights = (masks or self.state.masks).pruned, self.weights or self.select(module)
+        pruned, weights = (masks or self.state.masks).pruned, self.weights or select(self.options, module, None)[0]
         return {
             name: PrunableTensor(
                 w.parameter.detach(),
@@ -102,11 +104,12 @@ class PruningSession:
             checks.check_plan(options, plan, steps_of_epochs(trainer, 1))
         if plan.rounds != 0:
             compatibility.check_averaging(trainer)
-        self._take_in_frozen(module, masks)
+        self._take_in(module, masks)
+        known = self.state.copies
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
                 messages.warn_of_another_module(options)
-            self.weights = found
+            self.weights, known = found, {}
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
         state = PruningState(
@@ -114,9 +117,11 @@ class PruningSession:
             plan,
             first_epoch=trainer.current_epoch,
             first_step=trainer.global_step,
+            copies=known,
         )
-        checks.check_target(options, state, self.frozen())
+        checks.check_target(options, state, self.frozen(state))
         self.state, self.metrics = state, RoundMetrics()
+        averages.find_(self, module, of_kind(options, module))
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
@@ -131,23 +136,20 @@ class PruningSession:
         if options.changed("dirpath", state.options):
             state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
-            checks.check_target(options, state, self.frozen())
+            checks.check_target(options, state, self.frozen(state))
         self.state = state
         messages.tell_changes(options, state.options)
         messages.warn_of_lost(options, state)
 
-    def open_archive(self, trainer: Trainer, wanted: bool, shared: str | None) -> None:
-        """Where the rounds are saved: once chosen, that folder, as long as the options say the same."""
-        state = self.state
-        if not wanted or state.plan.rounds == 0:
-            state.folder = None
-        elif state.folder is None or not archive.can_save(trainer, state.folder):
-            state.folder = shared or archive.choose_folder(trainer, self.options.dirpath)
-
     def restore_state(self, module: nn.Module, packed: Mapping[str, Any]) -> None:
         """Go on with the state of a checkpoint."""
-        self._take_in_frozen(module, MaskSet.unpack(packed["masks"]))
+        masks = MaskSet.unpack(packed["masks"])
+        self._take_in(module, masks)
+        left = packed.get("first_bits", {}).keys() - masks.pruned.keys()  # known then, and not pruned
+        self.weights = {name: weight for name, weight in self.weights.items() if name not in left}
         self.state = PruningState.live(packed, module, self.live())
+        self.subject.gradients.watch(self.state.trained)
+        averages.bind_(self)
         self.metrics.load_state_dict(self.state.metrics)
         self.schedules.load(self.state.schedules)
 
@@ -157,11 +159,10 @@ class PruningSession:
         metrics = self.metrics.state_dict()
         return replace(self.state, schedules=schedules, metrics=metrics, options=self.options.plain()).pack()
 
-    def _take_in_frozen(self, module: nn.Module, masks: MaskSet) -> None:
-        """Add what was pruned once and is frozen now: its masks hold all the same."""
-        for name, parameter in parameter_names(module).items():
-            if name in masks.pruned and name not in self.weights and not parameter.requires_grad:
-                self.weights[name] = PrunableWeight(name, parameter)
+    def _take_in(self, module: nn.Module, masks: MaskSet) -> None:
+        """Add what was pruned once and is not trained now: its masks hold all the same."""
+        every = of_kind(self.options, module)
+        self.weights = {name: w for name, w in every.items() if name in self.weights or name in masks.pruned}
 
     # -- its rounds ---------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,8 @@ class PruningSession:
         beside: Beside,
     ) -> None:
         """Take the weights to rewind to when it is time, and prune if a round ended, its last epoch as given."""
+        if self.state.plan.unit == "epoch" or self.state.is_due(trainer.current_epoch):
+            check_trained(self, trainer, module)
         self._take_first_weights(module, trainer.current_epoch)
         if not self.state.is_due(trainer.current_epoch):
             return
@@ -198,7 +201,9 @@ class PruningSession:
     ) -> None:
         """Tell the listeners that the round has ended, note the answer and save the round, each once; a collective."""
         state = self.state
+        look_(self, module)
         if state.answer is None:
+            settle_(self, trainer, module)
             record = self.record(trainer, self.measure(module), last_epoch)
             event = RoundEnd(record, list(state.history))
             state.answer = ask(trainer, module, event, listeners, can_go_back=state.kept is not None)
@@ -209,7 +214,7 @@ class PruningSession:
                     state.history.note(round, **fields)
             if isinstance(state.answer, Stop):
                 state.stop, trainer.should_stop = state.answer, True
-        self.save_round(trainer)
+        archive.save_round(trainer, self.options, state)
 
     def prune_(
         self, trainer: Trainer, module: LightningModule, last_epoch: int, beside: Beside, *, keeps: bool
@@ -247,6 +252,7 @@ class PruningSession:
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
         self.state = state
+        self.subject.gradients.watch(state.trained)
         self.metrics.end(trainer)
 
     def finish(
@@ -255,6 +261,7 @@ class PruningSession:
         """End the last round, where it was trained; go back if it is taken back."""
         if self.state.steps == 0:
             return
+        check_trained(self, trainer, module, is_over=True)
         last_epoch, measure = max(self.state.first_epoch, trainer.current_epoch - 1), self.measure(module)
         self.end_round(trainer, module, last_epoch, listeners)  # unless it has ended as planned
         record = self.record(trainer, measure, last_epoch)
@@ -276,7 +283,7 @@ class PruningSession:
         kept = self.state.kept
         if kept is None:
             raise RuntimeError("No round was kept to go back to.")
-        self.state.masks = kept.masks.extended(self.live())
+        self.state.masks = kept.masks.matched(self.live())
         self._change_(trainer, module, partial(self._restore_, module, kept.weights, beside))
 
     @staticmethod
@@ -295,23 +302,11 @@ class PruningSession:
         if self.state.first_weights is not None:
             self._restore_(module, self.state.first_weights, beside)
         masks.apply_(self.live())
+        averages.mask_(self, masks)
 
     def record(self, trainer: Trainer, before: Measure, last_epoch: int) -> RoundRecord:
         """The round that ends now, as it was trained."""
         return self.state.record(before, last_epoch, self.metrics.of(trainer, self.state.round))
-
-    def save_round(self, trainer: Trainer) -> None:
-        """Save the round that ends now, once, if that is asked for; a collective."""
-        state = self.state
-        if state.folder is not None and "path" not in state.note:
-            before, path = state.note, archive.path_of(state.folder, self.options.name, state.round)
-            state.note = {**before, "path": path}  # which the file says too
-            try:
-                trainer.save_checkpoint(path, weights_only=False)
-            except BaseException:
-                state.note = before
-                raise
-            archive.tidy(trainer, self.options, state.folder, state)
 
     # -- its steps ----------------------------------------------------------------------------------------------------
 
@@ -319,11 +314,17 @@ class PruningSession:
         """After each real optimizer step: the pruned weights are zero again."""
         if not self.state.masks.is_dense:
             self.state.masks.apply_(self.live())
+            averages.mask_(self, self.state.masks)
 
     def zero_kept_(self, masks: MaskSet) -> None:
         """Zero what the optimizers keep for the weights that these masks prune."""
         pruned: dict[Tensor, Tensor] = {w.parameter: masks.pruned[name] for name, w in self.weights.items()}
         self.schedules.zero_pruned_(pruned)
+
+    def meet_gradients(self) -> None:
+        """Note which weights have gradients, before each step; those of pruned weights are zero then."""
+        self.subject.gradients.note(self.state.trained)
+        self.mask_gradients()
 
     def mask_gradients(self) -> None:
         """Pruned weights have no gradient."""

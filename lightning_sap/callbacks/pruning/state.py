@@ -42,6 +42,10 @@ class PruningState:
         steps: Optimizer steps in it.
         epoch: Epoch in which the latest step was taken.
         epoch_steps: Optimizer steps in that epoch.
+        trained: Names of the parameters of two or more dimensions that had a gradient in it.
+        replaced: Names of the weights that were replaced in it, and are pruned from the next one on.
+        first_bits: Fingerprints of all weights that could be pruned, trained or not, when training began.
+        copies: By name of an average in the module the name of what it averages.
         count: Weights that the latest pruning took.
         pqi_after_pruning: PQ Index of all weights right after it, or at the start of training.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
@@ -66,6 +70,10 @@ class PruningState:
     steps: int = 0
     epoch: int = 0
     epoch_steps: int = 0
+    trained: set[str] = field(default_factory=set)
+    replaced: set[str] = field(default_factory=set)
+    first_bits: dict[str, int] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
     count: int = 0
     pqi_after_pruning: float | None = None
     first_weights: dict[str, Tensor] | None = None
@@ -86,6 +94,8 @@ class PruningState:
         return {
             **vars(self),
             "lr": None if self.lr is None else float(self.lr),
+            "trained": sorted(self.trained),
+            "replaced": sorted(self.replaced),
             "first_weights": None if first is None else _whole(first),
             "kept": kept and {"round": kept.round, "weights": _whole(kept.weights), "masks": kept.masks.pack()},
             "answer": _packed_answer(self.answer),
@@ -129,6 +139,8 @@ class PruningState:
             **{
                 **known,
                 "masks": MaskSet.unpack(packed["masks"]),
+                "trained": set(packed.get("trained", packed["masks"])),
+                "replaced": set(packed.get("replaced", ())),
                 "plan": RoundPlan(**packed["plan"]),
                 "history": History(RoundRecord(**record) for record in packed["history"]),
                 "kept": kept and KeptRound(kept["round"], kept["weights"], MaskSet.unpack(kept["masks"])),
@@ -149,6 +161,8 @@ class PruningState:
             first_epoch=epoch,
             first_step=self.first_step + self.steps,
             steps=0,
+            trained=set(),
+            replaced=set(),
             count=count,
             pqi_after_pruning=pqi_after_pruning,
             answer=None,

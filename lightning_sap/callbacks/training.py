@@ -1,0 +1,52 @@
+"""What a Trainer trains of a module: the parameters that its optimizers hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lightning_sap.engine.copies import parameters_of_averages
+from lightning_sap.engine.weights import is_frozen, parameter_names
+from lightning_sap.rewind import base_optimizers, parameters_of
+
+AVERAGE = "it is an average of others"
+NO_OPTIMIZER = "it is in no optimizer"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which parameters can be trained at all.
+
+    Attributes:
+        held: Ids of those that an optimizer holds; None where no optimizer holds anything.
+        averages: Ids of those that are averages of others.
+        manual: Whether the module takes the steps itself: then it may freeze and unfreeze parameters for each of them.
+    """
+
+    held: frozenset[int] | None = None
+    averages: frozenset[int] = frozenset()
+    manual: bool = False
+
+    @classmethod
+    def of(cls, trainer: Trainer | None, module: nn.Module) -> Training:
+        """The training of a module, as its optimizers and layers are now; without a Trainer, its flags tell."""
+        names = parameter_names(module)
+        averages = frozenset(id(names[name]) for name in parameters_of_averages(module) if name in names)
+        optimizers = [] if trainer is None else [each for o in trainer.optimizers for each in base_optimizers(o)]
+        held = frozenset(id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer))
+        manual = isinstance(module, LightningModule) and not module.automatic_optimization
+        return cls(held or None, averages, manual)
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether an optimizer holds it."""
+        return self.held is None or id(parameter) in self.held
+
+    def untrained(self, parameter: nn.Parameter) -> str | None:
+        """Why a parameter is not trained; None if it may be."""
+        if id(parameter) in self.averages:
+            return AVERAGE
+        if not (self.manual and self.held is not None and self.holds(parameter)) and (reason := is_frozen(parameter)):
+            return reason
+        return None if self.holds(parameter) else NO_OPTIMIZER
