@@ -86,8 +86,8 @@ def plan_rounds(
         if every is None and rounds != 0:
             raise ValueError(
                 "The rounds have no length, since it is not known beforehand how long training takes. Give "
-                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
-                "max_epochs or max_steps."
+                "every_n_steps, the length of a round in optimizer steps, or a Trainer with max_steps; or, where the "
+                "data have an end, every_n_epochs or a Trainer with max_epochs."
             )
         return RoundPlan(rounds, every or 1, first, None, unit)
     left = limit - first

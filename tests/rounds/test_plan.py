@@ -78,14 +78,14 @@ class TestPlanRounds:
             (
                 {"limit": -1},
                 "The rounds have no length, since it is not known beforehand how long training takes. Give "
-                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
-                "max_epochs or max_steps.",
+                "every_n_steps, the length of a round in optimizer steps, or a Trainer with max_steps; or, where the "
+                "data have an end, every_n_epochs or a Trainer with max_epochs.",
             ),
             (
                 {"limit": None, "rounds": 3},
                 "The rounds have no length, since it is not known beforehand how long training takes. Give "
-                "every_n_steps, the length of a round in optimizer steps; or every_n_epochs; or a Trainer with "
-                "max_epochs or max_steps.",
+                "every_n_steps, the length of a round in optimizer steps, or a Trainer with max_steps; or, where the "
+                "data have an end, every_n_epochs or a Trainer with max_epochs.",
             ),
             (
                 {"limit": 10, "rounds": 3, "every": 3},

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, endings, messages, planning
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, planning
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
@@ -22,7 +22,6 @@ from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.session import PruningSession
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor
-from lightning_sap.engine.weights import low_rank_adapters
 from lightning_sap.policies.base import Policy
 from lightning_sap.rewind import fires_hooks, hook_steps, innermost_optimizers
 from lightning_sap.rounds.history import History, RoundRecord
@@ -159,13 +158,7 @@ class PruningCallback(Callback):
         self._hook(trainer, pl_module)
         if session.state.pqi_after_pruning is None:
             session.state.pqi_after_pruning = session.measure(pl_module).overall
-        rank_zero_info(messages.announcement(self.options, session.state, schedules, session.subject.outside))
-        if session.state.plan.rounds != 0:
-            messages.warn_of_lasting(self.options, session.schedules.lasting())
-            messages.warn_of_adapters(self.options, low_rank_adapters(pl_module, session.weights))
-        if trainer.barebones:
-            messages.warn_of_silence(self.options)
-        fit.course = endings.begin(self.options, session.state, trainer)
+        fit.course = course.begin(session, trainer, pl_module, schedules)
 
     def _hook(self, trainer: Trainer, module: LightningModule) -> None:
         """At each step of an optimizer: mask, count, and for the first one note the learning rate."""
@@ -246,10 +239,10 @@ class PruningCallback(Callback):
         """End and save the round that ends with the epoch: from a checkpoint of this hook Lightning resumes."""
         self._hold_masks(pl_module)
         log_epoch(trainer, pl_module, self._values(), logger=True)
-        if self.ends_round(trainer) and self.session.state.steps > 0:
-            self.session.end_round(trainer, pl_module, trainer.current_epoch, self._listeners(trainer))
-        elif self.ends_round(trainer):
+        if self.ends_round(trainer):
             self._fit.course.see_round(self.options, self.session.state)
+            if self.session.state.steps > 0:
+                self.session.end_round(trainer, pl_module, trainer.current_epoch, self._listeners(trainer))
 
     def _values(self) -> dict[str, float]:
         state, name = self.session.state, self.options.name
@@ -265,7 +258,7 @@ class PruningCallback(Callback):
         if session.state.steps > 0 and session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):
             checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
-        self._fit.course.end(self.options, session.state, trainer)
+        self._fit.course.end(session.state, trainer)
         self._close(Event.TRAINING_ENDS)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

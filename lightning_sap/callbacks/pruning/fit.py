@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning.endings import Course
+from lightning_sap.callbacks.pruning.course import Course
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage, after
 
 

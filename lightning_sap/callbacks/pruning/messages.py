@@ -78,7 +78,8 @@ def warn_of_lost(options: Options, state: PruningState) -> None:
         missed = "" if options.target_remaining is None else f", and misses target_remaining={options.target_remaining}"
         rank_zero_warn(
             f"{options.name}: training now ends before {lost} of the {counted(plan.rounds, 'pruning')} planned"
-            f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={state.end_needed()} or more, and steps to match."
+            f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={state.end_needed()} or more, and steps to "
+            "match."
         )
 
 

@@ -193,10 +193,15 @@ class PruningState:
             return 0
         return self.plan.rounds - self.plan.prunings_before(self.round, self.start, self.plan.end - 1)
 
-    def end_needed(self) -> int:
-        """The least end of training that all prunings, or the next where there is no end to them, lie before."""
+    def end_needed(self, now: int | None = None) -> int:
+        """The least end of training that all prunings lie before, or the next where there is no end to them.
+
+        Args:
+            now: Where training stands, if that is later than where the round would be over by its length.
+        """
         left = 1 if self.plan.rounds is None else self.plan.rounds - self.round
-        return self.start + left * self.plan.length + 1
+        over = max(self.start + self.plan.length, now or 0)
+        return over + (left - 1) * self.plan.length + 1
 
     @property
     def start(self) -> int:

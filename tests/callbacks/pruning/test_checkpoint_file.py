@@ -2,6 +2,7 @@
 
 import zipfile
 
+import pytest
 import torch
 from helpers import Net, Scheduled, Watch, all_masked_are_zero, copied, fit, half, is_masked, loader, parameters, same
 from resuming import STATE, STATE_KEYS, run_saving_epochs
@@ -9,6 +10,7 @@ from torch import nn
 
 
 class TestRestoredInTraining:
+    @pytest.mark.filterwarnings("ignore:sap. not all prunings came")
     def test_state_loaded_in_training_gives_masks_and_history_at_once(self, tmp_path):
         """As a callback does that goes back to an earlier file while it trains."""
         module, pruner, seen = Net(), half(), []

@@ -38,7 +38,8 @@ class TestRounds:
     def test_a_run_without_any_limit_needs_every_n_steps(self):
         message = (
             "The rounds have no length, since it is not known beforehand how long training takes. Give every_n_steps, "
-            "the length of a round in optimizer steps; or every_n_epochs; or a Trainer with max_epochs or max_steps."
+            "the length of a round in optimizer steps, or a Trainer with max_steps; or, where the data have an end, "
+            "every_n_epochs or a Trainer with max_epochs."
         )
         refused(message, SAPCallback(), max_epochs=-1, max_steps=-1)
 

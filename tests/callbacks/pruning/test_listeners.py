@@ -71,7 +71,8 @@ class TestEvent:
     def test_the_last_round_is_told_also_where_something_else_ends_training(self):
         listener, pruner = Answers(), half(every_n_epochs=2)
         stop = Watch(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", t.current_epoch == 2))
-        fit(Net(), pruner, listener, stop, max_epochs=8)
+        with pytest.warns(UserWarning, match="not all prunings came"):
+            fit(Net(), pruner, listener, stop, max_epochs=8)
         assert [(e.record.round, e.record.last_epoch) for e in listener.heard] == [(0, 1), (1, 2)]
 
     @pytest.mark.parametrize("answer", [None, "go on", True])

@@ -74,7 +74,8 @@ class TestWhatPrunesNothing:
         """A round that took no optimizer step is not a round."""
         module, pruner = Net(), half()
         module.on_train_batch_start = lambda batch, index: -1 if module.trainer.current_epoch < 2 else None
-        trainer = fit(module, pruner)
+        with pytest.warns(UserWarning, match="not all prunings came"):
+            trainer = fit(module, pruner)
         assert trainer.global_step == 2 * BATCHES
         assert pruner.current_round() == 1
 
@@ -83,7 +84,8 @@ class TestWhatPrunesNothing:
         trainer = fit(module, pruner)
         module.on_train_batch_start = lambda batch, index: -1 if trainer.current_epoch == 4 else None
         trainer.fit_loop.max_epochs = 6
-        trainer.fit(module, loader())
+        with pytest.warns(UserWarning, match="nothing was pruned.* Give max_epochs=7 or more"):
+            trainer.fit(module, loader())
         assert trainer.global_step == 5 * BATCHES
         assert pruner.current_round() == 0
         assert pruner.remaining == 0.5

@@ -154,7 +154,8 @@ class TestCounting:
                     super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
         pruner = half(every_n_steps=2)
-        trainer = fit(Skipping(), pruner, max_epochs=1, train=loader(64))  # 8 batches, 4 steps
+        with pytest.warns(UserWarning, match=r"2 of 3 prunings, since max_epochs=1 .* All prunings take 7 steps"):
+            trainer = fit(Skipping(), pruner, max_epochs=1, train=loader(64))  # 8 batches, 4 steps
         assert trainer.global_step == 8
         assert steps_of(pruner) == [(0, 1), (2, 3)]
 
