@@ -161,8 +161,9 @@ def _is_met(options: Options, state: PruningState) -> bool:
 def _cause(state: PruningState, trainer: Trainer, stepless: int) -> Cause:
     """What ended training; ``stepless``: the batches of the last round, if it had no optimizer step."""
     unit, epoch = state.plan.unit, trainer.current_epoch - 1
-    if state.stop is not None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    states = [getattr(getattr(callback, "session", None), "state", None) for callback in callbacks]
+    if any(isinstance(other, PruningState) and other.stop is not None for other in states):  # of any pruner here
         who = " or ".join(type(c).__name__ for c in callbacks if isinstance(c, RoundListener) and c.may_stop)
         cure = "Give more rounds, so that each takes less, or a larger target_remaining"
         return Cause(f"{who} ended training after round {state.round}", cure, wanted=True)
