@@ -77,7 +77,7 @@ def prunable_weights(
 
     By default those are the trainable parameters of two or more dimensions whose own name contains "weight", embeddings
     and the magnitudes of weight norm left out; a parametrized tensor goes by the parametrized name, a tied one is
-    prunable if any of its owners is.
+    prunable if any of its owners is. What is trained is told by ``requires_grad``, unless ``untrained`` is given.
 
     Args:
         module: The model.

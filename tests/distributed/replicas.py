@@ -31,6 +31,17 @@ class Perturb(Callback):
             pl_module.net[2].weight.data[3, 1] += 1e-6
 
 
+class Miss(Callback):
+    """One rank has not seen the gradient of a weight in the round."""
+
+    def __init__(self, rank, pruner):
+        self.rank, self.pruner = rank, pruner
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            self.pruner.session.state.trained.remove("net.2.weight")
+
+
 def data():
     torch.manual_seed(2)
     return DataLoader(TensorDataset(torch.randn(16, 6), torch.randn(16, 2)), batch_size=8)
@@ -82,6 +93,9 @@ def agreeing(rank, folder):
         found["error"] = str(error)
     found["masks after the error"] = callback.masks
     found["momenta after the error"] = len(run.optimizers[0].state)
+    module, callback = small(), half()
+    trainer(folder, callbacks=[Miss(1, callback), callback], devices=2, strategy="ddp").fit(module, data())
+    found["rank 1 misses a gradient"] = {name: int(mask.sum()) for name, mask in callback.masks.items()}
     found["rank 1 decides otherwise"] = deciding(folder, otherwise=rank == 1, devices=2, strategy="ddp")
     return found
 

@@ -1,5 +1,6 @@
 """What each rank does in `test_sharding.py`, and the same without sharding."""
 
+import copy
 import os
 
 import helpers
@@ -147,6 +148,7 @@ def everything(rank, folder):
         "decisions": decisions(),
         "resumed": {full: resumed(folder / str(full), full) for full in (False, True)},
         "again": again(folder),
+        "following": following(folder, True),
         "refusals": refusals(folder),
     }
 
@@ -180,6 +182,32 @@ def again(folder):
         run = trainer(folder, callbacks=[callback], **strategy(True, max_epochs=2))
         run.fit(module, data(), data())
     return [record.remaining for record in callback.history]
+
+
+class Following(Net):
+    """A copy of the network follows it, sharded as it is."""
+
+    def __init__(self, sharded):
+        super().__init__(sharded)
+        self.momentum = copy.deepcopy(self.net).requires_grad_(False)
+
+    def configure_model(self):
+        super().configure_model()
+        if self.sharded and not isinstance(self.momentum, FSDPModule):
+            fully_shard(self.momentum, mesh=self.device_mesh["data_parallel"])
+
+    def optimizer_step(self, *arguments, **options):
+        super().optimizer_step(*arguments, **options)
+        with torch.no_grad():
+            for slow, fast in zip(self.momentum.parameters(), self.net.parameters(), strict=True):
+                slow.mul_(0.5).add_(fast, alpha=0.5)
+
+
+def following(folder, sharded):
+    """Masks and weights of a run with a momentum encoder in the module."""
+    module, callback = Following(sharded), helpers.half()
+    trainer(folder, callbacks=[callback], **strategy(sharded, max_epochs=4)).fit(module, data(), data())
+    return {"masks": {name: whole(mask) for name, mask in callback.masks.items()}, "weights": whole_state(module)}
 
 
 def decisions():

@@ -42,6 +42,11 @@ def test_rank_0_decides_where_another_rank_decides_otherwise(ranks, tmp_path):
         }  # fmt: skip
 
 
+def test_a_gradient_that_one_rank_has_seen_counts_on_all(ranks):
+    for found in ranks:
+        assert found["rank 1 misses a gradient"] == {"net.0.weight": 14, "net.2.weight": 12, "net.4.weight": 3}
+
+
 def test_two_ranks_log_without_advice_on_sync_dist(ranks):
     assert any(found["warnings"] for found in ranks)  # of other matters
     assert [said for found in ranks for said in found["warnings"] if "sync_dist" in said] == []

@@ -46,6 +46,17 @@ def test_a_sharded_run_prunes_as_an_unsharded_one_does(ranks, tmp_path, case):
         assert (found["revived"], found["enforced"]) == (0, alone["enforced"])
 
 
+def test_a_sharded_momentum_encoder_shares_the_masks_of_what_it_follows(ranks, tmp_path):
+    alone = shards.following(tmp_path, False)
+    assert alone["masks"].keys() == {"net.0.weight", "net.4.weight", "net.6.weight", "net.8.weight"}
+    copied = {name.replace("net", "momentum"): mask for name, mask in alone["masks"].items()}
+    assert all(int(mask.sum()) < mask.numel() / 4 for mask in copied.values())
+    assert is_masked(alone["weights"], copied)
+    for found in (rank["following"] for rank in ranks):
+        same(found["masks"], alone["masks"])
+        same(found["weights"], alone["weights"])
+
+
 def test_sharded_clipping_leaves_pruned_weights_out_of_the_norm(ranks, tmp_path):
     alone = shards.fit(tmp_path, False, shards.RESUMED, **shards.CLIPPED)
     assert alone["remaining"] < 0.5

@@ -14,7 +14,7 @@ from lightning_sap.engine.copies import averaged_copies, followers
 from lightning_sap.engine.masks import MaskSet, zero_
 from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.functional.fingerprint import fingerprints
-from lightning_sap.sharding import is_sharded, local, placed_like
+from lightning_sap.sharding import is_sharded, local, placed_like, whole
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.session import PruningSession
@@ -70,6 +70,11 @@ def mask_(session: PruningSession, masks: MaskSet) -> None:
 
 
 def _bits(weights: Mapping[str, PrunableWeight]) -> dict[str, int]:
-    """The fingerprints of those that are not sharded."""
-    plain = {name: w.parameter.detach() for name, w in weights.items() if not is_sharded(w.parameter)}
-    return dict(zip(plain, fingerprints(list(plain.values())), strict=True))
+    """Their fingerprints, of sharded ones those of all rows; a collective where weights are sharded."""
+    tensors = {name: weight.parameter.detach() for name, weight in weights.items()}
+    plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
+    found = dict(zip(plain, fingerprints(list(plain.values())), strict=True))
+    for name, tensor in tensors.items():
+        if name not in plain:  # one after the other: only one is ever whole
+            found[name] = fingerprints([whole(tensor)])[0]
+    return found

@@ -54,8 +54,8 @@ class Options:
         target_remaining: Fraction of the prunable weights that survives at the end, met exactly; None: no target.
         min_remaining: Fraction of its weights that every parameter keeps.
         include: Parameter-name globs, module types (in YAML by their dotted paths, such as ``torch.nn.Linear``) or
-            predicates ``(name, module, parameter) -> bool``: only what they match is prunable. None: the trainable
-            weights of two or more dimensions without embeddings.
+            predicates ``(name, module, parameter) -> bool``: only what they match is prunable. None: the trained
+            weights of two or more dimensions without embeddings. Trained is what an optimizer holds and has gradients.
         exclude: The same; what they match is not prunable.
         keep_zeros: Weights that are exactly zero when fit starts count as pruned.
         save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
