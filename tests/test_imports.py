@@ -84,7 +84,12 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/monitor/stopping",
     },
     "callbacks/monitor/curve": {"engine/measure", "callbacks/round_metrics"},
-    "callbacks/monitor/messages": {"rounds/history"},
+    "callbacks/monitor/messages": {
+        "rounds/history",
+        "rounds/phases",
+        "callbacks/monitor/callback",
+        "callbacks/monitor/stopping",
+    },
     "callbacks/monitor/meter": {
         "sharding",
         "functional/pqi",

@@ -120,5 +120,9 @@ class PrunerView(Protocol):
     def ends_round(self, trainer: Any) -> bool:
         """Whether the round ends with what has been trained now, as far as is planned."""
 
+    @property
+    def history(self) -> Sequence[RoundRecord]:
+        """The records of the rounds that ended."""
+
     def pqi_after_pruning(self) -> float | None:
         """Index right after the latest pruning, before retraining; at the start of training before the first."""

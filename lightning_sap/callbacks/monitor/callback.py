@@ -105,6 +105,7 @@ class PQIMonitor(RoundListener, Callback):
         """What a run must not lose, at its start."""
         self._curve, self._mode = Curve(self.monitor), MetricMode(self.monitor, self._mode.given)
         self._rule = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
+        self._missed: dict[int, dict[str, str]] = {}  # phase and reason of rounds that ended before it was there
 
     @property
     def phase(self) -> Phase:
@@ -221,36 +222,33 @@ class PQIMonitor(RoundListener, Callback):
             return GoOn()
         before, notes = (self.phase, self.verdict), {}
         if rule.detector.round < record.round:
-            sizes = {name: tensor.weight.numel() for name, tensor in pruner.tensors(pl_module).items()}
-            missed = rule.catch_up(event.history, record.round, sizes, self.monitor)
-            notes = {round: {"phase": phase, "reason": reason} for round, (phase, reason) in missed.items()}
+            self._catch_up(pruner, pl_module)
+            notes, self._missed = self._missed, {}
             metric = record.metrics.get(self.monitor or "")
             rule.update(*self._meter.evidence(trainer, pl_module, metric), record.round)
             notes[record.round] = {"phase": str(self.phase), "reason": self.reason}
-            self._say(trainer, record.round, before)
+            messages.tell_judgement(trainer, self, record.round, before)
         self._add_row(trainer, pl_module, record.last_epoch)
         if record.unit == "step":
             self._curve.note(record.metrics)
             log_now(trainer, self._values(trainer, pl_module))
-        return (
-            GoOn(notes=notes) if self.verdict is None else Stop(self.verdict.restore if self.restore else None, notes)
-        )
+        if self.verdict is None:
+            return GoOn(notes=notes)
+        return Stop(self.verdict.restore if self.restore else None, notes)
+
+    def _catch_up(self, pruner: PrunerView, module: LightningModule) -> None:
+        """Judge the rounds that ended before the monitor was there, for their records at the next round's end."""
+        sizes = {name: tensor.weight.numel() for name, tensor in pruner.tensors(module).items()}
+        missed = self._rule.catch_up(pruner.history, pruner.current_round(), sizes, self.monitor)
+        self._missed |= {round: {"phase": phase, "reason": reason} for round, (phase, reason) in missed.items()}
 
     def _phase_now(self, pruner: PrunerView, trainer: Trainer, module: LightningModule) -> Phase:
         """The phase; at the end of a round that is not judged yet, what it is going to be."""
         round = pruner.current_round()
         if self._rule.detector.round >= round or not pruner.ends_round(trainer):
             return self.phase
+        self._catch_up(pruner, module)
         return self._rule.preview(*self._meter.evidence(trainer, module, self._curve.metric(trainer, round)), round)
-
-    def _say(self, trainer: Trainer, round: int, before: tuple[Phase, Verdict | None]) -> None:
-        """Tell the user of a verdict or a new phase."""
-        if self.verdict != before[1]:
-            least = trainer.min_epochs or 0
-            more = f" Training goes on to min_epochs={least}." if trainer.current_epoch + 1 < least else ""
-            rank_zero_info(f"{self.name}: {self.verdict}{more}")
-        elif self.verbose and self.phase != before[0]:
-            rank_zero_info(f"{self.name}: {self.phase} after round {round}. {self.reason}")
 
     def on_run_end(self, trainer: Trainer, pl_module: LightningModule, history: Sequence[RoundRecord]) -> None:
         """Show what happened, now that the module holds what it is going to keep."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.rounds.history import RoundRecord
+
+if TYPE_CHECKING:
+    from lightning_sap.callbacks.monitor.callback import PQIMonitor
+    from lightning_sap.callbacks.monitor.stopping import Verdict
+    from lightning_sap.rounds.phases import Phase
 
 
 def warn_of_no_pruner(name: str, stop_on: str) -> None:
@@ -34,3 +42,13 @@ def tell_restored(name: str, record: RoundRecord) -> None:
         f"{name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights"
         f"{'' if record.path is None else f': {record.path}'}"
     )
+
+
+def tell_judgement(trainer: Trainer, monitor: PQIMonitor, round: int, before: tuple[Phase, Verdict | None]) -> None:
+    """Tell the user of a verdict or a new phase."""
+    if monitor.verdict != before[1]:
+        least = trainer.min_epochs or 0
+        more = f" Training goes on to min_epochs={least}." if trainer.current_epoch + 1 < least else ""
+        rank_zero_info(f"{monitor.name}: {monitor.verdict}{more}")
+    elif monitor.verbose and monitor.phase != before[0]:
+        rank_zero_info(f"{monitor.name}: {monitor.phase} after round {round}. {monitor.reason}")

@@ -171,7 +171,7 @@ class TestCollapse:
         with pytest.warns(UserWarning, match="the module stays") as caught:
             found = run(tmp_path, pruner=pruner_of(save_rounds=2))
         assert [str(w.message) for w in caught if "module stays" in str(w.message)] == [
-            "pqi: the module stays as it is after round 5. Round 3 was not saved: give save_rounds=True (here 2)."
+            "sap: the module stays as it is after round 5. Round 3 was not saved: give save_rounds=True (here 2)."
         ]
         assert found.monitor.verdict == COLLAPSE
         assert holds(found, 5)

@@ -22,7 +22,8 @@ class TestNeighbours:
             mode="min",
             check_on_train_epoch_end=not at_validation_end,
         )
-        found = run(tmp_path, early, monitor=monitor_of(stop_on=None))
+        with pytest.warns(UserWarning, match="not all prunings came"):
+            found = run(tmp_path, early, monitor=monitor_of(stop_on=None))
         assert early.stopped_epoch == 5
         assert found.trainer.current_epoch == 6
         assert [r.phase for r in found.pruner.history] == ["regularization"] * 5 + ["collapse"]
@@ -38,7 +39,8 @@ class TestNeighbours:
         assert seen == ended == [0] * 11 + [2] * 5
 
     def test_an_early_stopping_of_ones_own_may_come_first(self, tmp_path):
-        found = run(tmp_path, EarlyStopping("val_acc", mode="max", patience=1))
+        with pytest.warns(UserWarning, match="not all prunings came"):
+            found = run(tmp_path, EarlyStopping("val_acc", mode="max", patience=1))
         assert found.trainer.current_epoch == 4  # the best was in epoch 2
         assert found.monitor.verdict is None
         assert holds(found, 3)

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from optimizers import REAL
 from stopping import Scripted, monitor_of, pruner_of
-from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -344,7 +343,7 @@ class TestUncountedSteps:
             optimizer.step()
 
         def configure_optimizers(self):
-            return SGD([nn.Parameter(self.net[0].bias.detach().clone())], lr=0.1)
+            return SGD(self.parameters(), lr=0.1)
 
     COUNTED = (
         "A step counts where step() of an optimizer from configure_optimizers is called, by Lightning or on "
