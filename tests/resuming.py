@@ -37,7 +37,7 @@ STEPS_OF_A_PRUNING = {
     "decide": "lightning_sap.callbacks.pruning.decisions.decide",
     "measure": "lightning_sap.callbacks.pruning.session.summary",
     "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
-    "mask": "lightning_sap.engine.masks.MaskSet.apply_",
+    "mask": "lightning_sap.callbacks.pruning.session.PruningSession._mask_",
     "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
     "warn": "lightning_sap.callbacks.pruning.messages.warn_of_empty_units",
 }

@@ -120,7 +120,7 @@ class PruningCallback(Callback):
         self.session.forget_fit()
         checks.check_strategy(trainer)
         compatibility.check_callbacks(trainer)
-        self._fit = Fit(weakref.ref(trainer), weakref.ref(pl_module), schedules_from=trainer.current_epoch)
+        self._fit = Fit(weakref.ref(trainer), weakref.ref(pl_module), waits=True, schedules_from=trainer.current_epoch)
         self._fit.enter(Event.FIT_IS_SET_UP)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,7 +151,7 @@ class PruningCallback(Callback):
             session.state.stop = None
         if not any(listener.may_take_back for listener in listeners):
             session.state.kept = None
-        fit.pending = None
+        fit.pending, fit.waits = None, False
         fit.enter(Event.TRAINING_STARTS)
         session.enforce()
         session.zero_kept_(session.state.masks)
@@ -394,7 +394,7 @@ class PruningCallback(Callback):
         if self._fit.pending is not None:  # it has not gone on yet
             return dict(self._fit.pending)
         packed = self.session.packed(training=self._fit.stage is Stage.TRAINING)
-        return {**packed, "waiting": self._fit.stage is Stage.WAITING}
+        return {**packed, "waiting": self._fit.waits}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the start of training; while it goes on, or outside of a Trainer, take it up at once.

@@ -25,6 +25,7 @@ class Fit:
         trainer: Weak reference to the Trainer of the latest fit.
         module: Weak reference to its module.
         stage: Where it stands.
+        waits: Whether it has not begun to train: a file that an exception writes then has nothing of it.
         schedules_from: Epoch at which its learning-rate schedules begin.
         pending: What a checkpoint brought, until training starts.
         hooks: Those on its optimizers.
@@ -36,6 +37,7 @@ class Fit:
     trainer: Callable[[], Trainer | None] = _nothing
     module: Callable[[], LightningModule | None] = _nothing
     stage: Stage = Stage.IDLE
+    waits: bool = False
     schedules_from: int = 0
     pending: dict[str, Any] | None = None
     hooks: list[RemovableHandle] = field(default_factory=list)

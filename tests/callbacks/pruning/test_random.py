@@ -224,10 +224,12 @@ def check(config):
 
 
 EMPTIED = pytest.mark.filterwarnings("ignore:sap. after pruning .* no weights")
+SHORT = pytest.mark.filterwarnings("ignore:.* the learning rate of a round is")  # rounds of an epoch, of long schedules
 
 
 @pytest.mark.slow
 @EMPTIED
+@SHORT
 @settings(max_examples=25)
 @given(configurations())
 def test_random_configuration_prunes_as_the_oracle_does(config):
@@ -236,6 +238,7 @@ def test_random_configuration_prunes_as_the_oracle_does(config):
 
 @pytest.mark.full
 @EMPTIED
+@SHORT
 @pytest.mark.timeout(600)
 @settings(max_examples=100)
 @given(configurations())
