@@ -21,7 +21,7 @@ SHORT = [
     Case("ddp", "steps-SGD-cosine", None, "step", 5),  # in the middle of a round of two steps
     Case("ddp", "steps-AdamW-linear", "init", "step", 8),  # at a round's last step
     Case("fsdp2", "steps-SGD-cosine", "init", "step", 7),
-    Case("fsdp2", "steps-AdamW-linear", None, "step", 12),
+    Case("fsdp2", "steps-AdamW-linear", None, "step", 10),
     Case("fsdp2", ADAMW, 1, "validation-end", 3),
     Case("fsdp2", SGD, "init", "train-epoch-end", 1),
     Case("fsdp2", ADAMW, None, "step", 8),
