@@ -80,6 +80,12 @@ class TestTarget:
             [], ["sap: 50.00% of 72 weights remain after 1 of 3 prunings; target_remaining=0.5 is met."],
         )  # fmt: skip
 
+    def test_a_target_that_rounded_floors_miss_by_a_weight_is_told_as_it_is(self, caplog):
+        """19 of 72 weights; floors of 13 of 48 and 7 of 24 keep 20."""
+        assert said(caplog, lambda: fit(Net(), half(target_remaining=0.26, min_remaining=0.26))) == (
+            [], ["sap: 27.78% of 72 weights remain after 3 prunings."],
+        )  # fmt: skip
+
     def test_sharpness_aware_minimization_by_two_calls_meets_its_target(self, caplog):
         class ByHand(Net):
             automatic_optimization = False
@@ -204,11 +210,24 @@ class TestVerdict:
         run = partial(fit, Scripted(), pruner, monitor_of(), val=loader(), max_epochs=8, default_root_dir=tmp_path)
         warned, told = said(caplog, run)
         assert warned == [
-            "sap: target_remaining=0.1 is missed: 34.72% of 72 weights remain, those of round 3, which was put back, "
-            "since PQIMonitor ended training after round 5. Give more rounds, so that each takes less, or a larger "
-            "target_remaining."
+            "sap: target_remaining=0.1 is missed: 34.72% of 72 weights remain, those of round 3, which was put "
+            "back, since PQIMonitor ended training after round 5. Give more rounds, so that each takes less, or a "
+            "larger target_remaining."
         ]
         assert told == []
+
+    def test_a_verdict_on_the_last_round_that_misses_a_target_is_warned_of(self, tmp_path, caplog):
+        """All prunings came, and the target was met, until a denser round was put back."""
+        pruner = pruner_of(target_remaining=0.2)
+        run = partial(fit, Scripted(), pruner, monitor_of(), val=loader(), max_epochs=6, default_root_dir=tmp_path)
+        warned = said(caplog, run)[0]
+        left = pruner.history.restored.remaining
+        assert left > 0.2
+        assert warned == [
+            f"sap: target_remaining=0.2 is missed: {left:.2%} of 72 weights remain, those of round 3, which was put "
+            "back, since PQIMonitor ended training after round 5. Give more rounds, so that each takes less, or a "
+            "larger target_remaining."
+        ]
 
     def test_a_listener_of_ones_own_that_stops_was_asked_for(self, caplog):
         class Enough(RoundListener, Callback):
@@ -361,6 +380,13 @@ class TestUncountedSteps:
         assert said(caplog, lambda: fit(self.Own(), pruner, max_epochs=1, limit_train_batches=1.0))[0] == [
             "sap: no optimizer step was seen in the 3 batches of round 0, and a round without one is not pruned. "
             f"{self.COUNTED}"
+        ]
+
+    def test_a_stop_before_the_end_of_a_round_without_steps_tells_of_the_steps(self, caplog):
+        pruner = half(every_n_epochs=4)
+        assert said(caplog, lambda: fit(self.Own(), pruner, should_stop(1), max_epochs=8))[0] == [
+            "sap: nothing was pruned: 100.00% of 72 weights remain after 0 of 1 pruning, since no optimizer step was "
+            f"seen in 6 batches. {self.COUNTED}"
         ]
 
     def test_a_target_that_is_missed_as_steps_come_to_an_end_is_warned_of_with_that_cause(self, caplog):
