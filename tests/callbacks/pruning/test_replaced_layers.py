@@ -228,6 +228,22 @@ def test_a_round_taken_back_leaves_a_replaced_layer_and_its_mask_as_they_are():
     assert all_masked_are_zero(module.trainer, module)
 
 
+def test_a_layer_replaced_in_the_round_that_is_taken_back_stays_dense():
+    class Unsound(RoundListener, Callback):
+        may_take_back = True
+
+        def on_round_end(self, trainer, pl_module, event):
+            return TakeBack() if event.record.round == 2 else GoOn()
+
+    module, pruner, seen = Net(), half(), []
+    look = Watch(on_train_batch_start=lambda t, m: seen.append((survivors(pruner), int((m.net[0].weight != 0).sum()))))
+    change = at("on_train_batch_end", 2, replace_first, hold)
+    with pytest.warns(UserWarning, match=r"these were replaced"):
+        fit(module, change, pruner, Unsound(), look)
+    # net.3 is back at the 12 of round 1, and pruned from there
+    assert seen[3 * BATCHES] == ({"net.0.weight": 48, "net.3.weight": 6}, 48)
+
+
 @pytest.mark.parametrize("steps", [2, 5])
 def test_resume_after_a_replacement_equals_the_unbroken_run(tmp_path, steps):
     def run(*callbacks, **options):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from functools import partial
 
 import pytest
@@ -236,6 +237,12 @@ COPIES = {
 }
 
 
+def disturb(part):
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.add_(0.01)
+
+
 def copy_of(module):
     """The parameters of the copy by the names that they have in the network."""
     copied_part = getattr(module.copy, "module", module.copy)
@@ -319,16 +326,76 @@ class TestCopies:
         assert pruner.masks.keys() == NET.keys()
         assert module.copy.module[0].weight.all()
 
-    def test_a_copy_that_did_not_start_as_one_is_warned_of_once(self, recwarn):
+    def test_an_average_alone_is_refused_with_the_reason(self):
+        reason = r"Selected, but not prunable: 'copy\.module\.0\.weight' \(it is an average of others\)"
+        with pytest.raises(ValueError, match=reason):
+            fit(Keeping(AveragedModel, everything), half(include="copy.*0.weight"))
+
+    @pytest.mark.parametrize("kind", ["AveragedModel", "momentum encoder"])
+    def test_a_copy_that_someone_writes_is_masked_after_the_next_step(self, kind):
+        module, pruner, clean = Keeping(COPIES[kind]), half(), []
+
+        def look(trainer, module):
+            clean.append(is_masked(copy_of(module), {n: m for n, m in pruner.masks.items() if n in NET}))
+
+        noise = Watch(on_train_batch_start=lambda t, m: disturb(m.copy))
+        fit(module, noise, pruner, Watch(on_train_batch_end=look))
+        assert clean == [True] * 12
+
+    def test_a_copy_that_someone_writes_is_masked_after_a_resume_in_mid_round(self, tmp_path):
+        def run(*callbacks, **options):
+            module, pruner = Keeping(momentum_encoder), half()
+            fit(module, *callbacks, pruner, train=DataLoader(Alike(2), 8), **options)
+
+        def kill(trainer, module):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "killed.ckpt")
+                crash()
+
+        clean = []
+        with pytest.raises(Crash):
+            run(Watch(on_train_batch_end=kill))
+        noise = Watch(
+            on_train_batch_start=lambda t, m: disturb(m.copy),
+            on_train_batch_end=lambda t, m: clean.append(int((m.copy[0].weight != 0).sum())),
+        )
+        run(noise, ckpt_path=tmp_path / "killed.ckpt")
+        assert clean == [12] + [6] * 3  # the rest of round 2, and round 3
+
+    def test_a_copy_that_did_not_start_as_one_is_warned_of_once(self):
         module = Keeping(lambda network: copy.deepcopy(network).requires_grad_(False))
         with torch.no_grad():
             module.copy[0].weight.add_(0.1)
-        fit(module, half())
-        said = [str(warning.message) for warning in recwarn if "change without a gradient" in str(warning.message)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module, half())
+        said = [str(warning.message) for warning in caught if "change without a gradient" in str(warning.message)]
         assert len(said) == 1
         assert said[0].startswith("sap: these weights change without a gradient: copy.0.weight. They stay dense.")
         assert module.copy[0].weight.all()
         assert int((module.copy[2].weight != 0).sum()) == 3
+
+
+class Silent:
+    """Gradient descent that Lightning takes for an optimizer, and that calls no hook of PyTorch."""
+
+    def __init__(self, parameters):
+        self.param_groups, self.state, self.defaults = [{"params": list(parameters), "lr": 0.1}], {}, {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        """It keeps nothing."""
+
+    def step(self, closure=None):
+        closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(0.1 * parameter.grad)
+
+    def zero_grad(self, *_, **__):
+        """The module does."""
 
 
 class TestOptimizers:
@@ -385,6 +452,27 @@ class TestOptimizers:
         module = Net(optimizer=lambda p: SGD(list(p)[3:4], lr=0.1))  # a bias
         with pytest.raises(ValueError, match=r"Selected, but not prunable: 'net\.0\.weight' \(it is in no optimizer\)"):
             fit(module, half())
+
+    @pytest.mark.filterwarnings("ignore:sap. .*prun")  # that nothing was pruned
+    def test_where_nothing_prunable_has_a_gradient_nothing_is_pruned(self):
+        module, pruner = Distilled(everything), half(include="teacher.*")
+        before = copied(module.teacher.state_dict())
+        fit(module, pruner, train=points())
+        assert pruner.remaining == 1.0
+        assert same(module.teacher.state_dict(), before)
+
+    def test_an_optimizer_that_tells_of_no_step_prunes_what_is_not_frozen(self):
+        class ByHand(Net):
+            automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                self.loss(batch).backward()  # no hook of Lightning either
+                self.optimizers().step()
+                self.zero_grad()
+
+        module, pruner = ByHand(optimizer=Silent), half()
+        fit(module, pruner)
+        assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
 
 
 class TestRounds:
