@@ -26,6 +26,7 @@ from lightning_sap.policies.importance import Magnitude
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
+from lightning_sap.rounds.search import Tolerance
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "Standing",
     "Stop",
     "TakeBack",
+    "Tolerance",
     "gini_index",
     "pq_index",
     "prune_count",

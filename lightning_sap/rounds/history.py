@@ -38,6 +38,10 @@ class RoundRecord:
         unit: What rounds are counted in: "epoch" or "step".
         regrown: Number of weights that came back at its end.
         taken_back: Whether the run went back to an earlier round at its end. ``pruned`` counts from that round's masks.
+        sound: Whether it kept the tolerance; None where there is none, or where that was not judged.
+        metric: The metric that it was judged by.
+        yardstick: What that was held against, when it was judged.
+        bound: The worst metric that was sound then.
     """
 
     round: int
@@ -63,6 +67,10 @@ class RoundRecord:
     unit: Literal["epoch", "step"] = "epoch"
     regrown: int | None = None
     taken_back: bool = False
+    sound: bool | None = None
+    metric: float | None = None
+    yardstick: float | None = None
+    bound: float | None = None
 
     def row(self) -> dict[str, Any]:
         """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``."""

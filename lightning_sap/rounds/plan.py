@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Unit = Literal["epoch", "step"]
+DENSE = 0.25  # share of a training that searches which its dense round takes
+SEARCH_ROUNDS = 16  # how many rounds follow it
 
 
 class Words(NamedTuple):
@@ -34,6 +36,7 @@ class RoundPlan:
         unit: What is counted: "epoch" or "step".
         schedules_from: Epoch at which the learning-rate schedules begin: before ``first`` where training goes on from a
             checkpoint that was not pruned.
+        dense: Epochs or steps of the first round, the dense one; None: as the others.
     """
 
     rounds: int | None
@@ -42,20 +45,31 @@ class RoundPlan:
     end: int | None = None
     unit: Unit = "epoch"
     schedules_from: int = field(default=0, repr=False)
+    dense: int | None = field(default=None, repr=False)
+
+    def planned(self, round: int) -> int:
+        """Epochs or steps after which a round is over, where a pruning follows."""
+        return self.length if round > 0 or self.dense is None else self.dense
+
+    @property
+    def needed(self) -> int:
+        """Epochs or steps up to the last pruning; without one, of the first round."""
+        return self.planned(0) + max(0, (self.rounds or 1) - 1) * self.length
 
     def is_over(self, round: int, elapsed: int) -> bool:
         """Whether a pruning follows a round that has lasted so long."""
-        return (self.rounds is None or round < self.rounds) and elapsed >= self.length
+        return (self.rounds is None or round < self.rounds) and elapsed >= self.planned(round)
 
     def length_of(self, round: int, start: int) -> int | None:
         """Epochs or steps of a round; the last one takes what is left over; None if its end is not known."""
         if self.rounds is None or round < self.rounds:
-            return self.length
+            return self.planned(round)
         return None if self.end is None else self.end - start
 
     def prunings_before(self, round: int, start: int, now: int) -> int:
         """How many prunings lie before a moment, for a round that starts at ``start`` and others as long after it."""
-        passed = round + max(0, now - start) // self.length
+        elapsed = max(0, now - start)
+        passed = round + max(0, elapsed - self.planned(round) + self.length) // self.length
         return passed if self.rounds is None else min(passed, self.rounds)
 
 
@@ -98,6 +112,51 @@ def plan_rounds(
     if rounds is None:
         rounds = left // (every or 1) - 1
     return RoundPlan(rounds, every or left // (rounds + 1), first, limit, unit)
+
+
+def plan_search(
+    limit: int | None,
+    rounds: int | None = None,
+    every: int | None = None,
+    first: int = 0,
+    unit: Unit = "epoch",
+    least: int = 1,
+) -> RoundPlan:
+    """Fit rounds into a training that searches: the first, dense one takes a quarter, the others are of equal length.
+
+    Args:
+        limit: Epochs or steps of training, counted from 0; None or -1: not known, all rounds are of equal length.
+        rounds: How many rounds follow the dense one; None: as many as fit.
+        every: Their length; None: as long as fits, or so that there are about sixteen.
+        first: The epoch or step that training starts with.
+        unit: What is counted.
+        least: Their least length, where ``every`` is None: from one validation to the next.
+
+    Raises:
+        ValueError: If what was asked for does not fit.
+
+    Example:
+        >>> plan = plan_search(80)
+        >>> plan.dense, plan.length, plan.rounds
+        (20, 4, 15)
+        >>> plan = plan_search(80, rounds=5, every=12)
+        >>> plan.dense, plan.length, plan.rounds
+        (20, 12, 5)
+    """
+    if limit is None or limit < 0 or rounds == 0:
+        return plan_rounds(limit, rounds, every, first, unit)
+    left = limit - first
+    if rounds is None and every is None and left < 2:
+        return RoundPlan(0, 1, first, limit, unit)
+    _check_fit(left, rounds, every, first, WORDS[unit])
+    quarter = max(1, round(left * DENSE))
+    if every is None:
+        room = left - quarter
+        every = max(1, room // rounds) if rounds else min(max(least, round(room / SEARCH_ROUNDS)), left - 1)
+    dense = min(max(quarter, every), left - (rounds or 1) * every)
+    if rounds is None:
+        rounds = (left - dense) // every
+    return RoundPlan(rounds, every, first, limit, unit, dense=dense)
 
 
 def _check_fit(left: int, rounds: int | None, every: int | None, first: int, words: Words) -> None:

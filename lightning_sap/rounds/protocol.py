@@ -22,11 +22,13 @@ class RoundEnd:
         record: The round as it was trained: its number, indices, remaining weights and metrics.
         history: The records of the rounds before it.
         taken_back: Whether another listener has taken it back.
+        sound: Whether it keeps the tolerance; True where there is none, or its metric is not known.
     """
 
     record: RoundRecord
     history: Sequence[RoundRecord]
     taken_back: bool = False
+    sound: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,17 @@ class GoOn:
     """Prune, and train the next round.
 
     Attributes:
-        scale: The policy's counts are multiplied by it; 0 prunes nothing.
+        scale: The policy's counts are multiplied by it; 0 prunes nothing, and leaves the weights as they are.
         keep: Whether the round is one to go back to.
+        most: At most so many weights go; None: no limit.
+        last: Whether the next round is the last one, and takes all the training that is left.
         notes: Fields for the records of rounds.
     """
 
     scale: float = 1.0
     keep: bool = True
+    most: int | None = None
+    last: bool = False
     notes: Notes = field(default_factory=dict)
 
 
@@ -62,11 +68,15 @@ class TakeBack:
     """Put back the weights, buffers and masks of the latest round that was kept, prune them anew, and go on.
 
     Attributes:
-        scale: The policy's counts are multiplied by it; 0 prunes nothing.
+        scale: The policy's counts are multiplied by it; 0 prunes nothing, and leaves the weights as they were kept.
+        most: At most so many weights go; None: no limit.
+        last: Whether the next round is the last one, and takes all the training that is left.
         notes: Fields for the records of rounds.
     """
 
     scale: float = 1.0
+    most: int | None = None
+    last: bool = False
     notes: Notes = field(default_factory=dict)
 
 

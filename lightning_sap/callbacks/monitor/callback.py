@@ -218,7 +218,7 @@ class PQIMonitor(RoundListener, Callback):
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule, event: RoundEnd) -> Answer:
         """Tell the phase at the end of a round, once, and stop if there is a verdict."""
         pruner, rule, record = leader(trainer), self._rule, event.record
-        if pruner is None or event.taken_back:
+        if pruner is None or event.taken_back or not event.sound:
             return GoOn()
         before, notes = (self.phase, self.verdict), {}
         if rule.detector.round < record.round:

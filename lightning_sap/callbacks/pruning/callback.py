@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, planning
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, planning, tolerance
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
@@ -174,6 +175,8 @@ class PruningCallback(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if a round ended; catch up with the schedules if the last epoch was cut short."""
         self._advance(trainer, pl_module, trainer.current_epoch - 1)
+        if self.session.state.search is not None:
+            tolerance.check_logged(self.session, trainer)
         self.session.begin_epoch(trainer)
         self.session.schedules.advance_(trainer, self.session.state)
 
@@ -189,7 +192,7 @@ class PruningCallback(Callback):
         round = self.session.state.round
         self.session.advance(trainer, module, last_epoch, self._listeners(trainer), self._beside(trainer))
         if self.session.state.round > round and self.session.state.plan.unit == "step":
-            log_now(trainer, self._values())
+            log_now(trainer, self._values() | self._named(tolerance.values(self.session, trainer)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Pruned weights take no part in gradient clipping."""
@@ -233,7 +236,8 @@ class PruningCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            log_epoch(trainer, pl_module, self._values(), logger=False)
+            values = self._values() | self._named(tolerance.values(self.session, trainer))
+            log_epoch(trainer, pl_module, values, logger=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End and save the round that ends with the epoch: from a checkpoint of this hook Lightning resumes."""
@@ -243,11 +247,14 @@ class PruningCallback(Callback):
             self._fit.course.see_round(self.options, self.session.state)
             if self.session.state.steps > 0:
                 self.session.end_round(trainer, pl_module, trainer.current_epoch, self._listeners(trainer))
+        log_epoch(trainer, pl_module, self._named(tolerance.values(self.session, trainer)), logger=True)
 
     def _values(self) -> dict[str, float]:
-        state, name = self.session.state, self.options.name
-        values = {"round": state.round, "remaining": self.remaining, "pruned": state.count}
-        return {f"{name}/{key}": float(value) for key, value in values.items()}
+        state = self.session.state
+        return self._named({"round": state.round, "remaining": self.remaining, "pruned": state.count})
+
+    def _named(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.options.name}/{key}": float(value) for key, value in values.items()}
 
     # -- a fit ends ---------------------------------------------------------------------------------------------------
 
@@ -255,7 +262,7 @@ class PruningCallback(Callback):
         """Close the last round."""
         session = self.session
         session.hold(pl_module)
-        if session.state.steps > 0 and session.state.plan.rounds != 0 and not _of_kind(trainer, RoundListener):
+        if session.state.steps > 0 and session.state.plan.rounds != 0 and not self._listeners(trainer):
             checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
         self._fit.course.end(session.state, trainer)
@@ -286,7 +293,7 @@ class PruningCallback(Callback):
     def _put_back(self) -> None:
         """Restore the round that a listener asked for, now that no callback writes any more."""
         stop = self.session.state.stop
-        if stop is None or stop.restore is None:
+        if stop is None or stop.restore is None or self.session.state.search is not None:
             return
         try:
             self.restore_round(stop.restore)
@@ -370,7 +377,8 @@ class PruningCallback(Callback):
 
     def _listeners(self, trainer: Trainer) -> list[RoundListener]:
         """Those that hear of the rounds of this callback, where they count."""
-        return _of_kind(trainer, RoundListener) if self.prunes() and self._leads(trainer) else []
+        others = _of_kind(trainer, RoundListener) if self.prunes() and self._leads(trainer) else []
+        return [*tolerance.searcher(self.session), *others]
 
     def _beside(self, trainer: Trainer) -> list[PruningSession]:
         """The runs of the other callbacks that prune."""

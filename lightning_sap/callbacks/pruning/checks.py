@@ -88,17 +88,17 @@ def check_disjoint(options: Options, trainer: Trainer) -> None:
 
 def check_plan(options: Options, plan: RoundPlan, steps_of_epoch: int | None) -> None:
     """Raise if an option does not fit the rounds."""
-    k, epochs = options.snapshot_epoch, plan.length
+    k, epochs = options.snapshot_epoch, plan.planned(0)
     if plan.unit == "step":
-        epochs = plan.length // steps_of_epoch if steps_of_epoch else 0
+        epochs = plan.planned(0) // steps_of_epoch if steps_of_epoch else 0
     if k is not None and plan.rounds != 0 and k > epochs:
         known = plan.unit == "epoch" or steps_of_epoch
         raise ValueError(
             f"rewind_weights={k} lies beyond the first round, which has {epochs} epochs; give at most {epochs}, or a "
             f"longer round with {WORDS[plan.unit].every}."
             if known
-            else f"rewind_weights={k} counts epochs, and how many of them a round of {plan.length} steps takes is not "
-            "known beforehand; give rewind_weights='init', or rounds in epochs."
+            else f"rewind_weights={k} counts epochs, and how many of them a round of {plan.planned(0)} steps takes is "
+            "not known beforehand; give rewind_weights='init', or rounds in epochs."
         )
     if options.target_remaining is not None and not plan.rounds:
         number = "not known beforehand" if plan.rounds is None else "0"

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sap.callbacks.pruning import messages
+from lightning_sap.callbacks.pruning import messages, tolerance
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -91,7 +91,7 @@ class Course:
         rounds, done = state.plan.rounds, state.round
         lost = int(done == 0) if rounds is None else rounds - done - self.foreseen
         elapsed = state.elapsed(trainer.current_epoch) if state.plan.unit == "epoch" else self.batches
-        stepless = self.batches if not self.stepped or elapsed >= state.plan.length else 0
+        stepless = self.batches if not self.stepped or elapsed >= state.plan.planned(state.round) else 0
         cut = lost > 0 and not (stepless and self.warned)
         self.ending = Ending(rounds, done, _cause(state, trainer, stepless), cut)
 
@@ -101,6 +101,9 @@ class Course:
         if ending is None:  # nothing was trained
             return
         (why, cure, wanted), target = ending.cause, options.target_remaining
+        if state.search is not None:
+            tolerance.tell(options, state, why, cure, cut=ending.cut and not wanted)
+            return
         held = next((record.round for record in state.history if record.restored and wanted), None)
         reached = _reached(ending, state, held)
         say: Callable[[str], None] = rank_zero_info

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -32,7 +32,8 @@ def ask(
     answers: list[Answer] = []
     for listener in sorted(listeners, key=lambda listener: not listener.may_take_back):
         taken_back = any(isinstance(answer, TakeBack) for answer in answers)
-        answers.append(listener.on_round_end(trainer, module, replace(event, taken_back=taken_back)))
+        sound = all(_note(answer, event.record.round).get("sound") is not False for answer in answers)
+        answers.append(listener.on_round_end(trainer, module, replace(event, taken_back=taken_back, sound=sound)))
     answers = trainer.strategy.broadcast(answers) if listeners else []
     checks.check_answers(answers, can_go_back)
     answers = sorted([*answers, GoOn()], key=lambda answer: (TakeBack, Stop, GoOn).index(type(answer)))
@@ -40,7 +41,15 @@ def ask(
     return replace(answers[0], notes=notes)
 
 
-def decide_next(session: PruningSession, trainer: Trainer, module: LightningModule, scale: float) -> Decision:
+def _note(answer: object, round: int) -> Mapping[str, Any]:
+    """What an answer, of any kind, notes of a round."""
+    notes: Mapping[int, Mapping[str, Any]] = getattr(answer, "notes", {})
+    return notes.get(round, {})
+
+
+def decide_next(
+    session: PruningSession, trainer: Trainer, module: LightningModule, answer: GoOn | TakeBack
+) -> Decision:
     """What the next pruning does; nothing is changed; a collective."""
     options, state = session.options, session.state
     checks.check_disjoint(options, trainer)
@@ -50,12 +59,15 @@ def decide_next(session: PruningSession, trainer: Trainer, module: LightningModu
     trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     sizes = {name: tensor.weight.numel() for name, tensor in trained.items()}
     kept = sum(count for name, count in state.masks.survivors.items() if name in trained)
+    limits = options.limits(sizes, kept, state.prunings_left(), _target(session, frozen))
+    if answer.most is not None:
+        limits = limits._replace(most=answer.most if limits.most is None else min(answer.most, limits.most))
     decision = decide(
         trained,
-        policy=options.policy.scaled(scale),
-        scope=options.scope,
+        policy=options.policy.scaled(answer.scale),
+        scope=options.group,
         round=state.round + 1,
-        limits=options.limits(sizes, kept, state.prunings_left(), _target(session, frozen)),
+        limits=limits,
         history=list(state.history),
         metrics=session.metrics.of(trainer, state.round),
     )
@@ -68,7 +80,7 @@ def decide_next(session: PruningSession, trainer: Trainer, module: LightningModu
 def _target(session: PruningSession, frozen: Sequence[str]) -> int | None:
     """How many of the trained weights are kept at the end; None: that fraction of them, or no target."""
     options, masks = session.options, session.state.masks
-    if options.target_remaining is None or not frozen:
+    if options.target_remaining is None or options.tolerance is not None or not frozen:
         return None
     whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
     left = whole - sum(masks.survivors[name] for name in frozen)

@@ -19,6 +19,7 @@ from lightning_sap.functional.amount import ceil, floor
 from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
 from lightning_sap.policies.base import Importance, Policy, check_policy
 from lightning_sap.policies.importance import check_importance
+from lightning_sap.rounds.search import Tolerance
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
@@ -38,8 +39,12 @@ class Options:
 
     Args:
         scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
+            None: ``"layer"``, and beside a ``tolerance`` ``"global"``.
         importance: By which score weights are compared: ``"magnitude"``, or an object whose ``scores`` method gives the
             scores.
+        tolerance: Search for the sparsest network whose metric is at most so much worse than its yardstick: a
+            :class:`Tolerance`, such as ``Tolerance("val_acc", drop=0.01)``. Rounds that are worse are taken back, and
+            after fit the module holds the sparsest sound one. None: every round is pruned as the policy says.
         rounds: How many prunings. None: as many as ``every_n_epochs`` or ``every_n_steps`` allows, or 4 to 15 by the
             number of epochs; 0 only holds masks.
         every_n_epochs: Length of a round, in epochs; the last one takes what is left over. None: as long as fits.
@@ -71,8 +76,9 @@ class Options:
 
     policy: Policy
     _: KW_ONLY
-    scope: Scope = "layer"
+    scope: Scope | None = None
     importance: Importance | str = "magnitude"
+    tolerance: Tolerance | None = None
     rounds: int | None = None
     every_n_epochs: int | None = None
     every_n_steps: int | None = None
@@ -94,10 +100,13 @@ class Options:
         if self.dirpath is not None:
             object.__setattr__(self, "dirpath", str(self.dirpath))
         check_policy(self.policy)
-        check_scope(self.scope)
+        if self.scope is None:
+            object.__setattr__(self, "scope", "layer" if self.tolerance is None else "global")
+        check_scope(self.group)
         check_importance(self.importance)
         check_selection("include", self.include)
         check_selection("exclude", self.exclude)
+        self._check_tolerance()
         self._check_rounds()
         self._check_remaining()
         rewind, save = self.rewind_weights, self.save_rounds
@@ -108,6 +117,13 @@ class Options:
         fits = save is None or isinstance(save, bool) or is_whole(save, 1)
         _check(fits, "save_rounds", save, "None, True, False or a whole number of at least 1")
         _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
+
+    def _check_tolerance(self) -> None:
+        given = self.tolerance
+        if given is not None and not isinstance(given, Tolerance):
+            raise TypeError(f"tolerance must be None or a Tolerance such as Tolerance('val_acc'), got {given!r}.")
+        if given is not None and self.rounds == 0:
+            raise ValueError("rounds=0 only holds masks, and a tolerance searches. Leave one of them out.")
 
     def _check_rounds(self) -> None:
         for name, least in {"rounds": 0, "every_n_epochs": 1, "every_n_steps": 1}.items():
@@ -129,6 +145,11 @@ class Options:
                 f"min_remaining={least} is above target_remaining={target}: the target could not be reached. Lower "
                 "min_remaining or raise target_remaining."
             )
+
+    @property
+    def group(self) -> Scope:
+        """What forms a group."""
+        return self.scope or "layer"
 
     @property
     def snapshot_epoch(self) -> int | None:
@@ -159,6 +180,8 @@ class Options:
         Args: ``target``: how many survive at the end; None: that fraction of the sizes.
         """
         floors = self.floors(sizes)
+        if self.tolerance is not None:
+            return Limits(floors)
         if self.target_remaining is None or prunings_left is None or kept == 0:
             return Limits(floors)
         target = self.target(sizes) if target is None else target

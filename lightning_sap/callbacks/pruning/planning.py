@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from lightning.pytorch import Trainer
 
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schedules import end_in_epochs, steps_of_epochs
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.rounds.plan import RoundPlan, plan_rounds
+from lightning_sap.rounds.plan import RoundPlan, plan_rounds, plan_search
 
 
 def plan(trainer: Trainer, options: Options) -> RoundPlan:
@@ -18,21 +20,26 @@ def plan(trainer: Trainer, options: Options) -> RoundPlan:
     if options.every_n_steps is not None or not (limited or options.every_n_epochs or trainer.max_steps < 0):
         left = steps_left(trainer, 0)
         end = None if left is None else trainer.global_step + left
-        return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, unit="step")
+        if options.tolerance is not None:
+            return plan_search(end, options.rounds, options.every_n_steps, trainer.global_step, "step")
+        return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, "step")
     return _plan_in_epochs(trainer, options)
 
 
 def _plan_in_epochs(trainer: Trainer, options: Options) -> RoundPlan:
     """As many rounds as fit where ``max_steps`` ends training before ``max_epochs``."""
+    divide: Callable[..., RoundPlan] = plan_rounds
+    if options.tolerance is not None:  # each round has a validation where its length is free
+        divide = partial(plan_search, least=trainer.check_val_every_n_epoch or 1)
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
-    whole = plan_rounds(trainer.max_epochs, *wanted)
+    whole = divide(trainer.max_epochs, *wanted)
     end = end_in_epochs(trainer, trainer.current_epoch, trainer.global_step)
     if end is None or end < 0:
         return whole
-    if not whole.rounds or whole.first + whole.rounds * whole.length < end:
+    if not whole.rounds or whole.first + whole.needed < end:
         return whole if whole.end is None else replace(whole, end=end)
     try:
-        return plan_rounds(end, *wanted)
+        return divide(end, *wanted)
     except ValueError as error:
         raise ValueError(
             f"max_steps={trainer.max_steps} ends training in epoch {end - 1}; give more steps, or fewer or shorter "

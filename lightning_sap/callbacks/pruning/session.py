@@ -12,12 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning
+from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning, tolerance
 from lightning_sap.callbacks.pruning.decisions import ask, decide_next
+from lightning_sap.callbacks.pruning.kept import go_back_, hand_back_, keep_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
-from lightning_sap.callbacks.pruning.state import KeptRound, PruningState
+from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.pruning.trained import Subject, of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.groups import Memory, PrunableTensor
@@ -120,6 +121,7 @@ class PruningSession:
             copies=known,
         )
         checks.check_target(options, state, self.frozen(state))
+        state.search = tolerance.begin(options, state)
         self.state, self.metrics = state, RoundMetrics()
         averages.find_(self, module, of_kind(options, module))
 
@@ -224,10 +226,11 @@ class PruningSession:
         record = None
         if isinstance(answer, TakeBack):
             record = replace(self.record(trainer, self.measure(module), last_epoch), taken_back=True)
-            self.go_back_(trainer, module, beside)
+            go_back_(self, trainer, module, beside)
         elif keeps and not (isinstance(answer, GoOn) and not answer.keep):
-            state.kept = KeptRound(state.round, take_weights(module), state.masks)
-        decision = decide_next(self, trainer, module, 1.0 if isinstance(answer, Stop) else answer.scale)
+            keep_(self, trainer, module)
+        answer = GoOn() if isinstance(answer, Stop) else answer
+        decision = decide_next(self, trainer, module, answer)
         after = self.measure(module, decision.masks)
         seconds = time.perf_counter() - started
         record = replace(
@@ -240,7 +243,7 @@ class PruningSession:
         )
         messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
         # from here on things change
-        self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside))
+        self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside, rewinds=answer.scale > 0))
         self.schedules.rewind_()
         if self.options.reset_optimizer:
             self.schedules.forget_()
@@ -249,6 +252,8 @@ class PruningSession:
             self.zero_kept_(self.state.masks)  # weights that come back have no state from before
         self.zero_kept_(decision.masks)
         state = state.next_round(decision.masks, decision.count, after.overall, record, trainer.current_epoch)
+        if answer.last:
+            state.plan = replace(state.plan, rounds=state.round)
         if state.prunings_left() == 0:
             state.first_weights = None  # nothing goes back to them any more
         self.state = state
@@ -258,19 +263,20 @@ class PruningSession:
     def finish(
         self, trainer: Trainer, module: LightningModule, listeners: Sequence[RoundListener], beside: Beside
     ) -> None:
-        """End the last round, where it was trained; go back if it is taken back."""
-        if self.state.steps == 0:
+        """End the last round, where it was trained; go back if it is taken back, or another is the one to hand back."""
+        state = self.state
+        if state.steps == 0:
+            if tolerance.holds_another(state):
+                hand_back_(self, trainer, module, beside)
             return
         check_trained(self, trainer, module, is_over=True)
-        last_epoch, measure = max(self.state.first_epoch, trainer.current_epoch - 1), self.measure(module)
+        last_epoch, measure = max(state.first_epoch, trainer.current_epoch - 1), self.measure(module)
         self.end_round(trainer, module, last_epoch, listeners)  # unless it has ended as planned
         record = self.record(trainer, measure, last_epoch)
-        if isinstance(self.state.answer, TakeBack):
-            record = replace(record, taken_back=True)
-            self.go_back_(trainer, module, beside)
-        self.state.history.append(record)
-        if record.taken_back and self.state.kept is not None:
-            self.state.history.mark_restored(self.state.kept.round)
+        taken_back = isinstance(state.answer, TakeBack) or tolerance.holds_another(state)
+        state.history.append(replace(record, taken_back=taken_back))
+        if taken_back:
+            hand_back_(self, trainer, module, beside)
 
     def adopt(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Take up the state of a run that was over, and close its last round where that was not done."""
@@ -278,29 +284,22 @@ class PruningSession:
         if self.state.round not in [record.round for record in self.state.history]:
             self.finish(trainer, module, (), ())
 
-    def go_back_(self, trainer: Trainer, module: LightningModule, beside: Beside) -> None:
-        """Put back the weights, buffers and masks of the round that was kept."""
-        kept = self.state.kept
-        if kept is None:
-            raise RuntimeError("No round was kept to go back to.")
-        self.state.masks = kept.masks.matched(self.live())
-        self._change_(trainer, module, partial(self._restore_, module, kept.weights, beside))
-
     @staticmethod
     def _change_(trainer: Trainer, module: LightningModule, change_: Callable[[], None]) -> None:
         """Change the module, and its averaged copies."""
         change_()
         compatibility.in_averages_(trainer, module, change_)
 
-    def _restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Beside) -> None:
+    def restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Beside) -> None:
+        """Write weights and buffers into the module, under the masks in force."""
         restore_weights_(module, weights)
         for session in (*beside, self):  # what is pruned now stays pruned, returning weights start from zero
             session.enforce()
 
-    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Beside) -> None:
+    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Beside, *, rewinds: bool) -> None:
         """Rewind the weights, where there are some to go back to, and mask them."""
-        if self.state.first_weights is not None:
-            self._restore_(module, self.state.first_weights, beside)
+        if rewinds and self.state.first_weights is not None:
+            self.restore_(module, self.state.first_weights, beside)
         masks.apply_(self.live())
         averages.mask_(self, masks)
 

@@ -15,6 +15,7 @@ from lightning_sap.rewind import place_weights
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
+from lightning_sap.rounds.search import Search
 from lightning_sap.sharding import whole
 
 ANSWERS = {kind.__name__: kind for kind in (GoOn, Stop, TakeBack)}
@@ -22,11 +23,19 @@ ANSWERS = {kind.__name__: kind for kind in (GoOn, Stop, TakeBack)}
 
 @dataclass(frozen=True)
 class KeptRound:
-    """The latest round that can be gone back to: its number, its trained weights and buffers on the CPU, its masks."""
+    """The latest round that can be gone back to.
+
+    Attributes:
+        round: Its number.
+        weights: Its trained weights and buffers, on the CPU.
+        masks: Its masks.
+        averages: Weights and buffers of each averaged copy that another callback keeps, on the CPU.
+    """
 
     round: int
     weights: dict[str, Tensor]
     masks: MaskSet
+    averages: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -51,6 +60,7 @@ class PruningState:
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         kept: The latest round that can be gone back to; None where nothing may ask for it. It stays after training: the
             last round goes on if the run is resumed with a later end.
+        search: Where the search for the sparsest sound network stands; None: there is none.
         answer: What follows the round that has ended; None while it goes on.
         stop: The answer that ended training.
         history: The rounds that ended.
@@ -78,6 +88,7 @@ class PruningState:
     pqi_after_pruning: float | None = None
     first_weights: dict[str, Tensor] | None = None
     kept: KeptRound | None = None
+    search: Search | None = None
     answer: GoOn | Stop | TakeBack | None = None
     stop: Stop | None = None
     history: History = field(default_factory=History)
@@ -97,7 +108,8 @@ class PruningState:
             "trained": sorted(self.trained),
             "replaced": sorted(self.replaced),
             "first_weights": None if first is None else _whole(first),
-            "kept": kept and {"round": kept.round, "weights": _whole(kept.weights), "masks": kept.masks.pack()},
+            "kept": kept and _packed_round(kept),
+            "search": self.search and asdict(self.search),
             "answer": _packed_answer(self.answer),
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
@@ -127,7 +139,7 @@ class PruningState:
             state,
             masks=state.masks.like(weights),
             first_weights=None if first is None else place_weights(module, first),
-            kept=kept and KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights)),
+            kept=kept and _placed_round(kept, module, weights),
         )
 
     @classmethod
@@ -143,7 +155,8 @@ class PruningState:
                 "replaced": set(packed.get("replaced", ())),
                 "plan": RoundPlan(**packed["plan"]),
                 "history": History(RoundRecord(**record) for record in packed["history"]),
-                "kept": kept and KeptRound(kept["round"], kept["weights"], MaskSet.unpack(kept["masks"])),
+                "kept": kept and KeptRound(**{**kept, "masks": MaskSet.unpack(kept["masks"])}),
+                "search": Search(**packed["search"]) if packed.get("search") else None,
                 "answer": _unpacked_answer(packed.get("answer")),
                 "stop": _unpacked_answer(packed.get("stop")),
             }
@@ -172,12 +185,15 @@ class PruningState:
     def holding(self, history: History) -> PruningState:
         """The state of a run that is over, and only holds its masks."""
         plan = RoundPlan(0, 1)
-        return replace(self, plan=plan, history=history, note={}, first_weights=None, kept=None, answer=None, stop=None)
+        of_run: dict[str, Any] = dict.fromkeys(("first_weights", "kept", "search", "answer", "stop"))
+        return replace(self, plan=plan, history=history, note={}, **of_run)
 
     def reopen(self) -> None:
         """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
         closed = [record for record in self.history if record.round >= self.round]
-        if closed or not self.plan.is_over(self.round, self.plan.length):  # the last round has no pruning after it
+        if closed or not self.plan.is_over(
+            self.round, self.plan.planned(self.round)
+        ):  # the last round has no pruning after it
             self.answer = None
         if closed and (self.history.restored is None or closed[-1].taken_back):
             self.history = History(record for record in self.history if record.round < self.round)
@@ -200,7 +216,7 @@ class PruningState:
             now: Where training stands, if that is later than where the round would be over by its length.
         """
         left = 1 if self.plan.rounds is None else self.plan.rounds - self.round
-        over = max(self.start + self.plan.length, now or 0)
+        over = max(self.start + self.plan.planned(self.round), now or 0)
         return over + (left - 1) * self.plan.length + 1
 
     @property
@@ -238,6 +254,16 @@ class PruningState:
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def _packed_round(kept: KeptRound) -> dict[str, Any]:
+    averages = [_whole(average) for average in kept.averages]
+    return {"round": kept.round, "weights": _whole(kept.weights), "masks": kept.masks.pack(), "averages": averages}
+
+
+def _placed_round(kept: KeptRound, module: nn.Module, weights: Mapping[str, Tensor]) -> KeptRound:
+    averages = [place_weights(module, average) for average in kept.averages]
+    return KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights), averages)
 
 
 def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:

@@ -1,0 +1,50 @@
+"""The round that can be gone back to: how it is kept, and how the module gets it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_sap.callbacks.pruning import compatibility
+from lightning_sap.callbacks.pruning.state import KeptRound
+from lightning_sap.rewind import take_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_sap.callbacks.pruning.session import PruningSession
+
+
+def keep_(session: PruningSession, trainer: Trainer, module: LightningModule) -> None:
+    """Keep the round as it is now, with the averages that other callbacks make of it."""
+    averages: list[dict[str, Tensor]] = []
+    compatibility.in_averages_(trainer, module, lambda: averages.append(take_weights(module)))
+    state = session.state
+    state.kept = KeptRound(state.round, take_weights(module), state.masks, averages)
+
+
+def go_back_(
+    session: PruningSession, trainer: Trainer, module: LightningModule, beside: Sequence[PruningSession]
+) -> None:
+    """Put back the weights, buffers and masks of the round that was kept, in the averages those of its averages."""
+    kept = session.state.kept
+    if kept is None:
+        raise RuntimeError("No round was kept to go back to.")
+    session.state.masks = kept.masks.matched(session.live())
+    averages = iter(kept.averages)
+    session.restore_(module, kept.weights, beside)
+    compatibility.in_averages_(trainer, module, lambda: session.restore_(module, next(averages, kept.weights), beside))
+
+
+def hand_back_(
+    session: PruningSession, trainer: Trainer, module: LightningModule, beside: Sequence[PruningSession]
+) -> None:
+    """Training has ended: the module holds the round that was kept; where it was averaged, the average."""
+    go_back_(session, trainer, module, beside)
+    kept = session.state.kept
+    if kept is not None:
+        if kept.averages:
+            session.restore_(module, kept.averages[-1], beside)
+        session.state.history.mark_restored(kept.round)

@@ -1,0 +1,155 @@
+"""Carrying out a search: it is asked at the end of each round, and says at the end what it found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_sap.callbacks.pruning import messages
+from lightning_sap.rounds.protocol import Answer, RoundEnd, RoundListener
+from lightning_sap.rounds.search import Ended, Search, Tolerance
+
+if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.options import Options
+    from lightning_sap.callbacks.pruning.session import PruningSession
+    from lightning_sap.callbacks.pruning.state import PruningState
+
+
+class Searcher(RoundListener):
+    """Asked first at the end of a round: whether it keeps the tolerance, and what follows."""
+
+    may_take_back = True
+    may_stop = False
+
+    def __init__(self, session: PruningSession, tolerance: Tolerance) -> None:
+        self.session, self.tolerance = session, tolerance
+
+    def on_round_end(self, trainer: Any, pl_module: Any, event: RoundEnd) -> Answer:
+        """Judge the round by the metric of rank 0."""
+        session, search, record = self.session, self.session.state.search, event.record
+        if search is None:
+            raise RuntimeError("There is no search: the run of the checkpoint had no tolerance.")
+        metric = trainer.strategy.broadcast(record.metrics.get(self.tolerance.monitor))
+        check_logged(session, trainer)
+        if metric is None:
+            _warn_of_no_metric(session.options, self.tolerance, record.round)
+        own = search.own
+        weights = sum(session.state.masks.survivors.values())
+        answer = search.follow(self.tolerance, Ended(record.round, weights, metric, _passed(session.state)))
+        if search.own and not own:
+            _warn_of_reference(session.options, self.tolerance, search)
+        return answer
+
+
+def begin(options: Options, state: PruningState) -> Search | None:
+    """A search, where there is a tolerance and there are rounds."""
+    if options.tolerance is None or state.plan.rounds == 0:
+        return None
+    sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
+    target = 0 if options.target_remaining is None else options.target(sizes)
+    return Search(weights=sum(state.masks.survivors.values()), target=target)
+
+
+def searcher(session: PruningSession) -> list[RoundListener]:
+    """The listener that searches, if there is a tolerance."""
+    tolerance = session.options.tolerance
+    return [] if tolerance is None or session.state.search is None else [Searcher(session, tolerance)]
+
+
+def holds_another(state: PruningState) -> bool:
+    """Whether the sparsest sound network is not that of the round that ends now."""
+    search = state.search
+    return search is not None and state.kept is not None and search.best != state.round
+
+
+def values(session: PruningSession, trainer: Trainer) -> dict[str, float]:
+    """What is logged of the search: where it stands, and whether the network of the moment is sound."""
+    search, tolerance, state = session.state.search, session.options.tolerance, session.state
+    if search is None or tolerance is None:
+        return {}
+    sound = search.sound(tolerance, session.metrics.of(trainer, state.round).get(tolerance.monitor))
+    best = state.masks.remaining if search.best is None else search.weights / max(1, state.masks.total)
+    return {"scale": search.scale, "sound": float(sound is not False), "best_remaining": best}
+
+
+def check_logged(session: PruningSession, trainer: Trainer) -> None:
+    """Raise, once validation has run, if the metric is never logged."""
+    tolerance, metrics = session.options.tolerance, session.metrics
+    if tolerance is None or not (metrics.has_validated or not trainer.enable_validation):
+        return
+    known = metrics.known(trainer)
+    if tolerance.monitor not in known:
+        raise ValueError(
+            f"Tolerance(monitor={tolerance.monitor!r}): no such metric is logged; those logged are {sorted(known)}. "
+            f"Log it in validation: self.log({tolerance.monitor!r}, ...)."
+        )
+
+
+def _passed(state: PruningState) -> float | None:
+    """Share of the training that has passed with the round that ends now, as it is planned."""
+    plan = state.plan
+    if plan.end is None:
+        return None
+    return (state.start + plan.planned(state.round) - plan.first) / max(1, plan.end - plan.first)
+
+
+def _warn_of_no_metric(options: Options, tolerance: Tolerance, round: int) -> None:
+    rank_zero_warn(
+        f"{options.name}: in round {round} {tolerance.monitor!r} was not logged, so that it cannot be judged, and is "
+        "trained on under the same masks. Validate in each round: give longer rounds (every_n_epochs, every_n_steps), "
+        "or a smaller check_val_every_n_epoch or val_check_interval of the Trainer."
+    )
+
+
+def _warn_of_reference(options: Options, tolerance: Tolerance, search: Search) -> None:
+    rank_zero_warn(
+        f"{options.name}: half of the training is over, and {tolerance.monitor!r} of the dense network is "
+        f"{search.yardstick:.4g} at best, not within {tolerance.drop:g} of the reference {tolerance.reference:.4g}. "
+        f"From now on {search.yardstick:.4g} is the yardstick. Give more epochs, longer rounds (every_n_epochs), or "
+        "the reference of a network that was trained in the same way."
+    )
+
+
+def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: bool) -> None:
+    """Say what was found."""
+    tolerance, search = options.tolerance, state.search
+    if tolerance is None or search is None:
+        return
+    if search.best is None or search.metric is None or search.yardstick is None:
+        rank_zero_warn(
+            f"{options.name}: no round was sound, since {tolerance.monitor!r} was never finite; the module stays as it "
+            f"is: {state.masks.remaining:.2%} of {state.masks.total:,} weights."
+        )
+        return
+    back = sum(record.taken_back for record in state.history)
+    reached = (
+        f"{state.masks.remaining:.2%} of {state.masks.total:,} weights remain at {tolerance.monitor}="
+        f"{search.metric:.4g}, {against(tolerance, search)}; {back} of {messages.counted(len(state.history), 'round')} "
+        "taken back"
+    )
+    total = state.masks.total
+    if options.target_remaining is not None and search.weights > search.target:
+        rank_zero_warn(
+            f"{options.name}: target_remaining={options.target_remaining} is missed: {reached}. Give a larger drop, "
+            "more epochs, or longer rounds."
+        )
+    elif search.weights >= total:
+        rank_zero_warn(
+            f"{options.name}: no pruned network kept the tolerance, and the dense one is handed back: {reached}. Give "
+            f"a larger drop (now {tolerance.drop:g}), or longer rounds, in which a pruned network recovers."
+        )
+    elif cut and not search.over:
+        rank_zero_warn(f"{options.name}: the search was cut off: {reached}, since {why}. {cure}.")
+    else:
+        rank_zero_info(f"{options.name}: {reached}.")
+
+
+def against(tolerance: Tolerance, search: Search) -> str:
+    """How far the sparsest sound network is from the yardstick, in words."""
+    own, yardstick = search.own or tolerance.reference is None, search.held_against(tolerance) or 0.0
+    loss = tolerance.loss(yardstick, search.metric or 0.0)
+    side = "below" if (loss > 0) == (tolerance.better == "max") else "above"
+    what = f"the {'best sound round' if own else 'reference'} ({yardstick:.4g}; drop={tolerance.drop:g})"
+    return f"as good as {what}" if loss == 0 else f"{abs(loss):.2g} {side} {what}"
