@@ -28,7 +28,7 @@ FILES += [f"step/step={step}" for step in range(1, STEPS)]
 STATE = "lightning_sap/sap"
 STATE_KEYS = {
     "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
-    "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
+    "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "stop", "history", "metrics",
     "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
     "first_bits", "copies",
 }  # fmt: skip

@@ -189,6 +189,7 @@ ARROWS: dict[str, set[str]] = {
         "engine/masks",
         "engine/weights",
         "rounds/plan",
+        "rounds/search",
         "callbacks/pruning/options",
         "callbacks/pruning/state",
     },

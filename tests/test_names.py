@@ -24,8 +24,9 @@ from lightning_sap import (
 )
 
 COMMON = {
-    "scope": "layer",
+    "scope": None,
     "importance": "magnitude",
+    "tolerance": None,
     "rounds": None,
     "every_n_epochs": None,
     "every_n_steps": None,
@@ -83,7 +84,7 @@ class TestPublicNames:
 
     def test_public_arguments_of_the_callbacks(self):
         sap = {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9, **COMMON}
-        assert arguments(SAPCallback) == ({"p": 0.5, "q": 1.0}, sap)
+        assert arguments(SAPCallback) == ({"p": None, "q": None}, sap)
         assert arguments(PruningCallback) == ({"policy": REQUIRED}, COMMON)
 
     def test_public_arguments_of_the_monitor(self):
@@ -113,7 +114,8 @@ class TestPublicNames:
         assert [field.name for field in dataclasses.fields(RoundRecord)] == [
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
             "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
-            "restored", "first_step", "last_step", "unit", "regrown", "taken_back",
+            "restored", "first_step", "last_step", "unit", "regrown", "taken_back", "sound",
+            "metric", "yardstick", "bound",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}
@@ -156,7 +158,7 @@ class TestCheckpointKeys:
         state = states["lightning_sap/sap"]
         assert set(state) == {
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
-            "count", "pqi_after_pruning", "first_weights", "kept", "answer", "stop", "history", "metrics",
+            "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "stop", "history", "metrics",
             "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
             "first_bits", "copies",
         }  # fmt: skip

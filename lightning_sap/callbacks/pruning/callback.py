@@ -128,6 +128,7 @@ class PruningCallback(Callback):
         """Select the weights and remember schedules and optimizers, before a checkpoint restores them."""
         self.session.select(trainer, pl_module)
         checks.check_disjoint(self.options, trainer)
+        checks.check_tolerance(self.options, trainer)
         checks.check_restoring(self.options, self._listeners(trainer))
         self.session.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
 
@@ -267,6 +268,8 @@ class PruningCallback(Callback):
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
         self._fit.course.end(session.state, trainer)
         self._close(Event.TRAINING_ENDS)
+        if session.state.search is not None and self.history.restored is not None:
+            compatibility.save_last_again(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Whatever another callback put into the module at the end of training: the masks hold."""

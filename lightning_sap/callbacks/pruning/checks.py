@@ -153,6 +153,24 @@ def check_restoring(options: Options, listeners: Collection[RoundListener]) -> N
         )
 
 
+def check_tolerance(options: Options, trainer: Trainer) -> None:
+    """Raise if more than one callback may take rounds back: each would go back to weights that the other left."""
+    if options.tolerance is None:
+        return
+    others = [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if (isinstance(callback, RoundListener) and callback.may_take_back)
+        or (getattr(callback, "options", options) is not options and getattr(callback.options, "tolerance", None))
+    ]
+    if others:
+        raise ValueError(
+            f"{options.name} has a tolerance, and {type(others[0]).__name__} may take rounds back too: only one "
+            "callback of a Trainer can. Leave the tolerance out of one of them, or set may_take_back = False on the "
+            "listener."
+        )
+
+
 def check_answers(answers: Collection[object], can_go_back: bool) -> None:
     """Raise for what is no answer to the end of a round, and if there is no round to go back to."""
     for answer in answers:

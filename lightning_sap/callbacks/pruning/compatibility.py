@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,19 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
         callback.on_validation_epoch_start(trainer, module)
         change_()
         callback.on_validation_epoch_end(trainer, module)
+
+
+def save_last_again(trainer: Trainer) -> None:
+    """Write the latest file of each ModelCheckpoint anew: the module holds another round now; a collective.
+
+    That is its ``last.ckpt``, and without a ``monitor`` the file of the last epoch. What it chose by a metric stays.
+    """
+    for callback in of_kind(trainer, "ModelCheckpoint"):
+        latest = "" if callback.monitor else callback.best_model_path
+        for path in dict.fromkeys(filter(None, (callback.last_model_path, latest))):
+            if os.path.islink(path) and trainer.is_global_zero:
+                os.unlink(path)  # it points to a file that was chosen
+            trainer.save_checkpoint(path, callback.save_weights_only)
 
 
 def accumulation(trainer: Trainer) -> int | None:

@@ -12,6 +12,7 @@ from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
 from lightning_sap.rounds.plan import WORDS, RoundPlan
+from lightning_sap.rounds.search import Tolerance
 
 
 def announcement(
@@ -23,13 +24,26 @@ def announcement(
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
         f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
-        f"scope {options.scope}, weights {rewind}, {options.policy}",
+        f"{_dense(plan)}scope {options.scope}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
+        *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
         *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
     ]
     return "\n".join(lines)
+
+
+def _dense(plan: RoundPlan) -> str:
+    return "" if plan.dense in (None, plan.length) else f"the dense one {counted(plan.planned(0), plan.unit)}, "
+
+
+def _tolerated(tolerance: Tolerance) -> str:
+    """What a round is held against, in words."""
+    side, than = ("below", "larger") if tolerance.better == "max" else ("above", "smaller")
+    known = tolerance.reference
+    yardstick = "the best sound round" if known is None else f"the reference {known:.4g}"
+    return f"{tolerance.monitor}, better when {than}, at most {tolerance.drop:g} {side} {yardstick}"
 
 
 def tell_changes(options: Options, stored: Mapping[str, str]) -> None:

@@ -8,6 +8,8 @@ from lightning_sap.callbacks.pruning.callback import PruningCallback
 from lightning_sap.callbacks.pruning.options import takes_options
 from lightning_sap.policies.amounts import SparsityInformed
 
+PAPERS, SEARCHING = (0.5, 1.0), (1.0, 2.0)  # orders p and q; the latter chosen by benchmarks/tolerance.py
+
 
 @takes_options
 class SAPCallback(PruningCallback):
@@ -20,8 +22,9 @@ class SAPCallback(PruningCallback):
     options.
 
     Args:
-        p: Order of the smaller norm of the index, ``0 < p < q``.
-        q: Order of the larger norm.
+        p: Order of the smaller norm of the index, ``0 < p < q``. None: 0.5, the paper's.
+        q: Order of the larger norm. None: 1.0, the paper's. Beside a ``tolerance``, where neither is given, p is 1 and
+            q is 2: the search does better with them.
         eta_r: Slack in the bound on how many weights to keep, at least 0: the larger, the more is pruned.
         gamma: Scale of the amount, at least 0.
         beta: Largest fraction of a group pruned at once, in ``[0, 1)``.
@@ -41,12 +44,14 @@ class SAPCallback(PruningCallback):
 
     def __init__(
         self,
-        p: float = 0.5,
-        q: float = 1.0,
+        p: float | None = None,
+        q: float | None = None,
         *,
         eta_r: float = 0.0,
         gamma: float = 1.0,
         beta: float = 0.9,
         **options: Any,
     ) -> None:
+        orders = SEARCHING if p is None and q is None and options.get("tolerance") is not None else PAPERS
+        p, q = (default if given is None else given for given, default in zip((p, q), orders, strict=True))
         super().__init__(SparsityInformed(p, q, eta_r, gamma, beta), **options)

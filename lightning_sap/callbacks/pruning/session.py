@@ -139,6 +139,7 @@ class PruningSession:
             state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
             checks.check_target(options, state, self.frozen(state))
+        state.search = tolerance.resume(options, state)
         self.state = state
         messages.tell_changes(options, state.options)
         messages.warn_of_lost(options, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -50,6 +51,14 @@ def begin(options: Options, state: PruningState) -> Search | None:
     sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
     target = 0 if options.target_remaining is None else options.target(sizes)
     return Search(weights=sum(state.masks.survivors.values()), target=target)
+
+
+def resume(options: Options, state: PruningState) -> Search | None:
+    """The search of the checkpoint, with the target of now; where there was none, one that begins with this round."""
+    fresh = begin(options, state)
+    if fresh is None or state.search is None:
+        return fresh
+    return replace(state.search, target=fresh.target)
 
 
 def searcher(session: PruningSession) -> list[RoundListener]:

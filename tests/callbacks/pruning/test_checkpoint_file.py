@@ -41,7 +41,7 @@ class TestFile:
         state = file["callbacks"][STATE]
         assert set(state) == STATE_KEYS
         assert state["round"] == 4
-        plan = {"rounds": 5, "length": 1, "first": 0, "end": 6, "unit": "epoch", "schedules_from": 0}
+        plan = {"rounds": 5, "length": 1, "first": 0, "end": 6, "unit": "epoch", "schedules_from": 0, "dense": None}
         assert state["plan"] == plan
         assert same(state["first_weights"], copied(Net().state_dict()))
         assert [record["remaining"] for record in state["history"]] == [1.0, 0.5, 0.25, 0.125]

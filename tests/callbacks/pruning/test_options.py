@@ -397,6 +397,7 @@ class TestYAML:
             "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
             "scope": "global",
             "importance": "magnitude",
+            "tolerance": None,
             "rounds": 5,
             "every_n_epochs": 2,
             "every_n_steps": None,
