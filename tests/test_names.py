@@ -162,6 +162,8 @@ class TestCheckpointKeys:
             "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
             "first_bits", "copies",
         }  # fmt: skip
-        assert set(state["plan"]) == {"rounds", "length", "first", "end", "unit", "schedules_from"}
+        assert set(state["plan"]) == {
+            "rounds", "length", "first", "end", "unit", "schedules_from", "dense",
+        }  # fmt: skip
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}
         assert set(state["options"]) == {*COMMON, "policy"}
