@@ -133,6 +133,8 @@ class Search:
         scale: What the policy's counts are multiplied by.
         failed: Weights of the sparsest network that was not sound; None before there is one.
         tried: Further rounds that a near miss has had.
+        dense: Weights with which it began.
+        unjudged: Rounds whose metric was not logged.
         target: Weights at which the search is over, where they are sound; 0: there is no target.
         own: Whether the reference was given up for the best dense round.
         started: Whether anything was pruned.
@@ -146,6 +148,8 @@ class Search:
     scale: float = 1.0
     failed: int | None = None
     tried: int = 0
+    dense: int = 0
+    unjudged: int = 0
     target: int = 0
     own: bool = False
     started: bool = False
@@ -167,6 +171,7 @@ class Search:
         rule = rule or RULE
         sound = self.sound(tolerance, ended.metric)
         if sound is None:
+            self.unjudged += 1
             answer: GoOn | TakeBack = GoOn(0.0, keep=False)
         elif not self.started:
             answer = self._dense(tolerance, ended, rule, sound)

@@ -100,7 +100,7 @@ def check_plan(options: Options, plan: RoundPlan, steps_of_epoch: int | None) ->
             else f"rewind_weights={k} counts epochs, and how many of them a round of {plan.planned(0)} steps takes is "
             "not known beforehand; give rewind_weights='init', or rounds in epochs."
         )
-    if options.target_remaining is not None and not plan.rounds:
+    if options.target_remaining is not None and not plan.rounds and not (options.tolerance and plan.rounds is None):
         number = "not known beforehand" if plan.rounds is None else "0"
         raise ValueError(
             f"target_remaining={options.target_remaining} cannot be reached: the number of prunings is {number}. "

@@ -34,7 +34,7 @@ class Searcher(RoundListener):
             raise RuntimeError("There is no search: the run of the checkpoint had no tolerance.")
         metric = trainer.strategy.broadcast(record.metrics.get(self.tolerance.monitor))
         check_logged(session, trainer)
-        if metric is None:
+        if metric is None and search.unjudged == 0:
             _warn_of_no_metric(session.options, self.tolerance, record.round)
         own = search.own
         weights = sum(session.state.masks.survivors.values())
@@ -50,7 +50,8 @@ def begin(options: Options, state: PruningState) -> Search | None:
         return None
     sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
     target = 0 if options.target_remaining is None else options.target(sizes)
-    return Search(weights=sum(state.masks.survivors.values()), target=target)
+    weights = sum(state.masks.survivors.values())
+    return Search(weights=weights, dense=weights, target=target)
 
 
 def resume(options: Options, state: PruningState) -> Search | None:
@@ -106,9 +107,9 @@ def _passed(state: PruningState) -> float | None:
 
 def _warn_of_no_metric(options: Options, tolerance: Tolerance, round: int) -> None:
     rank_zero_warn(
-        f"{options.name}: in round {round} {tolerance.monitor!r} was not logged, so that it cannot be judged, and is "
-        "trained on under the same masks. Validate in each round: give longer rounds (every_n_epochs, every_n_steps), "
-        "or a smaller check_val_every_n_epoch or val_check_interval of the Trainer."
+        f"{options.name}: in round {round} {tolerance.monitor!r} was not logged, so that it cannot be judged. Another "
+        "follows under the same masks. Validate in each round: give longer rounds (every_n_epochs, every_n_steps), or a "
+        "smaller check_val_every_n_epoch or val_check_interval of the Trainer."
     )
 
 
@@ -138,16 +139,15 @@ def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: boo
         f"{search.metric:.4g}, {against(tolerance, search)}; {back} of {messages.counted(len(state.history), 'round')} "
         "taken back"
     )
-    total = state.masks.total
     if options.target_remaining is not None and search.weights > search.target:
         rank_zero_warn(
             f"{options.name}: target_remaining={options.target_remaining} is missed: {reached}. Give a larger drop, "
             "more epochs, or longer rounds."
         )
-    elif search.weights >= total:
+    elif search.weights >= search.dense:
         rank_zero_warn(
-            f"{options.name}: no pruned network kept the tolerance, and the dense one is handed back: {reached}. Give "
-            f"a larger drop (now {tolerance.drop:g}), or longer rounds, in which a pruned network recovers."
+            f"{options.name}: no network that was pruned further kept the tolerance, and the first is handed back: "
+            f"{reached}. Give a larger drop (now {tolerance.drop:g}), or longer rounds, in which a pruned network recovers."
         )
     elif cut and not search.over:
         rank_zero_warn(f"{options.name}: the search was cut off: {reached}, since {why}. {cure}.")
