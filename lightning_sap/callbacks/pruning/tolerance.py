@@ -108,8 +108,8 @@ def _passed(state: PruningState) -> float | None:
 def _warn_of_no_metric(options: Options, tolerance: Tolerance, round: int) -> None:
     rank_zero_warn(
         f"{options.name}: in round {round} {tolerance.monitor!r} was not logged, so that it cannot be judged. Another "
-        "follows under the same masks. Validate in each round: give longer rounds (every_n_epochs, every_n_steps), or a "
-        "smaller check_val_every_n_epoch or val_check_interval of the Trainer."
+        "follows under the same masks. Validate in each round: give longer rounds (every_n_epochs, every_n_steps), or "
+        "a smaller check_val_every_n_epoch or val_check_interval of the Trainer."
     )
 
 
@@ -147,7 +147,7 @@ def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: boo
     elif search.weights >= search.dense:
         rank_zero_warn(
             f"{options.name}: no network that was pruned further kept the tolerance, and the first is handed back: "
-            f"{reached}. Give a larger drop (now {tolerance.drop:g}), or longer rounds, in which a pruned network recovers."
+            f"{reached}. Give a larger drop (now {tolerance.drop:g}), or longer rounds, to recover in."
         )
     elif cut and not search.over:
         rank_zero_warn(f"{options.name}: the search was cut off: {reached}, since {why}. {cure}.")
