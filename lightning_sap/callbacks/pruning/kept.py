@@ -1,4 +1,4 @@
-"""The round that can be gone back to: how it is kept, and how the module gets it back."""
+"""What can be gone back to: the first weights, and a round; how they are kept, and how the module gets a round back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning_sap.callbacks.pruning.session import PruningSession
+
+
+def take_first_(session: PruningSession, module: LightningModule, epochs: int) -> None:
+    """Take the weights to rewind to, when it is time."""
+    state, wanted = session.state, session.options.snapshot_epoch
+    is_first_round = state.round == 0 and state.plan.rounds != 0
+    if is_first_round and wanted is not None and epochs - state.first_epoch >= wanted and not state.first_weights:
+        state.first_weights = take_weights(module)
 
 
 def keep_(session: PruningSession, trainer: Trainer, module: LightningModule) -> None:

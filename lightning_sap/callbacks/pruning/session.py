@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning, tolerance
 from lightning_sap.callbacks.pruning.decisions import ask, decide_next
-from lightning_sap.callbacks.pruning.kept import go_back_, hand_back_, keep_
+from lightning_sap.callbacks.pruning.kept import go_back_, hand_back_, keep_, take_first_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
@@ -26,7 +26,7 @@ from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, summary, sums_of
 from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.policies.importance import check_importance
-from lightning_sap.rewind import restore_weights_, take_weights
+from lightning_sap.rewind import restore_weights_
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
@@ -185,19 +185,13 @@ class PruningSession:
         """Take the weights to rewind to when it is time, and prune if a round ended, its last epoch as given."""
         if self.state.plan.unit == "epoch" or self.state.is_due(trainer.current_epoch):
             check_trained(self, trainer, module)
-        self._take_first_weights(module, trainer.current_epoch)
+        take_first_(self, module, trainer.current_epoch)
         if not self.state.is_due(trainer.current_epoch):
             return
         self.end_round(trainer, module, last_epoch, listeners)
         if planning.stops_now(trainer):
             return  # training ends with the batch that starts
         self.prune_(trainer, module, last_epoch, beside, keeps=any(listener.may_take_back for listener in listeners))
-
-    def _take_first_weights(self, module: nn.Module, epochs: int) -> None:
-        state, wanted = self.state, self.options.snapshot_epoch
-        is_first_round = state.round == 0 and state.plan.rounds != 0
-        if is_first_round and wanted is not None and epochs - state.first_epoch >= wanted and not state.first_weights:
-            state.first_weights = take_weights(module)
 
     def end_round(
         self, trainer: Trainer, module: LightningModule, last_epoch: int, listeners: Sequence[RoundListener]
@@ -242,7 +236,8 @@ class PruningSession:
             layers_pqi_pruned=after.layers,
             seconds=seconds,
         )
-        messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
+        if state.search is None:  # else it may be taken back
+            messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
         # from here on things change
         self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside, rewinds=answer.scale > 0))
         self.schedules.rewind_()
@@ -278,6 +273,9 @@ class PruningSession:
         state.history.append(replace(record, taken_back=taken_back))
         if taken_back:
             hand_back_(self, trainer, module, beside)
+        if state.search is not None:
+            dense = self.tensors(module, MaskSet.dense(self.live()))
+            messages.warn_of_empty_units(self.options, dense, state.masks)
 
     def adopt(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Take up the state of a run that was over, and close its last round where that was not done."""

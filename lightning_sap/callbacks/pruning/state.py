@@ -196,7 +196,8 @@ class PruningState:
         ):  # the last round has no pruning after it
             self.answer = None
         if closed and (self.history.restored is None or closed[-1].taken_back):
-            self.history = History(record for record in self.history if record.round < self.round)
+            before = [record for record in self.history if record.round < self.round]
+            self.history = History(replace(record, restored=False) for record in before)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
 
     def prunings_left(self) -> int | None:
