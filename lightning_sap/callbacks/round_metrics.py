@@ -22,6 +22,7 @@ class RoundMetrics:
         self._of_validation: set[str] = set()  # the metrics that validation logs
         self._at_start: dict[str, Tensor] = {}
         self._before_validation: dict[str, Tensor] = {}
+        self.saw_validation = False  # in this fit
 
     @property
     def has_validated(self) -> bool:
@@ -44,7 +45,7 @@ class RoundMetrics:
         """To be called after validation."""
         before, after = self._before_validation, trainer.callback_metrics
         self._of_validation |= {key for key in after if key not in before or after[key] is not before[key]}
-        self._validated, self._before_validation = moment, {}
+        self._validated, self._before_validation, self.saw_validation = moment, {}, True
 
     def known(self, trainer: Trainer) -> dict[str, float]:
         """Every metric that Lightning or a resumed run knows, old ones included."""
@@ -64,7 +65,7 @@ class RoundMetrics:
 
     def forget_fit(self) -> None:
         """Let go of the tensors of a fit."""
-        self._at_start, self._before_validation = {}, {}
+        self._at_start, self._before_validation, self.saw_validation = {}, {}, False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain values; ``metrics`` is to be filled in where a checkpoint is saved."""

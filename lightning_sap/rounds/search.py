@@ -191,7 +191,8 @@ class Search:
         """After a dense round: prune if it is sound; else train on, for a share of the training."""
         metric = math.nan if ended.metric is None else ended.metric
         if not sound and math.isfinite(metric) and ended.passed is not None and ended.passed >= rule.dense:
-            self.own, sound = True, self.sound(tolerance, metric) is True
+            self.own = True
+            sound = self.sound(tolerance, metric) is True
         if not sound and not self.own:
             known = self.yardstick
             keep = math.isfinite(metric) and (known is None or tolerance.loss(known, metric) < 0)

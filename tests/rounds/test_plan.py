@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from lightning_sap.rounds.plan import RoundPlan, plan_rounds
+from lightning_sap.rounds.plan import RoundPlan, plan_rounds, plan_search
 
 
 class TestPlanRounds:
@@ -166,3 +166,46 @@ class TestRoundPlan:
         plan = RoundPlan(rounds=0, length=1, first=0, end=7)
         assert not any(plan.is_over(0, elapsed) for elapsed in range(8))
         assert plan.length_of(0, 0) == 7
+
+
+class TestSearching:
+    @pytest.mark.parametrize(
+        ("limit", "rounds", "every", "first", "found"),
+        [
+            (80, None, None, 0, (20, 4, 15)),  # a quarter; 60 epochs for about sixteen rounds
+            (60, None, None, 0, (15, 3, 15)),
+            (24, None, None, 0, (6, 1, 18)),
+            (24, None, None, 20, (1, 1, 3)),
+            (2, None, None, 0, (1, 1, 1)),
+            (80, 5, None, 0, (20, 12, 5)),
+            (80, None, 7, 0, (20, 7, 8)),  # the last one takes the four epochs left over
+            (80, 5, 12, 0, (20, 12, 5)),
+            (80, 7, 10, 0, (10, 10, 7)),  # no room for a quarter
+            (6, None, 3, 0, (3, 3, 1)),
+            (3, 2, None, 0, (1, 1, 2)),
+        ],
+    )
+    def test_the_dense_round_takes_a_quarter_where_there_is_room(self, limit, rounds, every, first, found):
+        plan = plan_search(limit, rounds, every, first)
+        assert (plan.dense, plan.length, plan.rounds) == found
+        assert first + plan.needed < limit
+        assert (plan.first, plan.end) == (first, limit)
+
+    def test_rounds_are_long_enough_for_a_validation_where_their_length_is_free(self):
+        assert plan_search(24, least=3).length == 3
+        assert plan_search(24, every=1, least=3).length == 1
+
+    def test_what_does_not_fit_is_refused_as_ever(self):
+        with pytest.raises(ValueError, match=r"they need \(rounds \+ 1\) · every_n_epochs = 90 epochs"):
+            plan_search(80, 8, 10)
+
+    def test_without_a_known_end_all_rounds_are_equal(self):
+        assert plan_search(None, every=10, unit="step") == plan_rounds(None, every=10, unit="step")
+        assert plan_search(1).rounds == 0
+
+    def test_the_first_round_is_over_after_its_own_length(self):
+        plan = plan_search(80)
+        assert [plan.is_over(0, elapsed) for elapsed in (4, 19, 20)] == [False, False, True]
+        assert [plan.is_over(1, elapsed) for elapsed in (3, 4)] == [False, True]
+        assert (plan.length_of(0, 0), plan.length_of(1, 20), plan.length_of(15, 76)) == (20, 4, 4)
+        assert [plan.prunings_before(0, 0, now) for now in (0, 19, 20, 23, 24, 79)] == [0, 0, 1, 1, 2, 15]

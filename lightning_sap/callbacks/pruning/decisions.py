@@ -37,7 +37,10 @@ def ask(
     answers = trainer.strategy.broadcast(answers) if listeners else []
     checks.check_answers(answers, can_go_back)
     answers = sorted([*answers, GoOn()], key=lambda answer: (TakeBack, Stop, GoOn).index(type(answer)))
-    notes = {round: fields for answer in reversed(answers) for round, fields in answer.notes.items()}
+    notes: dict[int, dict[str, Any]] = {}
+    for answer in reversed(answers):
+        for round, fields in answer.notes.items():
+            notes[round] = {**notes.get(round, {}), **fields}
     return replace(answers[0], notes=notes)
 
 

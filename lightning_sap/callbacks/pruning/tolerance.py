@@ -87,10 +87,9 @@ def values(session: PruningSession, trainer: Trainer) -> dict[str, float]:
 def check_logged(session: PruningSession, trainer: Trainer) -> None:
     """Raise, once validation has run, if the metric is never logged."""
     tolerance, metrics = session.options.tolerance, session.metrics
-    if tolerance is None or not (metrics.has_validated or not trainer.enable_validation):
-        return
     known = metrics.known(trainer)
-    if tolerance.monitor not in known:
+    looked = metrics.saw_validation or (bool(known) and not trainer.enable_validation)
+    if tolerance is not None and looked and tolerance.monitor not in known:
         raise ValueError(
             f"Tolerance(monitor={tolerance.monitor!r}): no such metric is logged; those logged are {sorted(known)}. "
             f"Log it in validation: self.log({tolerance.monitor!r}, ...)."

@@ -4,42 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Net, fit, half, is_masked, loader, quiet_trainer, same, survivors
+from helpers import fit, half, is_masked, loader, same, survivors
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from searching import SCORES, Scored, search, searching
 
-from lightning_sap import FixedFraction, PruningCallback, RoundListener, SAPCallback, SparsityInformed, Tolerance
-
-SCORES = [0.9, 0.9, 0.9, 0.5]  # by epoch: the last round is not sound
-
-
-class Scored(Net):
-    """Logs a score from a list, by epoch."""
-
-    scores = SCORES
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_acc", torch.tensor(self.scores[min(self.trainer.current_epoch, len(self.scores) - 1)]))
-
-
-def searching(**options):
-    tolerance = Tolerance("val_acc")
-    return PruningCallback(FixedFraction(0.25), scope="layer", tolerance=tolerance, every_n_epochs=1, **options)
-
-
-def search(folder, *callbacks, scores=SCORES, ckpt_path=None, pruner=None, **options):
-    module, pruner = Scored(), pruner or searching()
-    module.scores = scores
-    trainer = quiet_trainer(
-        pruner,
-        *callbacks,
-        max_epochs=len(scores),
-        default_root_dir=folder,
-        enable_checkpointing=bool(callbacks),
-        **options,
-    )
-    trainer.fit(module, loader(), loader(), ckpt_path=ckpt_path)
-    return module, pruner, trainer
+from lightning_sap import RoundListener, SAPCallback, SparsityInformed, Tolerance
 
 
 class Takes(RoundListener, Callback):
@@ -48,7 +18,7 @@ class Takes(RoundListener, Callback):
 
 class TestLastFile:
     def test_last_file_holds_the_network_handed_back(self, tmp_path):
-        module, pruner, _ = search(tmp_path, ModelCheckpoint(tmp_path, save_last=True))
+        module, pruner, _ = search(ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
         assert [r.taken_back for r in pruner.history] == [False, False, False, True]
         assert survivors(pruner) == {"net.0.weight": 18, "net.3.weight": 9}  # 48 and 24: a quarter, then twice as much
         file = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -58,13 +28,13 @@ class TestLastFile:
 
     def test_file_of_the_last_epoch_holds_it_where_nothing_is_monitored(self, tmp_path):
         checkpoint = ModelCheckpoint(tmp_path)
-        module, _, _ = search(tmp_path, checkpoint)
+        module, _, _ = search(checkpoint, enable_checkpointing=True)
         file = torch.load(checkpoint.best_model_path, weights_only=True)
         assert same(file["state_dict"], module.state_dict())
 
     def test_file_that_was_chosen_by_a_metric_stays(self, tmp_path):
         chosen = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max", save_last="link")
-        module, _, _ = search(tmp_path, chosen, scores=[0.9, 0.905, 0.9, 0.5])
+        module, _, _ = search(chosen, enable_checkpointing=True, scores=[0.9, 0.905, 0.9, 0.5])
         best = torch.load(chosen.best_model_path, weights_only=True)
         assert best["epoch"] == 1  # the best score
         assert best["callbacks"]["lightning_sap/sap"]["round"] == 1
@@ -73,16 +43,16 @@ class TestLastFile:
         assert same(torch.load(last, weights_only=True)["state_dict"], module.state_dict())
 
     def test_nothing_is_written_where_the_last_round_is_sound(self, tmp_path):
-        module, pruner, _ = search(tmp_path, ModelCheckpoint(tmp_path, save_last=True), scores=[0.9] * 4)
+        module, pruner, _ = search(
+            ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True, scores=[0.9] * 4
+        )
         assert pruner.history.restored is None
         assert same(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"], module.state_dict())
 
     def test_last_file_goes_on_with_a_later_end(self, tmp_path):
-        module, _, _ = search(tmp_path, ModelCheckpoint(tmp_path, save_last=True))
+        module, _, _ = search(ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
         before = {name: int((p != 0).sum()) for name, p in module.named_parameters() if p.ndim > 1}
-        longer, pruner, _ = search(
-            tmp_path, scores=[*SCORES, 0.9, 0.9], ckpt_path=tmp_path / "last.ckpt", pruner=searching()
-        )
+        longer, pruner, _ = search(scores=[*SCORES, 0.9, 0.9], ckpt_path=tmp_path / "last.ckpt")
         assert {n: int((p != 0).sum()) for n, p in longer.named_parameters() if p.ndim > 1} == before
         assert pruner.history[-1].sound
         assert pruner.history.restored is None
@@ -98,9 +68,9 @@ class TestOneSearch:
         with pytest.raises(ValueError, match="sap has a tolerance, and Takes may take rounds back too"):
             fit(Scored(), searching(), Takes(), val=loader())
 
-    def test_another_pruner_without_a_tolerance_is_welcome(self, tmp_path):
+    def test_another_pruner_without_a_tolerance_is_welcome(self):
         first, second = searching(include="net.0.*"), half(include="net.3.*", name="other", rounds=1, every_n_epochs=2)
-        module, _, _ = search(tmp_path, second, pruner=first)
+        module, _, _ = search(second, pruner=first)
         assert first.history[-1].taken_back
         assert is_masked(module.state_dict(), first.masks)
         assert is_masked(module.state_dict(), second.masks)
