@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits  # the demo itself, with its options
 
-from lightning_sap import SAPCallback
+from lightning_sap import SAPCallback, Tolerance
 
 
 def main() -> None:
@@ -31,8 +31,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as digits.FOLDER:
         for seed in range(seeds):
-            sap = SAPCallback(**digits.OPTIONS)
-            dense, pruned = digits.train("dense", [], seed), digits.train("pruned", [sap], seed)
+            dense = digits.train("dense", [], seed)
+            sap = SAPCallback(tolerance=Tolerance("val_acc", digits.DROP, reference=dense["val_acc"]))
+            pruned = digits.train("pruned", [sap], seed)["test_acc"]
+            dense = dense["test_acc"]
             rows.append((seed, 100 * dense, 100 * pruned, 100 * (pruned - dense), 100 * sap.remaining))
     rows.append(("median", *(statistics.median(column) for column in list(zip(*rows, strict=True))[1:])))
     head = ("seed", "dense, test accuracy (%)", "pruned (%)", "difference (points)", "remaining weights (%)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_sap.rounds.history import RoundRecord
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by markers and hatching
 INDEX, MEAN, REMAINING, METRIC = "o", "v", "s", "^"
@@ -25,9 +27,12 @@ def plot_rounds(
     *,
     stopped: int | None = None,
     restored: int | None = None,
+    records: Sequence[RoundRecord] = (),
     dark: bool = False,
 ) -> Figure:
     """Draw PQ Index, remaining weights and a metric over the rounds, one above the other, the phases shaded.
+
+    Rounds that were taken back are crossed; the yardstick of a tolerance is a line, and what it allows a band below.
 
     Args:
         rows: One mapping per round with ``round`` (None: drawn over ``epoch``), ``pqi``, ``layer_mean``, ``remaining``,
@@ -35,6 +40,7 @@ def plot_rounds(
         metric: Name of the metric; None: it is not drawn.
         stopped: The round after which training was stopped.
         restored: The round that was put back.
+        records: What is known of the rounds, for what a tolerance made of them.
         dark: Light on dark.
 
     Raises:
@@ -65,6 +71,8 @@ def plot_rounds(
         if metric is not None:
             draw(axes[2], "metric", METRIC)
             axes[2].set_ylabel(metric)
+            _draw_tolerance(axes[2], records, INK[dark], colors[METRIC])
+        _cross(axes[1:], rows, records, INK[dark])
         for panel in axes:
             _shade(panel, rows, x)
             _mark(panel, INK[dark], {"stopped": stopped, "restored": restored})
@@ -138,6 +146,27 @@ def _figure(rows: Sequence[dict[str, Any]], dark: bool) -> Iterator[Callable[...
     colors: dict[Any, Any] = dict.fromkeys(ink, INK[dark]) | dict.fromkeys(paper, PAPER[dark])
     with rc_context(colors | {"hatch.linewidth": 0.4}):
         yield lambda **options: Figure(layout="constrained", **options)
+
+
+def _draw_tolerance(panel: Axes, records: Sequence[RoundRecord], ink: str, color: str) -> None:
+    """The yardstick, and the band down to the worst metric that is sound."""
+    judged = [record for record in records if record.bound is not None]
+    if judged:
+        x = [record.round for record in judged]
+        yardsticks, bounds = ([getattr(record, key) for record in judged] for key in ("yardstick", "bound"))
+        panel.plot(x, yardsticks, color=ink, linestyle="--", linewidth=1.2, label="yardstick")
+        panel.fill_between(x, bounds, yardsticks, color=color, alpha=0.2, linewidth=0, label="tolerance")
+        panel.legend(frameon=False, fontsize="small")
+
+
+def _cross(panels: Iterable[Axes], rows: Sequence[dict[str, Any]], records: Sequence[RoundRecord], ink: str) -> None:
+    """Mark the rounds that were taken back."""
+    back = {record.round for record in records if record.taken_back}
+    for panel, key in zip(panels, ("remaining", "metric"), strict=False):
+        found = [(row["round"], row[key]) for row in rows if row["round"] in back and row.get(key) is not None]
+        if found:
+            label = "taken back" if key == "remaining" else None
+            panel.plot(*zip(*found, strict=True), color=ink, marker="x", markersize=9, linestyle="none", label=label)
 
 
 def _positions(rows: Sequence[dict[str, Any]]) -> list[int]:

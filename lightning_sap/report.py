@@ -58,7 +58,7 @@ def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]
         "remaining": [_percent(r.remaining) for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
-        "phase": ["taken back" if r.taken_back else r.phase or "–" for r in records],
+        "phase": [_phase(r) for r in records],
     }
     if metric is not None:
         columns[metric] = [f"{r.metrics[metric]:.4g}" if metric in r.metrics else "–" for r in records]
@@ -70,10 +70,23 @@ def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
     lines = [verdict] if verdict else []
     again = " again" if held.restored else ""
     lines.append(f"The module holds round {held.round}{again}: {_percent(held.remaining)} of the prunable weights.")
+    if held.bound is not None:
+        back = sum(record.taken_back for record in records)
+        lines.append(
+            f"It was judged by {held.metric:.4g}; the yardstick is {held.yardstick:.4g}, and {held.bound:.4g} is still "
+            f"sound. {back} of {len(records)} rounds were taken back."
+        )
     if saved := [r for r in records if r.path]:
         are = "1 round is" if len(saved) == 1 else f"{len(saved)} rounds are"
         lines.append(f"{are} saved, that of the module as {held.path}.")
     return lines
+
+
+def _phase(record: RoundRecord) -> str:
+    """The phase; of a round that a tolerance did not find sound, that."""
+    if record.taken_back:
+        return "taken back"
+    return "not sound" if record.sound is False else record.phase or "–"
 
 
 def _span(record: RoundRecord) -> str:

@@ -66,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "rewind/trial": {"rewind/ticks"},
     "rewind/weights": {"sharding", "engine/weights"},
     "metric": {"functional/pqi", "functional/scalars"},
+    "plot": {"rounds/history"},
     "report": {"rounds/history"},
     "callbacks": {"callbacks/monitor", "callbacks/pruning"},
     "callbacks/monitor": {"callbacks/monitor/callback"},

@@ -168,7 +168,7 @@ class Search:
 
     def follow(self, tolerance: Tolerance, ended: Ended, rule: Rule | None = None) -> GoOn | TakeBack:
         """Take in how a round ended, and say what follows."""
-        rule = rule or RULE
+        rule, own = rule or RULE, self.own
         sound = self.sound(tolerance, ended.metric)
         if sound is None:
             self.unjudged += 1
@@ -183,6 +183,8 @@ class Search:
         else:
             answer = self._back(ended, rule)
         held = self.held_against(tolerance)
+        if self.own != own:
+            sound = self.sound(tolerance, ended.metric)
         bound = None if held is None else held - tolerance.drop if tolerance.better == "max" else held + tolerance.drop
         notes = {"sound": sound, "metric": ended.metric, "yardstick": held, "bound": bound}
         return replace(answer, notes={ended.round: notes})

@@ -300,7 +300,8 @@ class PQIMonitor(RoundListener, Callback):
             return plot_layers(self.rows(), dark=dark)
         stopped = None if self.verdict is None else self.verdict.round
         restored = next((record.round for record in self._records if record.restored), None)
-        return plot_rounds(self.rows(), metric=self.monitor, dark=dark, stopped=stopped, restored=restored)
+        rows, records = self.rows(), self._records
+        return plot_rounds(rows, self.monitor, stopped=stopped, restored=restored, records=records, dark=dark)
 
     def report(self) -> str:
         """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.

@@ -129,7 +129,8 @@ class PruningCallback(Callback):
         self.session.select(trainer, pl_module)
         checks.check_disjoint(self.options, trainer)
         checks.check_tolerance(self.options, trainer)
-        checks.check_restoring(self.options, self._listeners(trainer))
+        if self.options.tolerance is None:
+            checks.check_restoring(self.options, self._listeners(trainer))
         self.session.schedules = Schedules(trainer.optimizers, trainer.lr_scheduler_configs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,7 +144,8 @@ class PruningCallback(Callback):
         wanted = self.options.lr_schedule if self._leads(trainer) else "keep"
         schedules = session.schedules.choose(trainer, pl_module, session.state.plan, wanted)
         listeners = self._listeners(trainer)
-        archives = bool(self.options.save_rounds) or any(listener.may_restore for listener in listeners)
+        restores = any(listener.may_restore for listener in listeners) and session.state.search is None
+        archives = bool(self.options.save_rounds) or restores  # what a search hands back, it keeps
         archive.open_folder(trainer, self.options, session.state, archives, self._shared_folder(trainer))
         if fit.pending is None and trainer.global_step > 0:
             session.schedules.rewind_()  # where training goes on from a checkpoint that was not pruned
