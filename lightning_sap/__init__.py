@@ -6,7 +6,7 @@ Imports point inward only; from the inside out::
     functional/            the mathematics, tensors only: pqi, amount, select, fingerprint, scratch
     policies/              what an algorithm is: how many weights go and come back, and by which score
     engine/                one step without a trainer: which weights, measure, decide, mask
-    rounds/                when, and what came of it: plan, history, phases, the protocol between callbacks
+    rounds/                when, and what came of it: plan, search, history, phases, the protocol between callbacks
     rewind/                snapshots and replays: weights, schedules
     metric.py              PQIndex as a torchmetrics Metric
     plot.py, report.py     figures and tables of the rounds
