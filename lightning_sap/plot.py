@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lightning_sap.rounds.history import RoundRecord
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by markers and hatching
 INDEX, MEAN, REMAINING, METRIC = "o", "v", "s", "^"
@@ -27,20 +25,17 @@ def plot_rounds(
     *,
     stopped: int | None = None,
     restored: int | None = None,
-    records: Sequence[RoundRecord] = (),
     dark: bool = False,
 ) -> Figure:
     """Draw PQ Index, remaining weights and a metric over the rounds, one above the other, the phases shaded.
 
-    Rounds that were taken back are crossed; the yardstick of a tolerance is a line, and what it allows a band below.
-
     Args:
         rows: One mapping per round with ``round`` (None: drawn over ``epoch``), ``pqi``, ``layer_mean``, ``remaining``,
-            and, where they are known, ``metric`` and ``phase``.
+            and, where they are known, ``metric`` and ``phase``; of a tolerance ``taken_back`` (drawn hollow, beside the
+            curve), and ``yardstick`` and ``bound`` of the metric (a line, and the band of what is sound).
         metric: Name of the metric; None: it is not drawn.
         stopped: The round after which training was stopped.
         restored: The round that was put back.
-        records: What is known of the rounds, for what a tolerance made of them.
         dark: Light on dark.
 
     Raises:
@@ -58,8 +53,7 @@ def plot_rounds(
         x, colors = _positions(rows), DARK if dark else LIGHT
 
         def draw(panel: Axes, key: str, marker: str, **style: Any) -> None:
-            values = [float("nan") if row.get(key) is None else row[key] for row in rows]
-            panel.plot(x, values, color=colors[marker], marker=marker, **style)
+            _draw(panel, rows, key, marker=marker, color=colors[marker], paper=PAPER[dark], **style)
 
         draw(axes[0], "pqi", INDEX, label="all weights")
         draw(axes[0], "layer_mean", MEAN, linestyle="--", label="mean of the layers")
@@ -71,8 +65,7 @@ def plot_rounds(
         if metric is not None:
             draw(axes[2], "metric", METRIC)
             axes[2].set_ylabel(metric)
-            _draw_tolerance(axes[2], records, INK[dark], colors[METRIC])
-        _cross(axes[1:], rows, records, INK[dark])
+            _tolerate(axes[2], rows, INK[dark], colors[METRIC])
         for panel in axes:
             _shade(panel, rows, x)
             _mark(panel, INK[dark], {"stopped": stopped, "restored": restored})
@@ -148,29 +141,34 @@ def _figure(rows: Sequence[dict[str, Any]], dark: bool) -> Iterator[Callable[...
         yield lambda **options: Figure(layout="constrained", **options)
 
 
-def _draw_tolerance(panel: Axes, records: Sequence[RoundRecord], ink: str, color: str) -> None:
-    """The yardstick, and the band down to the worst metric that is sound."""
-    judged = [record for record in records if record.bound is not None]
-    if judged:
-        x = [record.round for record in judged]
-        yardsticks, bounds = ([getattr(record, key) for record in judged] for key in ("yardstick", "bound"))
-        panel.plot(x, yardsticks, color=ink, linestyle="--", linewidth=1.2, label="yardstick")
-        panel.fill_between(x, bounds, yardsticks, color=color, alpha=0.2, linewidth=0, label="tolerance")
-        panel.legend(frameon=False, fontsize="small")
-
-
-def _cross(panels: Iterable[Axes], rows: Sequence[dict[str, Any]], records: Sequence[RoundRecord], ink: str) -> None:
-    """Mark the rounds that were taken back."""
-    back = {record.round for record in records if record.taken_back}
-    for panel, key in zip(panels, ("remaining", "metric"), strict=False):
-        found = [(row["round"], row[key]) for row in rows if row["round"] in back and row.get(key) is not None]
-        if found:
-            label = "taken back" if key == "remaining" else None
-            panel.plot(*zip(*found, strict=True), color=ink, marker="x", markersize=9, linestyle="none", label=label)
-
-
 def _positions(rows: Sequence[dict[str, Any]]) -> list[int]:
     return [row["epoch"] if row["round"] is None else row["round"] for row in rows]
+
+
+def _numbers(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """The values of a key, NaN where they are not known."""
+    return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+
+
+def _draw(panel: Axes, rows: Sequence[dict[str, Any]], key: str, *, paper: str, **style: Any) -> None:
+    """A curve through the rounds that were built on; those taken back stand beside it, hollow."""
+    for back in (False, True):
+        some = [row for row in rows if bool(row.get("taken_back")) == back]
+        label = "taken back" if key == "remaining" else None  # said once
+        hollow: dict[str, Any] = {"linestyle": "none", "markerfacecolor": paper, "label": label} if back else {}
+        if some:
+            panel.plot(_positions(some), _numbers(some, key), **{**style, **hollow})
+
+
+def _tolerate(panel: Axes, rows: Sequence[dict[str, Any]], ink: str, color: str) -> None:
+    """The yardstick of each round as a line, and from there to the worst sound value a band."""
+    if all(row.get("yardstick") is None for row in rows):
+        return
+    edges = [place + side for place in _positions(rows) for side in (-0.5, 0.5)]
+    line, bound = ([v for v in _numbers(rows, key) for _ in edges[:2]] for key in ("yardstick", "bound"))
+    panel.fill_between(edges, bound, line, color=color, alpha=0.3, linewidth=0, label="tolerance")
+    panel.plot(edges, line, color=ink, linestyle="-.", linewidth=1.2, label="yardstick")
+    panel.legend(frameon=False)
 
 
 def _label_rounds(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning_sap.rounds.history import RoundRecord
 
 
 def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> str:
-    """The rounds as Markdown: a table, why training stopped, and what is in the module.
+    """The rounds as Markdown: a table, why training stopped, what is in the module, and how far from the yardstick.
 
     Args:
         records: What is known of the rounds.
-        metric: Name of a logged metric to show.
+        metric: Name of a logged metric to show beside the one that a tolerance judges by.
         verdict: Why training was stopped; empty if it came to its end.
 
     Raises:
@@ -47,6 +48,26 @@ def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: 
     get_console().print("\n".join(_closing(records, verdict)), highlight=False, markup=False, soft_wrap=True)
 
 
+def judged_by(records: Sequence[RoundRecord]) -> str | None:
+    """Name of the metric that a tolerance judged these rounds by; ``"metric"`` where no logged one, or more, fit.
+
+    Example:
+        >>> judged_by([RoundRecord(0, 0, 3, 1.0, {}, 0.3, {}, metrics={"val_acc": 0.97}, sound=True, metric=0.97)])
+        'val_acc'
+    """
+    judged = [record for record in records if record.metric is not None]
+    if not judged:
+        return None
+    names = [name for name in judged[0].metrics if judges(records, name)]
+    return names[0] if len(names) == 1 else "metric"
+
+
+def judges(records: Sequence[RoundRecord], name: str) -> bool:
+    """Whether the rounds were judged by the metric of this name: whether it has the judged value in each of them."""
+    judged = [(r.metric, r.metrics.get(name)) for r in records if r.metric is not None]
+    return bool(judged) and all(a == b or (a != a and b is not None and b != b) for a, b in judged)  # NaN too
+
+
 def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]]:
     """The header, then one line for each round."""
     if not records:
@@ -58,9 +79,11 @@ def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]
         "remaining": [_percent(r.remaining) for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
-        "phase": [_phase(r) for r in records],
+        "phase": ["taken back" if r.taken_back else "unsound" if r.sound is False else r.phase or "–" for r in records],
     }
-    if metric is not None:
+    if judged := judged_by(records):
+        columns[judged] = ["–" if r.metric is None else f"{r.metric:.4g}" for r in records]
+    if metric is not None and not judges(records, metric):
         columns[metric] = [f"{r.metrics[metric]:.4g}" if metric in r.metrics else "–" for r in records]
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
@@ -70,23 +93,26 @@ def _closing(records: Sequence[RoundRecord], verdict: str) -> list[str]:
     lines = [verdict] if verdict else []
     again = " again" if held.restored else ""
     lines.append(f"The module holds round {held.round}{again}: {_percent(held.remaining)} of the prunable weights.")
-    if held.bound is not None:
-        back = sum(record.taken_back for record in records)
-        lines.append(
-            f"It was judged by {held.metric:.4g}; the yardstick is {held.yardstick:.4g}, and {held.bound:.4g} is still "
-            f"sound. {back} of {len(records)} rounds were taken back."
-        )
+    lines += _against_yardstick(records, held)
     if saved := [r for r in records if r.path]:
         are = "1 round is" if len(saved) == 1 else f"{len(saved)} rounds are"
         lines.append(f"{are} saved, that of the module as {held.path}.")
     return lines
 
 
-def _phase(record: RoundRecord) -> str:
-    """The phase; of a round that a tolerance did not find sound, that."""
-    if record.taken_back:
-        return "taken back"
-    return "not sound" if record.sound is False else record.phase or "–"
+def _against_yardstick(records: Sequence[RoundRecord], held: RoundRecord) -> list[str]:
+    """How far the round in the module is from the yardstick, and how many were taken back; where they were judged."""
+    name, metric, yardstick = judged_by(records), held.metric, held.yardstick
+    if name is None:
+        return []
+    back = f"Rounds taken back: {sum(r.taken_back for r in records)} of {len(records)}."
+    if metric is None or yardstick is None or held.bound is None or not math.isfinite(metric):
+        return [f"Whether it keeps the tolerance is not known. {back}"]
+    side = "below" if metric < yardstick else "above"
+    distance = "as good as" if metric == yardstick else f"{abs(metric - yardstick):.2g} {side}"
+    limit = f"sound {'down' if held.bound <= yardstick else 'up'} to {held.bound:.4g}"
+    unsound = "" if held.sound else ", and not sound"
+    return [f"There {name} is {metric:.4g}, {distance} the yardstick of {yardstick:.4g} ({limit}){unsound}. {back}"]
 
 
 def _span(record: RoundRecord) -> str:

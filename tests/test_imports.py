@@ -85,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/monitor/mode",
         "callbacks/monitor/stopping",
     },
-    "callbacks/monitor/curve": {"engine/measure", "callbacks/round_metrics"},
+    "callbacks/monitor/curve": {"report", "rounds/history", "engine/measure", "callbacks/round_metrics"},
     "callbacks/monitor/messages": {
         "rounds/history",
         "rounds/phases",

@@ -70,8 +70,8 @@ class Tolerance:
         return yardstick - metric if self.better == "max" else metric - yardstick
 
     def keeps(self, yardstick: float, metric: float) -> bool:
-        """Whether a metric is worse than a yardstick by at most ``drop``; NaN is not."""
-        return self.loss(yardstick, metric) <= self.drop + SLACK * max(1.0, abs(yardstick))
+        """Whether a metric is worse than a yardstick by at most ``drop``; one that is not finite always is."""
+        return math.isfinite(metric) and self.loss(yardstick, metric) <= self.drop + SLACK * max(1.0, abs(yardstick))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Search:
         if metric is None:
             return None
         held = self.held_against(tolerance)
-        return math.isfinite(metric) and (held is None or tolerance.keeps(held, metric))
+        return math.isfinite(metric) if held is None else tolerance.keeps(held, metric)
 
     def held_against(self, tolerance: Tolerance) -> float | None:
         """The yardstick of the moment: the reference, or the best metric of a sound round; None before the first."""
@@ -242,7 +242,7 @@ class Search:
         """Most weights that a step from the sparsest sound network takes, for what failed; None: no limit."""
         if self.failed is None or self.failed >= self.weights:
             return None
-        left = math.exp((1 - rule.way) * math.log(self.weights) + rule.way * math.log(self.failed))
+        left = float(self.weights) ** (1 - rule.way) * float(self.failed) ** rule.way
         return math.floor(self.weights - left)
 
     def _most(self, weights: int | None = None, room: int | None = None) -> int | None:

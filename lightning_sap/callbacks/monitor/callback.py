@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.monitor import loggers, messages
-from lightning_sap.callbacks.monitor.curve import Curve
+from lightning_sap.callbacks.monitor.curve import Curve, with_verdicts
 from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
 from lightning_sap.callbacks.monitor.mode import MetricMode
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
@@ -106,6 +106,7 @@ class PQIMonitor(RoundListener, Callback):
         self._curve, self._mode = Curve(self.monitor), MetricMode(self.monitor, self._mode.given)
         self._rule = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
         self._missed: dict[int, dict[str, str]] = {}  # phase and reason of rounds that ended before it was there
+        self._passed_over: int | None = None  # the latest round that was unsound or taken back
 
     @property
     def phase(self) -> Phase:
@@ -218,10 +219,11 @@ class PQIMonitor(RoundListener, Callback):
     def on_round_end(self, trainer: Trainer, pl_module: LightningModule, event: RoundEnd) -> Answer:
         """Tell the phase at the end of a round, once, and stop if there is a verdict."""
         pruner, rule, record = leader(trainer), self._rule, event.record
-        if pruner is None or event.taken_back or not event.sound:
+        if pruner is None:
             return GoOn()
-        before, notes = (self.phase, self.verdict), {}
-        if rule.detector.round < record.round:
+        before, notes, judged = (self.phase, self.verdict), {}, event.sound and not event.taken_back
+        self._passed_over = None if judged else record.round
+        if judged and rule.detector.round < record.round:
             self._catch_up(pruner, pl_module)
             notes, self._missed = self._missed, {}
             metric = record.metrics.get(self.monitor or "")
@@ -232,7 +234,7 @@ class PQIMonitor(RoundListener, Callback):
         if record.unit == "step":
             self._curve.note(record.metrics)
             log_now(trainer, self._values(trainer, pl_module))
-        if self.verdict is None:
+        if self.verdict is None or not judged:
             return GoOn(notes=notes)
         return Stop(self.verdict.restore if self.restore else None, notes)
 
@@ -245,7 +247,7 @@ class PQIMonitor(RoundListener, Callback):
     def _phase_now(self, pruner: PrunerView, trainer: Trainer, module: LightningModule) -> Phase:
         """The phase; at the end of a round that is not judged yet, what it is going to be."""
         round = pruner.current_round()
-        if self._rule.detector.round >= round or not pruner.ends_round(trainer):
+        if self._rule.detector.round >= round or self._passed_over == round or not pruner.ends_round(trainer):
             return self.phase
         self._catch_up(pruner, module)
         return self._rule.preview(*self._meter.evidence(trainer, module, self._curve.metric(trainer, round)), round)
@@ -298,10 +300,9 @@ class PQIMonitor(RoundListener, Callback):
             raise ValueError(f"kind must be 'rounds' or 'layers', got {kind!r}.")
         if kind == "layers":
             return plot_layers(self.rows(), dark=dark)
-        stopped = None if self.verdict is None else self.verdict.round
         restored = next((record.round for record in self._records if record.restored), None)
-        rows, records = self.rows(), self._records
-        return plot_rounds(rows, self.monitor, stopped=stopped, restored=restored, records=records, dark=dark)
+        rows, metric = with_verdicts(self.rows(), self._records, self.monitor)
+        return plot_rounds(rows, metric, dark=dark, stopped=self.verdict and self.verdict.round, restored=restored)
 
     def report(self) -> str:
         """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.

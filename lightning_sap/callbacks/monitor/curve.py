@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.measure import Measure
+from lightning_sap.report import judged_by, judges
+from lightning_sap.rounds.history import RoundRecord
 
 
 class Curve:
@@ -73,3 +75,25 @@ class Curve:
         """Continue from a state."""
         self.rows = copy.deepcopy(state_dict["rows"])
         self.metrics.load_state_dict(state_dict)
+
+
+def with_verdicts(
+    rows: Sequence[Mapping[str, Any]], records: Sequence[RoundRecord], monitor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows with what a tolerance made of their rounds, and the name of the metric that they show.
+
+    Where the monitor watches no metric, that is the judged one; where it watches another, there is no yardstick for it.
+    """
+    known, name = {record.round: record for record in records}, monitor or judged_by(records)
+    judged = monitor is None or judges(records, monitor)
+    merged = [dict(row) for row in rows]
+    for row in merged:
+        record = known.get(row["round"])
+        if record is None:
+            continue
+        row["taken_back"] = record.taken_back
+        row["phase"] = None if record.taken_back or record.sound is False else row["phase"]
+        if judged:
+            row |= {"yardstick": record.yardstick, "bound": record.bound}
+            row["metric"] = row["metric"] if record.metric is None else record.metric
+    return merged, name
