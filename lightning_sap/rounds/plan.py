@@ -130,7 +130,7 @@ def plan_search(
         every: Their length; None: as long as fits, or so that there are about sixteen.
         first: The epoch or step that training starts with.
         unit: What is counted.
-        least: Their least length, where ``every`` is None: from one validation to the next.
+        least: From one validation to the next: where ``every`` is None, they end with one.
 
     Raises:
         ValueError: If what was asked for does not fit.
@@ -153,10 +153,17 @@ def plan_search(
     if every is None:
         room = left - quarter
         every = max(1, room // rounds) if rounds else min(max(least, round(room / SEARCH_ROUNDS)), left - 1)
-    dense = min(max(quarter, every), left - (rounds or 1) * every)
+        every = _whole(every, least)
+    dense = _whole(min(max(quarter, every), left - (rounds or 1) * every), least, first)
     if rounds is None:
         rounds = (left - dense) // every
     return RoundPlan(rounds, every, first, limit, unit, dense=dense)
+
+
+def _whole(length: int, least: int, first: int = 0) -> int:
+    """The greatest length up to one given whose end, counted from 0, is a multiple of ``least``, if there is one."""
+    shorter = length - (first + length) % least
+    return shorter if shorter > 0 else length
 
 
 def _check_fit(left: int, rounds: int | None, every: int | None, first: int, words: Words) -> None:
