@@ -66,7 +66,6 @@ ARROWS: dict[str, set[str]] = {
     "rewind/trial": {"rewind/ticks"},
     "rewind/weights": {"sharding", "engine/weights"},
     "metric": {"functional/pqi", "functional/scalars"},
-    "plot": {"rounds/history"},
     "report": {"rounds/history"},
     "callbacks": {"callbacks/monitor", "callbacks/pruning"},
     "callbacks/monitor": {"callbacks/monitor/callback"},
@@ -85,7 +84,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/monitor/mode",
         "callbacks/monitor/stopping",
     },
-    "callbacks/monitor/curve": {"report", "rounds/history", "engine/measure", "callbacks/round_metrics"},
+    "callbacks/monitor/curve": {"engine/measure", "rounds/history", "report", "callbacks/round_metrics"},
     "callbacks/monitor/messages": {
         "rounds/history",
         "rounds/phases",

@@ -242,7 +242,7 @@ class Search:
         """Most weights that a step from the sparsest sound network takes, for what failed; None: no limit."""
         if self.failed is None or self.failed >= self.weights:
             return None
-        left = float(self.weights) ** (1 - rule.way) * float(self.failed) ** rule.way
+        left: float = float(self.weights) ** (1 - rule.way) * float(self.failed) ** rule.way
         return math.floor(self.weights - left)
 
     def _most(self, weights: int | None = None, room: int | None = None) -> int | None:

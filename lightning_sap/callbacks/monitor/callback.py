@@ -302,7 +302,8 @@ class PQIMonitor(RoundListener, Callback):
             return plot_layers(self.rows(), dark=dark)
         restored = next((record.round for record in self._records if record.restored), None)
         rows, metric = with_verdicts(self.rows(), self._records, self.monitor)
-        return plot_rounds(rows, metric, dark=dark, stopped=self.verdict and self.verdict.round, restored=restored)
+        stopped = None if self.verdict is None else self.verdict.round
+        return plot_rounds(rows, metric, dark=dark, stopped=stopped, restored=restored)
 
     def report(self) -> str:
         """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.
