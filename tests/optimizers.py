@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from prodigyopt import Prodigy
-from pytorch_optimizer import SAM
+from pytorch_optimizer import SAM, OrthoGrad, ScheduleFreeWrapper
 from pytorch_optimizer import Lookahead as SlowFirstLookahead  # has its slow weights from the start
 from schedulefree import AdamWScheduleFree, SGDScheduleFree
 from timm.optim import Lookahead as SlowLaterLookahead  # makes them at its k-th step
@@ -42,9 +42,14 @@ SLOW_LATER = {
 SLOW_FIRST = {
     "pytorch_optimizer's Lookahead": slow_first,
     "pytorch_optimizer's Lookahead with momentum": partial(slow_first, pullback_momentum="pullback"),
+    "Lookahead of Lookahead": lambda parameters: SlowFirstLookahead(slow_first(parameters), k=2),
+}
+WRAPPED = {
+    "schedule-free wrapper of Adam": lambda parameters: ScheduleFreeWrapper(Adam(parameters, lr=0.01)),
+    "OrthoGrad of Adam": lambda parameters: OrthoGrad(Adam(parameters, lr=0.01)),
 }
 SHARP = {"SAM": lambda parameters: SAM(parameters, Adam, lr=0.01)}
-REAL = {**PLAIN, **SCHEDULE_FREE, **SLOW_LATER, **SLOW_FIRST, **SHARP}
+REAL = {**PLAIN, **SCHEDULE_FREE, **SLOW_LATER, **SLOW_FIRST, **WRAPPED, **SHARP}
 
 
 def take_step(optimizer, loss_of):

@@ -72,7 +72,7 @@ def pruning(lr_schedule="restart", rounds=2, every_n_epochs=E, **options):
     )
 
 
-def fit(module, *callbacks, max_epochs=3 * E, data=None, validation=None, **options):
+def fit(module, *callbacks, max_epochs=3 * E, data=None, validation=None, ckpt_path=None, **options):
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,
@@ -83,7 +83,9 @@ def fit(module, *callbacks, max_epochs=3 * E, data=None, validation=None, **opti
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(torch.randn(32, 4), batch_size=7) if data is None else data, validation)
+    trainer.fit(
+        module, DataLoader(torch.randn(32, 4), batch_size=7) if data is None else data, validation, ckpt_path=ckpt_path
+    )
     return module.trace
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_sap.engine.effective import pruned_by_torch
 from lightning_sap.engine.weights import Untrained, is_frozen, prunable_weights
 from lightning_sap.functional.pqi import DTYPES, PowerSums
 from lightning_sap.policies.base import Importance
@@ -107,9 +108,13 @@ def check_scope(scope: str) -> None:
 
 
 def dense_tensors(module: nn.Module, untrained: Untrained = is_frozen) -> dict[str, PrunableTensor]:
-    """The weights of a module that are prunable by default, live, nothing of them pruned."""
-    weights = prunable_weights(module, untrained=untrained)
-    return {name: PrunableTensor(w.parameter.detach(), None, w.units) for name, w in weights.items()}
+    """The weights of a module that are prunable by default, live; of them ``torch.nn.utils.prune`` may prune some."""
+    weights, parts = prunable_weights(module, untrained=untrained), dict(module.named_modules())
+    pruned = {
+        id(getattr(parts[path], f"{name}_orig")): getattr(parts[path], f"{name}_mask") == 0
+        for path, name in pruned_by_torch(module)
+    }
+    return {n: PrunableTensor(w.parameter.detach(), pruned.get(id(w.parameter)), w.units) for n, w in weights.items()}
 
 
 def empty_units(tensors: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:

@@ -2,12 +2,13 @@
 
 from lightning_sap.rewind.kept import base_optimizers, parameters_of
 from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot_zero, zero_pruned_
-from lightning_sap.rewind.replay import Mode, Obstacle, Replay
+from lightning_sap.rewind.replay import HORIZON, Mode, Obstacle, Replay
 from lightning_sap.rewind.steps import fires_hooks, hook_gradients, hook_steps, innermost_optimizers
 from lightning_sap.rewind.ticks import Moment, Ticks
 from lightning_sap.rewind.weights import place_weights, restore_weights_, take_weights
 
 __all__ = [
+    "HORIZON",
     "Mode",
     "Moment",
     "Obstacle",

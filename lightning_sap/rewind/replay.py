@@ -175,6 +175,17 @@ class Replay:
             return None
         return reached, max(self.trial.rates)
 
+    def shortfall_of_calls(self, rounds: float) -> tuple[float, float] | None:
+        """The same of a round that is over, in which the module called the schedule; training has so many rounds.
+
+        How often the module calls it is not known before.
+        """
+        calls = getattr(self.scheduler, "last_epoch", 0) - self.first.get("last_epoch", 0)
+        trial = try_schedule(self.scheduler, self.first, self.first_groups, Ticks(), round(calls * rounds))
+        if calls < 1 or trial is None or max(trial.rates[:calls]) >= ENOUGH * max(trial.rates):
+            return None
+        return max(trial.rates[:calls]), max(trial.rates)
+
     def _suited(self) -> tuple[Mode, str]:
         if self.trial is None:
             return "keep", "no copy of it can be made, on which to see what it does"

@@ -92,9 +92,7 @@ class PQIMonitor(RoundListener, Callback):
         self._mode = MetricMode(monitor, mode)
         self.monitor, self.mode = monitor, self._mode.value
         self.patience = as_plain(patience)
-        self.restore = restore
-        self.verbose = verbose
-        self.name = name
+        self.restore, self.verbose, self.name = restore, verbose, name
         self._meter = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
         self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end

@@ -24,7 +24,7 @@ class MetricMode:
         self.monitor, self.given = monitor, given
         self.by_name = None if monitor is None else better(monitor)
         self.value: Mode = given or self.by_name or "max"
-        self._dense: dict[int, float] | None = {}  # by epoch of the dense round; None once that was judged
+        self._first: dict[int, float] | None = {}  # by epoch, first values; None once they were judged
 
     def say(self, name: str) -> None:
         """Say which mode the name gives; warn where the one given contradicts it."""
@@ -44,18 +44,23 @@ class MetricMode:
             )
 
     def see(self, name: str, round: int | None, epoch: int, metric: float | None) -> None:
-        """Take in how an epoch ended; after the dense round warn where the metric only moved against the mode."""
-        if self._dense is None or round is None:
-            return
-        if round == 0 and metric is not None:
-            self._dense[epoch] = metric
-        elif round > 0:
-            self.judge(name)
+        """Take in how an epoch ended; warn where the metric at first only moved against the mode.
 
-    def judge(self, name: str) -> None:
-        """The dense round, in which training alone makes the network better, is over."""
-        seen, self._dense = (self._dense or {}).values(), None
-        values = [value for value, _ in groupby(seen)]  # an epoch without validation repeats the one before
+        At first is in the dense round or, where that has too few validations to tell, in as many as tell.
+        """
+        if self._first is None or round is None:
+            return
+        dense = round == 0
+        if not dense and len(self._first) >= FEWEST:
+            self.judge(name)
+        elif metric is not None:
+            self._first[epoch] = metric
+            if not dense and len(_changes(self._first)) == FEWEST:
+                self.judge(name, "in the first rounds")
+
+    def judge(self, name: str, when: str = "in the dense round") -> None:
+        """What came first, in which training alone makes the network better, is over."""
+        values, self._first = _changes(self._first or {}), None
         if len(values) < FEWEST or self.by_name is not None:
             return
         first, last = values[0], values[-1]
@@ -63,15 +68,20 @@ class MetricMode:
         if worse and abs(last - first) > LEAST * abs(first):
             moved = "fell" if last < first else "rose"
             rank_zero_warn(
-                f"{name}: in the dense round {self.monitor!r} only {moved}, from {first:.3g} to {last:.3g} in "
+                f"{name}: {when} {self.monitor!r} only {moved}, from {first:.3g} to {last:.3g} in "
                 f"{len(values)} validations, and mode={self.value!r} says that it is better when {WORDS[self.value]}. "
                 f"Give mode={OTHER[self.value]!r} if it is better when {WORDS[OTHER[self.value]]}."
             )
 
     def state_dict(self) -> list[tuple[int, float]] | None:
         """What it has seen, as plain values."""
-        return None if self._dense is None else list(self._dense.items())
+        return None if self._first is None else list(self._first.items())
 
     def load_state_dict(self, state: Any) -> None:
         """Continue from a state."""
-        self._dense = None if state is None else dict(state)
+        self._first = None if state is None else dict(state)
+
+
+def _changes(seen: dict[int, float]) -> list[float]:
+    """The values one after the other: an epoch without validation repeats the one before."""
+    return [value for value, _ in groupby(seen.values())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -308,7 +309,8 @@ class PruningCallback(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._hold_masks(pl_module)
+        with suppress(ValueError):  # of a module that cannot be looked at, which may be the very exception
+            self._hold_masks(pl_module)
         self._close(Event.RUN_ENDS)
         if self.session.state.folder is not None:
             archive.release(trainer, self.session.state.folder)

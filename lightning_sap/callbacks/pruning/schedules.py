@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rewind import (
+    HORIZON,
     Mode,
     Moment,
     Obstacle,
@@ -53,6 +54,7 @@ class Schedules:
         self._memories = [OptimizerMemory(optimizer) for optimizer in optimizers]
         self._lengths = EpochLengths()
         self._stepped: list[Replay] = []  # those that are stepped here
+        self._left: list[Replay] = []  # those that the module steps, and every round restarts
         self._modes: list[Mode] = []  # of the run that is resumed
 
     def choose(self, trainer: Trainer, module: LightningModule, plan: RoundPlan, wanted: Schedule) -> list[str]:
@@ -75,8 +77,10 @@ class Schedules:
             if _is_stepped_here(replay, module, plan.unit):
                 self._stepped.append(replay)
                 config.frequency = NEVER
+            elif replay.mode == "restart" and not replay.metric_driven and _is_stepped_by(module):
+                self._left.append(replay)
             lines.append(f"{type(config.scheduler).__name__}: {replay.mode} ({replay.reason})")
-            _warn_of_shortfall(replay, plan)
+            _warn_of_shortfall(replay, plan, replay.shortfall())
         return lines
 
     def close(self) -> None:
@@ -88,6 +92,23 @@ class Schedules:
         """Put every schedule back to its first value."""
         for replay in self._replays:
             replay.rewind_()
+
+    def end_round_(self, state: PruningState, wanted: Schedule) -> None:
+        """Put every schedule back to its first value, but for those of which the first round saw too little."""
+        if state.round == 0:
+            self._look_back(state.plan, wanted)
+        self.rewind_()
+
+    def _look_back(self, plan: RoundPlan, wanted: Schedule) -> None:
+        """Where the module steps a schedule itself: keep it, or warn, if the first round did not come near its peak."""
+        end = _training(plan).length
+        for replay in self._left:
+            short = replay.shortfall_of_calls(HORIZON if end is None else end / (plan.length or end))
+            if short is not None and wanted == "auto":
+                replay.mode, replay.reason = "keep", f"a round reaches {short[0]:.3g}, and the schedule {short[1]:.3g}"
+                rank_zero_info(f"{type(replay.scheduler).__name__}: keep from now on ({replay.reason})")
+            else:
+                _warn_of_shortfall(replay, plan, short, by_module=True)
 
     def forget_(self) -> None:
         """Make fresh what every optimizer keeps."""
@@ -263,7 +284,7 @@ def _is_stepped_here(replay: Replay, module: LightningModule, unit: str) -> bool
         return True
     if replay.mode == "keep" or replay.metric_driven:
         return False
-    if not module.automatic_optimization or overrides_step(module):
+    if _is_stepped_by(module):
         return False
     if unit == "step" or replay.ticks.interval == "epoch":
         return True
@@ -271,18 +292,24 @@ def _is_stepped_here(replay: Replay, module: LightningModule, unit: str) -> bool
     return replay.length is not None and replay.ticks.frequency == 1
 
 
-def _warn_of_shortfall(replay: Replay, plan: RoundPlan) -> None:
+def _is_stepped_by(module: LightningModule) -> bool:
+    return not module.automatic_optimization or overrides_step(module)
+
+
+def _warn_of_shortfall(
+    replay: Replay, plan: RoundPlan, short: tuple[float, float] | None, *, by_module: bool = False
+) -> None:
     """Say that no round comes near the highest learning rate."""
-    short = replay.shortfall()
     if short is None:
         return
+    others = "'squeeze' or 'keep'" if replay.mode == "restart" and not by_module else "'keep'"
     groups = len(replay.first_groups)
     summed = f" (summed over {groups} parameter groups)" if groups > 1 else ""
     rank_zero_warn(
         f"{type(replay.scheduler).__name__} under lr_schedule={replay.mode!r}: the learning rate of a round is "
         f"{short[0]:.3g} at most, and the schedule goes up to {short[1]:.3g}{summed}. Give longer rounds (smaller "
         f"`rounds`, larger `{WORDS[plan.unit].every}`) or a shorter warm-up"
-        + (", or use lr_schedule='squeeze' or 'keep'." if replay.mode == "restart" else ", or use lr_schedule='keep'.")
+        f", or use lr_schedule={others}."
     )
 
 

@@ -240,7 +240,7 @@ class PruningSession:
             messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
         # from here on things change
         self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside, rewinds=answer.scale > 0))
-        self.schedules.rewind_()
+        self.schedules.end_round_(self.state, self.options.lr_schedule)
         if self.options.reset_optimizer:
             self.schedules.forget_()
         else:

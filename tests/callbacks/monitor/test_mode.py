@@ -213,6 +213,24 @@ class TestContradictions:
                 check_val_every_n_epoch=2)  # fmt: skip
 
     @pytest.mark.parametrize(
+        ("script", "first", "last"), [((0.9, 0.5, 0.3), 0.9, 0.3), ((0.402, 0.359, 0.197), 0.402, 0.197)]
+    )
+    def test_rounds_of_one_epoch_are_judged_by_the_first_three(self, script, first, last):
+        """Their dense round has one validation, and the run is stopped before long."""
+        monitor = monitor_of(monitor="objective", stop_on=None)
+        with pytest.warns(UserWarning, match="in the first rounds") as caught:
+            fit(Losing("objective", (*script, 0.25, 0.2)), monitor, half(every_n_epochs=1), val=loader(), max_epochs=4)
+        assert [str(w.message) for w in caught if "pqi:" in str(w.message)] == [
+            f"pqi: in the first rounds 'objective' only fell, from {first} to {last} in 3 validations, and mode='max' "
+            "says that it is better when larger. Give mode='min' if it is better when smaller."
+        ]
+
+    @pytest.mark.parametrize("script", [(0.3, 0.5, 0.9), (0.9, 0.95, 0.3), (0.9, 0.9, 0.9)])
+    def test_rounds_of_one_epoch_that_contradict_nothing_are_not_warned_of(self, script):
+        monitor = monitor_of(monitor="objective", stop_on=None)
+        fit(Losing("objective", script), monitor, half(every_n_epochs=1), val=loader(), max_epochs=3)
+
+    @pytest.mark.parametrize(
         ("script", "options"),
         [
             ((0.9, 0.8, 0.85, 0.6), {}),  # not only down

@@ -9,6 +9,7 @@ from helpers import BAREBONES, BATCHES, PRUNABLE, Net, Watch, fit, half, loader,
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from monitoring import Expecting, by_hand, close, logged
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_sap import PQIMonitor, SAPCallback, pq_index
 from lightning_sap.engine.masks import MaskSet
@@ -59,6 +60,25 @@ class TestValues:
         for seen, expected in zip(look.seen, look.expected, strict=True):
             assert seen == close(expected)
         assert len({seen["pqi/global"] for seen in look.seen}) == 4  # it follows the training
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_index_of_what_torch_pruned_is_that_of_the_kept_weights(self, compiled):
+        """As beside ModelPruning: the parameter is dense, and the layer uses its product with a mask."""
+        module, seen = Net(), []
+        prune.l1_unstructured(module.net[0], "weight", amount=0.5)
+        layers = list(module.net)
+        if compiled:
+            module.net = torch.compile(module.net, backend="eager")
+
+        def look(trainer, module):
+            kept = [layers[0].weight_orig[layers[0].weight_mask.bool()], layers[3].weight.flatten()]
+            index = float(pq_index(torch.cat(kept).detach()))
+            seen.append((float(trainer.callback_metrics["pqi/global"]), index))
+            assert trainer.callback_metrics["remaining/net.0.weight_orig"] == 0.5
+
+        fit(module, PQIMonitor(stop_on=None, log_layers=True), Watch(on_train_epoch_end=look), max_epochs=2)
+        assert len(seen) == 2
+        assert all(found == pytest.approx(index) for found, index in seen)
 
     def test_orders_of_the_index_are_the_pruners_unless_given(self):
         for monitor, p, q in ((PQIMonitor(stop_on=None), 1.0, 2.0), (PQIMonitor(stop_on=None, p=0.3, q=0.7), 0.3, 0.7)):

@@ -244,6 +244,24 @@ class TestTorchPruning:
         fit(module, pruner, max_epochs=1)
         assert pruner.remaining == 1 - zeros / 72
 
+    def test_in_a_fit_that_goes_on_it_is_refused_too(self):
+        def begin(trainer, module):
+            if trainer.current_epoch == 1:
+                prune.l1_unstructured(module.net[0], "weight", amount=0.5)
+
+        with pytest.raises(ValueError, match=re.escape("prune.remove(module.get_submodule('net.0'), 'weight')")):
+            fit(Net(), half(), Watch(on_train_epoch_end=begin))
+
+    def test_of_a_compiled_module(self):
+        module = Net()
+        prune.l1_unstructured(module.net[0], "weight", amount=0.5)
+        module.net = torch.compile(module.net, backend="eager")
+        with pytest.raises(ValueError, match="is still at work in 1 tensors") as caught:
+            fit(module, half())
+        call = re.search(r"prune\.remove\(.*?'weight'\)", str(caught.value))[0]
+        eval(call, {"prune": prune, "module": module})
+        fit(module, half(keep_zeros=True), max_epochs=2)
+
     def test_of_the_module_itself(self):
         module = nn.Linear(4, 2)
         prune.identity(module, "weight")

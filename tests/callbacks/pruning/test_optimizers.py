@@ -9,7 +9,7 @@ from helpers import Crash, Watch, crash, fit, same, seeded
 from lightning.pytorch import LightningModule
 from optimizers import REAL, SCHEDULE_FREE, SHARP, SLOW_FIRST, slow_first, slow_later
 from prodigyopt import Prodigy
-from pytorch_optimizer import SAM, SOAP
+from pytorch_optimizer import SAM, SOAP, SPlus
 from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -281,6 +281,18 @@ def test_an_optimizer_that_cannot_be_reset_is_named_at_fit_start(reset):
         train(Classifier(Hiding), pruner(reset_optimizer=reset))
     said = [str(w.message) for w in caught if "Hiding keeps tensors in its attribute 'box' (Box)" in str(w.message)]
     assert len(said) == reset
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_average_inside_such_an_optimizer_is_masked_in_validation_and_at_the_end(reset):
+    """SPlus turns the axes and, for validation, puts an average into the weights."""
+    module = Classifier(partial(SPlus, lr=0.1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sap: SPlus mixes the places")
+        train(module, pruner(reset_optimizer=reset))
+    assert module.seen[:2] == [464, 464]
+    assert max(module.seen[4:]) <= KEPT
+    assert nonzero(module) <= KEPT
 
 
 @pytest.mark.parametrize("reset", [True, False])

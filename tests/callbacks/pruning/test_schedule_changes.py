@@ -169,6 +169,49 @@ class TestALoaderWhoseLengthIsWrong:
             assert resumed == whole[12 * (epoch + 1) :]
 
 
+class Growing(Dataset):
+    """Four more samples in each epoch."""
+
+    length = 4
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return torch.ones(4)
+
+
+class TestOtherLengthsThatAreNotKept:
+    def test_a_sampler_that_says_too_few_ends_with_what_it_says(self):
+        """Lightning stops there."""
+        sampler = ShortSampler(16)
+        sampler.__class__ = type("Long", (ShortSampler,), {"__len__": lambda self: 8})
+        seen = train(Recording(line(64), interval="step"), halves(), data=DataLoader(Lying(), sampler=sampler))
+        assert seen == pytest.approx([0.1 * (1 - round(s * 63 / 31) / 64) for s in range(32)] * 2)
+
+    def test_a_data_set_that_grows_is_as_long_as_when_training_began(self):
+        """Unless the dataloader is made anew."""
+        data = Growing()
+
+        class Grow(Callback):
+            def on_train_epoch_end(self, trainer, module):
+                data.length += 4
+
+        seen = train(Recording(line(32), interval="step"), halves(), Grow(), data=DataLoader(data))
+        assert seen == pytest.approx([0.1 * (1 - round(s * 31 / 15) / 32) for s in range(16)] * 2)
+
+    @pytest.mark.parametrize(
+        ("options", "steps"), [({"limit_train_batches": 0.5}, 20), ({"accumulate_grad_batches": 3}, 15)]
+    )
+    def test_changing_lengths_that_are_limited_or_accumulated(self, options, steps):
+        module = Changing((4, 8, 12, 16), line(2 * steps), interval="step")
+        seen = train(module, halves(), reload_dataloaders_every_n_epochs=1, **options)
+        first, second = seen[:steps], seen[steps:]
+        assert second == first
+        assert (first[0], first[-1]) == (0.1, pytest.approx(0.1 / (2 * steps)))
+        assert first == sorted(first, reverse=True)
+
+
 class TestEpochsThatTheModuleCutsShort:
     def test_the_round_reaches_its_end(self):
         class Skips(Recording):

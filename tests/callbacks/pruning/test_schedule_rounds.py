@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from scheduling import BATCHES, E, Recording, adamw, fit, plateau, pruning, rates, seen, thirds
+from scheduling import BATCHES, E, Recording, adamw, fit, plateau, pruning, rates, seen, sgd, thirds
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import (
@@ -185,6 +185,77 @@ class TestRoundsOfOneEpoch:
         assert rounds[0][0] == pytest.approx(0.004)
         assert max(rounds[0]) == pytest.approx(0.1, rel=0.05)
         assert rounds[0][-1] == pytest.approx(4e-7, rel=0.01)
+
+
+class ByHand(Recording):
+    """Manual optimization, in which the module steps its schedule at the end of each epoch."""
+
+    def __init__(self, schedule):
+        super().__init__(schedule)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.layer(batch).square().mean())
+        optimizer.step()
+
+    def on_train_epoch_end(self):
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        optimizer = sgd(self.parameters())
+        optimizer.register_step_pre_hook(lambda optimizer, *_: self.trace.append(seen(optimizer)))
+        return [optimizer], [self.schedule(optimizer)]
+
+
+class OwnStep(Recording):
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step()
+
+
+class TestRoundsOfOneEpochWhereTheModuleStepsTheSchedule:
+    """What a round sees is known once the first one is over."""
+
+    RATES = (0.0, 0.1, 0.075, 0.05, 0.025)
+
+    def short(self, lr_schedule, **options):
+        return pruning(lr_schedule, rounds=4, every_n_epochs=1, **options)
+
+    def test_auto_keeps_what_the_first_round_saw_too_little_of(self, caplog):
+        with caplog.at_level(logging.INFO):
+            trace = fit(ByHand(warm_up(5)), self.short("auto"), max_epochs=5)
+        assert rates(trace) == pytest.approx([rate for rate in self.RATES for _ in range(BATCHES)])
+        assert "LambdaLR: keep from now on (a round reaches 0, and the schedule 0.1)" in caplog.text
+
+    @pytest.mark.parametrize("epoch", [0, 2])
+    def test_a_resumed_run_goes_on_keeping_it(self, tmp_path, epoch):
+        class Saving(ByHand):
+            def on_train_epoch_end(self):
+                super().on_train_epoch_end()
+                if self.trainer.current_epoch == epoch:
+                    self.trainer.save_checkpoint(tmp_path / "file.ckpt")
+
+        whole = fit(Saving(warm_up(5)), self.short("auto"), max_epochs=5)
+        resumed = fit(ByHand(warm_up(5)), self.short("auto"), max_epochs=5, ckpt_path=tmp_path / "file.ckpt")
+        assert resumed == whole[(epoch + 1) * BATCHES :]
+
+    @pytest.mark.parametrize("kind", [ByHand, OwnStep])
+    def test_a_restart_that_was_asked_for_is_warned_of_with_both_numbers(self, kind):
+        message = (
+            r"'restart': the learning rate of a round is 0 at most, and the schedule goes up to 0\.1\. Give longer "
+            r"rounds .* or a shorter warm-up, or use lr_schedule='keep'\."
+        )
+        with pytest.warns(UserWarning, match=message) as caught:
+            trace = fit(kind(warm_up(5)), self.short("restart"), max_epochs=5)
+        assert sum("at most" in str(each.message) for each in caught) == 1
+        assert rates(trace) == [0.0] * 5 * BATCHES
+
+    @pytest.mark.parametrize("kind", [ByHand, OwnStep])
+    def test_a_schedule_for_one_round_is_silent(self, kind):
+        callback = pruning("restart", rounds=1, every_n_epochs=3)
+        seen = rates(fit(kind(warm_up(3)), callback, max_epochs=6))
+        assert seen[::BATCHES] == pytest.approx([0.0, 0.1, 0.05] * 2)
 
 
 class TestShortfall:
