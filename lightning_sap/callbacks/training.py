@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_sap.engine.copies import parameters_of_averages
 from lightning_sap.engine.weights import is_frozen, parameter_names
-from lightning_sap.rewind import base_optimizers, parameters_of
+from lightning_sap.rewind import base_optimizers, fires_hooks, innermost_optimizers, parameters_of
 
 AVERAGE = "it is an average of others"
 NO_OPTIMIZER = "it is in no optimizer"
@@ -23,21 +25,24 @@ class Training:
         held: Ids of those that an optimizer holds; None where no optimizer holds anything.
         averages: Ids of those that are averages of others.
         manual: Whether the module takes the steps itself: then it may freeze and unfreeze parameters for each of them.
+        unheard: For each optimizer that does not tell of its steps the ids of what it holds; gradients may be missed.
     """
 
     held: frozenset[int] | None = None
     averages: frozenset[int] = frozenset()
     manual: bool = False
+    unheard: tuple[frozenset[int], ...] = ()
 
     @classmethod
     def of(cls, trainer: Trainer | None, module: nn.Module) -> Training:
         """The training of a module, as its optimizers and layers are now; without a Trainer, its flags tell."""
         names = parameter_names(module)
         averages = frozenset(id(names[name]) for name in parameters_of_averages(module) if name in names)
-        optimizers = [] if trainer is None else [each for o in trainer.optimizers for each in base_optimizers(o)]
-        held = frozenset(id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer))
+        optimizers = [] if trainer is None else trainer.optimizers
+        held = _ids_in(each for optimizer in optimizers for each in base_optimizers(optimizer))
+        silent = [each for each in innermost_optimizers(optimizers) if not fires_hooks(each)]
         manual = isinstance(module, LightningModule) and not module.automatic_optimization
-        return cls(held or None, averages, manual)
+        return cls(held or None, averages, manual, tuple(_ids_in([each]) for each in silent))
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether an optimizer holds it."""
@@ -50,3 +55,8 @@ class Training:
         if not (self.manual and self.held is not None and self.holds(parameter)) and (reason := is_frozen(parameter)):
             return reason
         return None if self.holds(parameter) else NO_OPTIMIZER
+
+
+def _ids_in(optimizers: Iterable[Optimizer]) -> frozenset[int]:
+    """Of the parameters that these hold."""
+    return frozenset(id(parameter) for optimizer in optimizers for parameter in parameters_of(optimizer))

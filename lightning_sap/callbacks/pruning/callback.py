@@ -172,7 +172,7 @@ class PruningCallback(Callback):
         fit.hooks += hook_masks(module, optimizers, session.enforce, session.meet_gradients, hold)
         fit.hooks += hook_steps(optimizers, session.count_step) + hook_steps(optimizers[:1], session.record_lr)
         fit.hooked = all(map(fires_hooks, innermost_optimizers(optimizers)))
-        session.subject.blind, fit.global_step = not fit.hooked, trainer.global_step
+        fit.global_step = trainer.global_step
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -232,6 +232,13 @@ class PruningCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hold_masks(pl_module)
         self.session.metrics.begin_validation(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """And so may its ``on_validation_epoch_start``, and callbacks behind this one."""
+        if batch_idx == 0:
+            self._hold_masks(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -316,6 +323,8 @@ class PruningCallback(Callback):
             archive.release(trainer, self.session.state.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._fit.stage is Stage.TRAINED:  # callbacks behind this one, and the module, have had their last turn
+            self.session.enforce()
         self._close(Event.RUN_ENDS)
         self.session.forget_fit()
         self._fit = Fit(self._fit.trainer, self._fit.module)

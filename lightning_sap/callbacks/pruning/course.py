@@ -27,6 +27,7 @@ COUNTED = (
     "self.optimizers(); one that steps in a method of its own must call step() of an optimizer inside it"
 )
 IN_STEPS = "Where the data have no end an epoch has none: give every_n_steps, the length of a round in steps"
+FEWER_AT_ONCE = "Give more rounds, so that each takes less, or a larger target_remaining"
 
 
 class Cause(NamedTuple):
@@ -105,14 +106,17 @@ class Course:
             tolerance.tell(options, state, why, cure, cut=ending.cut and not wanted)
             return
         held = next((record.round for record in state.history if record.restored and wanted), None)
-        reached = _reached(ending, state, held)
+        reached, short = _reached(ending, state, held), _shortfall(options, state, ending)
+        missed = "nothing was pruned" if target is None else f"target_remaining={target} is missed"
         say: Callable[[str], None] = rank_zero_info
         if target is not None and ending.rounds != 0 and _is_met(options, state):
             text = f"{reached}; target_remaining={target} is met."
         elif target is not None and (ending.cut or held is not None):
-            text, say = f"target_remaining={target} is missed: {reached}, since {why}. {cure}.", rank_zero_warn
+            text, say = f"{missed}: {reached}, since {why}. {cure}.", rank_zero_warn
+        elif short is not None:
+            text, say = f"{missed}: {reached}, since {short.why}. {short.cure}.", rank_zero_warn
         elif ending.cut and not wanted:
-            missed = "not all prunings came" if ending.done else "nothing was pruned"
+            missed = "not all prunings came" if ending.done else missed
             text, say = f"{missed}: {reached}, since {why}. {cure}.", rank_zero_warn
         elif ending.cut or held is not None:
             text = f"{reached}, since {why}."
@@ -161,6 +165,29 @@ def _is_met(options: Options, state: PruningState) -> bool:
     return sum(state.masks.survivors.values()) <= aim
 
 
+def _shortfall(options: Options, state: PruningState, ending: Ending) -> Cause | None:
+    """Why the prunings that came did not do what was asked; None where they did, or where the start foresaw it."""
+    names, records = state.masks.pruned.keys(), list(state.history)[-2:]
+    if ending.done and state.steps and state.masks.is_dense and not state.trained & names:
+        cure = "Let the loss depend on them, or prune other weights with include"
+        return Cause("none of them had a gradient", cure)
+    kept, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
+    floors = options.floors(sizes)
+    missed = options.target_remaining is not None and sum(kept.values()) > sum(floors.values())
+    if not missed or not ending.rounds or ending.done != ending.rounds or len(records) < 2:
+        return None
+    before, last = records
+    if last.taken_back:
+        return Cause(f"round {last.round} was taken back", FEWER_AT_ONCE)
+    above = [name for name in names if kept[name] > max(floors[name], options.target({name: sizes[name]}))]
+    spared = [name for name in above if last.layers_remaining[name] >= before.layers_remaining.get(name, 0)]
+    why = f"the last pruning took nothing of {messages.listed(spared)}"
+    return Cause(
+        f"{why}: a weight is pruned after a round in which it had a gradient, a replaced one from the round after",
+        "Replace or freeze layers earlier, exclude what is not to be pruned, or give a larger target_remaining",
+    )
+
+
 def _cause(state: PruningState, trainer: Trainer, stepless: int) -> Cause:
     """What ended training; ``stepless``: the batches of the last round, if it had no optimizer step."""
     unit, epoch = state.plan.unit, trainer.current_epoch - 1
@@ -168,8 +195,7 @@ def _cause(state: PruningState, trainer: Trainer, stepless: int) -> Cause:
     states = [getattr(getattr(callback, "session", None), "state", None) for callback in callbacks]
     if any(isinstance(other, PruningState) and other.stop is not None for other in states):  # of any pruner here
         who = " or ".join(type(c).__name__ for c in callbacks if isinstance(c, RoundListener) and c.may_stop)
-        cure = "Give more rounds, so that each takes less, or a larger target_remaining"
-        return Cause(f"{who} ended training after round {state.round}", cure, wanted=True)
+        return Cause(f"{who} ended training after round {state.round}", FEWER_AT_ONCE, wanted=True)
     if stepless:
         return Cause(f"no optimizer step was seen in {_batches(stepless)}", COUNTED)
     endless = unit == "epoch" and trainer.num_training_batches == math.inf

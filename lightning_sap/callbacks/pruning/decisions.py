@@ -90,5 +90,8 @@ def _target(session: PruningSession, frozen: Sequence[str]) -> int | None:
     trained = {name: mask.numel() for name, mask in masks.pruned.items() if name not in frozen}
     if left >= max(1, sum(options.floors(trained).values())):
         return left
-    messages.warn_of_frozen(options, frozen)
+    subject = session.subject
+    if news := [name for name in frozen if name not in session.state.replaced | subject.warned]:
+        messages.warn_of_frozen(options, news)
+        subject.warned.update(news)
     return None

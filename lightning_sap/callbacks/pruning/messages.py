@@ -25,7 +25,7 @@ def announcement(
     lines = [
         f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
         f"{_dense(plan)}scope {options.scope}, weights {rewind}, {options.policy}",
-        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {_listed(list(masks.pruned))}",
+        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {listed(list(masks.pruned))}",
         *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
@@ -105,7 +105,7 @@ def warn_of_another_module(options: Options) -> None:
 def warn_of_frozen(options: Options, frozen: Sequence[str]) -> None:
     """Warn that weights that were not trained hold more than the target, which is met by the others only."""
     rank_zero_warn(
-        f"{options.name}: not trained in this round, and pruned no further: {_listed(list(frozen))}. These hold more "
+        f"{options.name}: not trained in this round, and pruned no further: {listed(list(frozen))}. These hold more "
         f"than target_remaining={options.target_remaining} leaves, which is met by the other weights alone."
     )
 
@@ -115,7 +115,7 @@ def warn_of_adapters(options: Options, adapters: list[str]) -> None:
     if adapters:
         named_alike = all("lora_" in name for name in adapters)
         rank_zero_warn(
-            f"{options.name}: these look like low-rank adapters of frozen weights: {_listed(adapters)}. Pruning them "
+            f"{options.name}: these look like low-rank adapters of frozen weights: {listed(adapters)}. Pruning them "
             "saves little: they are small, and their product, and so the merged weight, stays dense. Leave them out "
             f"with exclude={'*lora_*' if named_alike else adapters!r}, or merge them first and prune the merged model."
         )
@@ -126,7 +126,7 @@ def warn_of_left_out(options: Options, reasons: Mapping[str, str]) -> None:
     complex_ones = [name for name, reason in reasons.items() if reason == COMPLEX]
     if complex_ones:
         rank_zero_warn(
-            f"{options.name}: these are complex, and are not pruned: {_listed(complex_ones)}. Hold real and imaginary "
+            f"{options.name}: these are complex, and are not pruned: {listed(complex_ones)}. Hold real and imaginary "
             f"parts as two real parameters to prune them, or leave them out with exclude={complex_ones!r}."
         )
     hosts = {name: name.partition("parametrizations.") for name, reason in reasons.items() if reason == LOSES_ZEROS}
@@ -137,7 +137,7 @@ def warn_of_left_out(options: Options, reasons: Mapping[str, str]) -> None:
         )
         rank_zero_warn(
             f"{options.name}: these are parametrized such that a zero in them is none in the weight that the layer "
-            f"uses, and are not pruned: {_listed(list(hosts))}. Call {cures} before fit to prune the weight itself, or "
+            f"uses, and are not pruned: {listed(list(hosts))}. Call {cures} before fit to prune the weight itself, or "
             f"leave them out with exclude={list(hosts)!r}."
         )
 
@@ -185,7 +185,7 @@ def warn_of_unmatched(options: Options, names: Sequence[str]) -> None:
     if names:
         rank_zero_warn(
             f"{options.name}: these are averages, and what they average was not found in the module: "
-            f"{_listed(list(names))}. They stay dense. Hold the average and what it averages in one module, with "
+            f"{listed(list(names))}. They stay dense. Hold the average and what it averages in one module, with "
             "layers of the same names and shapes."
         )
 
@@ -194,7 +194,7 @@ def warn_of_moved(options: Options, names: Sequence[str]) -> None:
     """Warn of weights that change and are not trained."""
     if names:
         rank_zero_warn(
-            f"{options.name}: these weights change without a gradient: {_listed(list(names))}. They stay dense. If "
+            f"{options.name}: these weights change without a gradient: {listed(list(names))}. They stay dense. If "
             "they average others, start them as exact copies, which then share the masks of what they average; if they "
             "are trained, add them to an optimizer of configure_optimizers."
         )
@@ -209,7 +209,7 @@ def warn_of_replaced(options: Options, dense: Mapping[str, int], gone: Sequence[
         )
     if gone:
         rank_zero_warn(
-            f"{options.name}: these are no longer in the module, or not to be trained there: {_listed(list(gone))}. "
+            f"{options.name}: these are no longer in the module, or not to be trained there: {listed(list(gone))}. "
             "Their masks are given up."
         )
 
@@ -217,14 +217,14 @@ def warn_of_replaced(options: Options, dense: Mapping[str, int], gone: Sequence[
 def of_lost_parameters(options: Options, names: Sequence[str]) -> str:
     """What is wrong with replaced parameters that are not trained."""
     return (
-        f"{options.name}: {_listed(list(names))} replaced parameters of the module while training goes on, and no "
+        f"{options.name}: {listed(list(names))} replaced parameters of the module while training goes on, and no "
         "optimizer holds them, so that they are never trained. Add them where you replace them: "
         "trainer.optimizers[0].add_param_group({'params': layer.parameters()}); or set requires_grad_(False) on them."
     )
 
 
 def _sized(sizes: Mapping[str, int]) -> str:
-    return f"{sum(sizes.values()):,} weights in {_listed(list(sizes))}"
+    return f"{sum(sizes.values()):,} weights in {listed(list(sizes))}"
 
 
 def counted(number: int, word: str) -> str:
@@ -232,5 +232,6 @@ def counted(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of these names, and how many there are."""
     return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")

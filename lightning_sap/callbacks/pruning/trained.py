@@ -69,7 +69,6 @@ class Subject:
         outside: By name the sizes of the weights that no optimizer holds.
         copies: Averages of prunable weights, and the name of the weight whose mask each shares.
         warned: Names of weights that were warned of.
-        blind: Whether an optimizer does not tell of its steps, so that gradients may be missed.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -78,7 +77,6 @@ class Subject:
     outside: dict[str, int] = field(default_factory=dict)
     copies: list[tuple[nn.Parameter, str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
-    blind: bool = False
 
     def see(self, parameters: dict[str, nn.Parameter], seen: Iterable[str]) -> None:
         """Take these for the parameters of the module; some had a gradient in this round."""
@@ -141,6 +139,12 @@ def settle_(session: PruningSession, trainer: Trainer, module: LightningModule) 
 def _trained(session: PruningSession, every: Mapping[str, PrunableWeight]) -> set[str]:
     """Those that had a gradient, and that an optimizer holds; where that cannot be told, those that are not frozen."""
     training, seen = session.subject.training, session.state.trained
-    if training.held is None or (session.subject.blind and not seen):
-        return {name for name, weight in every.items() if training.untrained(weight.parameter) is None}
-    return {name for name in seen if name in every and training.holds(every[name].parameter)}
+    free = {name for name, weight in every.items() if training.untrained(weight.parameter) is None}
+    if training.held is None:
+        return free
+    found = {name for name in seen if name in every and training.holds(every[name].parameter)}
+    for ids in training.unheard:
+        names = {name for name, parameter in session.subject.parameters.items() if id(parameter) in ids}
+        if not names & seen:  # its steps, and so its gradients, were missed
+            found |= names & free
+    return found

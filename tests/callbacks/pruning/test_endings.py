@@ -6,15 +6,17 @@ import warnings
 from functools import partial
 
 import pytest
+import torch
 from helpers import BATCHES, Crash, Net, Watch, crash, data, fit, half, loader, quiet_trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from optimizers import REAL
 from stopping import Scripted, monitor_of, pruner_of
+from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sap import GoOn, RoundListener, SAPCallback, Stop
+from lightning_sap import GoOn, RoundListener, SAPCallback, Stop, TakeBack
 
 
 class Losing(Net):
@@ -130,6 +132,69 @@ class TestTarget:
             ],
             [],
         )
+
+    def test_a_layer_replaced_in_the_last_round_misses_the_target_with_a_warning(self, caplog):
+        def change(trainer, module):
+            if trainer.current_epoch == 3:
+                layer = module.net[0] = nn.Linear(6, 8)
+                trainer.optimizers[0].add_param_group({"params": layer.parameters()})
+
+        run = partial(fit, Net(), half(target_remaining=0.25), Watch(on_train_epoch_start=change))
+        replaced, *missed = said(caplog, run)[0]
+        assert "these were replaced" in replaced
+        (text,) = missed  # a replaced layer is no frozen one
+        assert text.startswith("sap: target_remaining=0.25 is missed: 7")
+        assert "since the last pruning took nothing of net.0.weight: a weight is pruned after a round in which" in text
+        assert text.endswith("Replace or freeze layers earlier, exclude what is not to be pruned, or give a larger "
+                             "target_remaining.")  # fmt: skip
+
+    def test_a_layer_replaced_earlier_leaves_the_target_met_and_is_not_called_frozen(self, caplog):
+        def change(trainer, module):
+            if trainer.current_epoch == 1:
+                layer = module.net[0] = nn.Linear(6, 8)
+                trainer.optimizers[0].add_param_group({"params": layer.parameters()})
+
+        run = partial(fit, Net(), half(target_remaining=0.25), Watch(on_train_epoch_start=change))
+        warned, told = said(caplog, run)
+        assert [text[:27] for text in warned] == ["sap: these were replaced wh"]
+        assert told == ["sap: 25.00% of 72 weights remain after 3 prunings; target_remaining=0.25 is met."]
+
+    def test_weights_frozen_for_several_rounds_are_warned_of_once_on_the_way(self, caplog):
+        freeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(False))
+        warned = said(caplog, lambda: fit(Net(), half(target_remaining=0.1), freeze, max_epochs=6))[0]
+        assert ["pruned no further" in text for text in warned] == [True, False]
+
+    def test_a_last_round_that_is_taken_back_misses_the_target_with_a_warning(self, caplog):
+        class Unsound(RoundListener, Callback):
+            may_take_back = True
+
+            def on_round_end(self, trainer, pl_module, event):
+                return TakeBack() if event.record.round == 3 else GoOn()
+
+        pruner = half(target_remaining=0.125)
+        assert said(caplog, lambda: fit(Net(), pruner, Unsound())) == (
+            [
+                "sap: target_remaining=0.125 is missed: 25.00% of 72 weights remain after 3 prunings, since round 3 "
+                "was taken back. Give more rounds, so that each takes less, or a larger target_remaining."
+            ],
+            [],
+        )
+
+    @pytest.mark.parametrize(("target", "missed"), [(None, "nothing was pruned"), (0.25, "target_remaining=0.25 is ")])
+    def test_steps_without_any_gradient_are_told_as_the_cause(self, caplog, target, missed):
+        class Idle(Net):
+            def loss(self, batch):
+                with torch.no_grad():
+                    hidden = self.net[:3](batch[0]) @ self.net[3].weight.T
+                return (hidden + self.net[3].bias).square().mean()
+
+        warned = said(caplog, lambda: fit(Idle(), half(target_remaining=target)))[0]
+        assert warned[-1].startswith(f"sap: {missed}")
+        assert warned[-1].endswith(
+            ": 100.00% of 72 weights remain after 3 prunings, since none of them had a gradient. Let the loss depend "
+            "on them, or prune other weights with include."
+        )
+        assert len(warned) == (1 if target is None else 2)
 
 
 class TestPlannedPrunings:

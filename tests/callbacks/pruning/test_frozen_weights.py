@@ -52,10 +52,12 @@ def test_weights_frozen_between_two_fits_are_pruned_no_further(scope):
 def test_a_target_beside_frozen_weights_is_met_by_the_others():
     module, pruner = Net(), half(target_remaining=0.25, rounds=3)
     freeze = Watch(on_train_epoch_end=lambda t, m: m.net[0].requires_grad_(t.current_epoch < 0))
-    with pytest.warns(
-        UserWarning, match=r"pruned no further: net\.0\.weight\. These hold more than target_remaining=0\.25"
-    ):
+    with pytest.warns(UserWarning, match="sap: ") as caught:
         fit(module, pruner, freeze)
+    frozen, missed = [str(warning.message) for warning in caught if "sap: " in str(warning.message)]
+    assert "pruned no further: net.0.weight. These hold more than target_remaining=0.25" in frozen
+    assert "target_remaining=0.25 is missed: 41.67% of 72 weights remain after 3 prunings, since the last" in missed
+    assert "took nothing of net.0.weight: a weight is pruned after a round in which it had a gradient" in missed
     a, b = PRUNABLE
     assert survivors(pruner)[a] > 12
     assert survivors(pruner)[b] == 6
@@ -82,7 +84,10 @@ def test_a_target_is_met_exactly_where_weights_frozen_before_leave_room_for_it()
 def test_floors_of_the_others_limit_what_frozen_weights_may_hold_of_a_target():
     module, pruner = Net(), half(target_remaining=0.4, min_remaining=0.4)
     freeze = Watch(on_train_epoch_end=lambda t, m: m.net[3].requires_grad_(t.current_epoch < 0))
-    with pytest.warns(UserWarning, match=r"pruned no further: net\.3\.weight\. These hold more than target_rem"):
+    with (
+        pytest.warns(UserWarning, match=r"pruned no further: net\.3\.weight\. These hold more than target_rem"),
+        pytest.warns(UserWarning, match=r"0\.4 is missed: 44\.44% .* the last pruning took nothing of net\.3\.weight:"),
+    ):
         fit(module, pruner, freeze)
     assert survivors(pruner) == {"net.0.weight": 20, "net.3.weight": 12}  # two fifths of the first
 

@@ -474,6 +474,60 @@ class TestOptimizers:
         fit(module, pruner)
         assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
 
+    def test_of_an_optimizer_that_tells_of_its_steps_nothing_without_a_gradient_is_pruned(self, caplog):
+        """Though an optimizer holds it and it is not frozen, and no other weight of the module had a gradient."""
+
+        class OnlyBias(Net):
+            def loss(self, batch):
+                with torch.no_grad():
+                    hidden = self.net[:3](batch[0]) @ self.net[3].weight.T
+                return (hidden + self.net[3].bias).square().mean()
+
+        module, pruner = OnlyBias(), half()
+        with pytest.warns(UserWarning, match="since none of them had a gradient"):
+            fit(module, pruner)
+        assert survivors(pruner) == {"net.0.weight": 48, "net.3.weight": 24}
+
+    def test_of_two_optimizers_one_that_tells_of_no_step_has_its_part_pruned_too(self):
+        class Two(Net):
+            automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                told, silent = self.optimizers()
+                hidden = self.net[:3](batch[0])
+                hidden.square().mean().backward()
+                told.step()
+                self.zero_grad()
+                (self.net[3](hidden.detach()) - batch[1]).square().mean().backward()
+                silent.step()
+                self.zero_grad()
+
+            def configure_optimizers(self):
+                return SGD(self.net[:3].parameters(), lr=0.1), Silent(self.net[3].parameters())
+
+        module, pruner = Two(), half()
+        fit(module, pruner)
+        assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
+
+    def test_beside_one_that_tells_of_no_step_what_another_holds_needs_a_gradient(self):
+        class Two(Net):
+            automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                with torch.no_grad():
+                    hidden = self.net[:3](batch[0])
+                (self.net[3](hidden) - batch[1]).square().mean().backward()
+                for optimizer in self.optimizers():
+                    optimizer.step()
+                self.zero_grad()
+
+            def configure_optimizers(self):
+                return SGD(self.net[:3].parameters(), lr=0.1), Silent(self.net[3].parameters())
+
+        module, pruner = Two(), half()
+        fit(module, pruner)
+        assert survivors(pruner) == {"net.3.weight": 3}
+
 
 class TestRounds:
     def test_what_is_frozen_on_the_way_is_pruned_after_the_round_in_which_it_was_trained(self):

@@ -66,15 +66,24 @@ class Writing(Net):
     def on_validation_start(self):
         self.write_in("on_validation_start")
 
+    def on_validation_epoch_start(self):
+        self.write_in("on_validation_epoch_start")
+
     def on_train_end(self):
         self.write_in("on_train_end")
+
+    def on_fit_end(self):
+        self.write_in("on_fit_end")
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
         self.seen.append(nonzero(self))
 
 
-HOOKS = ["optimizer_step", "on_train_batch_end", "on_train_epoch_end", "on_validation_start", "on_train_end"]
+HOOKS = [
+    "optimizer_step", "on_train_batch_end", "on_train_epoch_end", "on_validation_start", "on_validation_epoch_start",
+    "on_train_end", "on_fit_end",
+]  # fmt: skip
 
 
 def nonzero(module):
@@ -103,6 +112,18 @@ def test_masks_hold_in_validation_and_at_the_end(write, hook):
     assert max(module.after_writing) > 60  # so that something is to be masked
     assert max(module.seen[3:]) == KEPT  # three batches of validation an epoch
     assert len(module.seen) == 9
+    assert nonzero(module) == KEPT
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_start", "on_train_end", "on_fit_end"])
+def test_masks_hold_where_a_callback_behind_the_pruner_writes(hook):
+    def write(trainer, module):
+        with torch.no_grad():
+            clamp(module)
+
+    module = Writing(clamp, None)
+    train(module, pruner(), Watch(**{hook: write}))
+    assert max(module.seen[3:]) == KEPT
     assert nonzero(module) == KEPT
 
 
