@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 Unit = Literal["epoch", "step"]
 DENSE = 0.25  # share of a training that searches which its dense round takes
 SEARCH_ROUNDS = 16  # how many rounds follow it
+FEWEST = 4  # how many are left, however long a round has to be
 
 
 class Words(NamedTuple):
@@ -121,6 +122,7 @@ def plan_search(
     first: int = 0,
     unit: Unit = "epoch",
     least: int = 1,
+    shortest: int = 1,
 ) -> RoundPlan:
     """Fit rounds into a training that searches: the first, dense one takes a quarter, the others are of equal length.
 
@@ -131,6 +133,7 @@ def plan_search(
         first: The epoch or step that training starts with.
         unit: What is counted.
         least: From one validation to the next: where ``every`` is None, they end with one.
+        shortest: Their least length where both are None, as long as some rounds are left.
 
     Raises:
         ValueError: If what was asked for does not fit.
@@ -152,7 +155,8 @@ def plan_search(
     quarter = max(1, round(left * DENSE))
     if every is None:
         room = left - quarter
-        every = max(1, room // rounds) if rounds else min(max(least, round(room / SEARCH_ROUNDS)), left - 1)
+        free = min(max(shortest, round(room / SEARCH_ROUNDS)), max(1, room // FEWEST))
+        every = max(1, room // rounds) if rounds else min(max(least, free), left - 1)
         every = _whole(every, least)
     dense = _whole(min(max(quarter, every), left - (rounds or 1) * every), least, first)
     if rounds is None:

@@ -195,6 +195,11 @@ class TestSearching:
         assert plan_search(24, least=3).length == 3
         assert plan_search(24, every=1, least=3).length == 1
 
+    def test_rounds_are_not_too_short_to_judge_by_as_long_as_four_are_left(self):
+        assert [plan_search(30, shortest=n).length for n in (1, 2, 5, 9)] == [1, 2, 5, 5]
+        assert plan_search(30, every=1, shortest=5).length == 1
+        assert plan_search(30, rounds=11, shortest=5).length == 2
+
     def test_what_does_not_fit_is_refused_as_ever(self):
         with pytest.raises(ValueError, match=r"they need \(rounds \+ 1\) · every_n_epochs = 90 epochs"):
             plan_search(80, 8, 10)

@@ -13,6 +13,8 @@ from lightning_sap.callbacks.pruning.schedules import end_in_epochs, steps_of_ep
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rounds.plan import RoundPlan, plan_rounds, plan_search
 
+STEPS_TO_JUDGE = 20  # optimizer steps; after fewer a round is unsound for lack of training, see benchmarks/tolerance.py
+
 
 def plan(trainer: Trainer, options: Options) -> RoundPlan:
     """The rounds of a training that begins now: in steps where that is asked for or only steps limit it."""
@@ -21,7 +23,8 @@ def plan(trainer: Trainer, options: Options) -> RoundPlan:
         left = steps_left(trainer, 0)
         end = None if left is None else trainer.global_step + left
         if options.tolerance is not None:
-            return plan_search(end, options.rounds, options.every_n_steps, trainer.global_step, "step")
+            wanted = end, options.rounds, options.every_n_steps, trainer.global_step
+            return plan_search(*wanted, unit="step", shortest=STEPS_TO_JUDGE)
         return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, "step")
     return _plan_in_epochs(trainer, options)
 
@@ -30,7 +33,8 @@ def _plan_in_epochs(trainer: Trainer, options: Options) -> RoundPlan:
     """As many rounds as fit where ``max_steps`` ends training before ``max_epochs``."""
     divide: Callable[..., RoundPlan] = plan_rounds
     if options.tolerance is not None:  # each round has a validation where its length is free
-        divide = partial(plan_search, least=trainer.check_val_every_n_epoch or 1)
+        shortest = -(-STEPS_TO_JUDGE // max(1, steps_of_epochs(trainer, 1) or STEPS_TO_JUDGE))
+        divide = partial(plan_search, least=trainer.check_val_every_n_epoch or 1, shortest=shortest)
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
     whole = divide(trainer.max_epochs, *wanted)
     end = end_in_epochs(trainer, trainer.current_epoch, trainer.global_step)
