@@ -12,7 +12,10 @@ Imports point inward only; from the inside out::
     plot.py, report.py     figures and tables of the rounds
     callbacks/pruning/     prunes while Lightning trains
     callbacks/monitor/     watches, logs, judges the rounds and stops
+    deploy/                after training: packed files, smaller networks, faster linears
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lightning_sap.callbacks.monitor import PQIMonitor
 from lightning_sap.callbacks.pruning import PruningCallback, SAPCallback
@@ -27,6 +30,9 @@ from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
 from lightning_sap.rounds.search import Tolerance
+
+if TYPE_CHECKING:
+    from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse
 
 __version__ = "0.1.0"
 
@@ -53,8 +59,20 @@ __all__ = [
     "TakeBack",
     "Tolerance",
     "gini_index",
+    "load_sparse",
     "pq_index",
     "prune_count",
     "prune_masks",
+    "quantize_survivors",
     "retained_lower_bound",
+    "save_sparse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is needed after training only is imported when it is asked for."""
+    if name in __all__:
+        from lightning_sap import deploy
+
+        return getattr(deploy, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,11 +23,18 @@ RINGS = (
     "plot",
     "report",
     "callbacks",
+    "deploy",
+    "__main__",
     "",
 )
 # Packages besides the standard library, torch and NumPy that a ring may import.
-PACKAGES = {"callbacks": {"lightning"}, "metric": {"torchmetrics"}, "plot": {"matplotlib"}, "report": {"rich"}}
-LAZY = {"plot", "matplotlib", "rich"}  # what is imported inside functions only
+PACKAGES = {
+    "callbacks": {"lightning"},
+    "metric": {"torchmetrics"},
+    "plot": {"matplotlib"},
+    "report": {"rich"},
+}
+LAZY = {"plot", "deploy", "matplotlib", "rich", "torch_pruning"}  # what is imported inside functions only
 # What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
 ARROWS: dict[str, set[str]] = {
     "functional": {"functional/amount", "functional/pqi", "functional/select"},
@@ -293,6 +300,12 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/training",
     },
     "callbacks/training": {"engine/copies", "engine/weights", "rewind"},
+    "deploy": {"deploy/quantize", "deploy/sparse_file"},
+    "deploy/packing": {"deploy/container", "deploy/quantize"},
+    "deploy/quantize": {"deploy/copies"},
+    "deploy/reading": {"deploy/container", "deploy/packing"},
+    "deploy/sources": {"deploy/container", "deploy/copies", "deploy/reading"},
+    "deploy/sparse_file": {"deploy/container", "deploy/packing", "deploy/reading", "deploy/sources"},
     "": {
         "functional/amount",
         "functional/pqi",
@@ -307,6 +320,7 @@ ARROWS: dict[str, set[str]] = {
         "metric",
         "callbacks/monitor",
         "callbacks/pruning",
+        "deploy",
     },
 }
 
