@@ -35,7 +35,7 @@ def is_safetensors(file: BinaryIO) -> bool:
     return start[:4] != ZIP and start[8:] == b"{"
 
 
-def safetensors_of(file: BinaryIO, path: Path, header: Header) -> Iterator[Named]:
+def _plain(file: BinaryIO, path: Path, header: Header) -> Iterator[Named]:
     """The tensors of a safetensors file as they stand there."""
     for name, stored in header.tensors.items():
         if stored.dtype not in DTYPES:
@@ -48,16 +48,16 @@ def safetensors_of(file: BinaryIO, path: Path, header: Header) -> Iterator[Named
         yield Named(name, load)
 
 
-def packed_of(file: BinaryIO, path: Path, header: Header) -> Iterator[Named]:
-    """The tensors of a file, those that are packed unpacked; the key of a tied tensor is the name of the first.
+def tensors_of(file: BinaryIO, path: Path, header: Header) -> Iterator[Named]:
+    """The tensors of a file, of a packed one unpacked; there the key of a tied tensor is the name of the first.
 
     Raises:
         ValueError: If index and header disagree.
     """
     if INDEX not in header.metadata:
-        yield from safetensors_of(file, path, header)
+        yield from _plain(file, path, header)
         return
-    index = _index(path, header)
+    index = index_of_file(path, header)
     for name, entry in index.items():
         first = str(entry.get("same_as", name))
 
@@ -73,7 +73,12 @@ def index_texts(index: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {INDEX: text, CHECK: str(zlib.crc32(text.encode()))}
 
 
-def _index(path: Path, header: Header) -> dict[str, dict[str, Any]]:
+def index_of_file(path: Path, header: Header) -> dict[str, dict[str, Any]]:
+    """What a packed file tells of each tensor.
+
+    Raises:
+        ValueError: If index and header disagree.
+    """
     text = header.metadata[INDEX]
     if str(zlib.crc32(text.encode())) != header.metadata.get(CHECK):
         raise ValueError(f"{path} is damaged: its index is not the one that was written.")

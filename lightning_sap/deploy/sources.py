@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sap.deploy.container import open_binary, read_header, tensor_of
 from lightning_sap.deploy.copies import output_axes
-from lightning_sap.deploy.reading import ZIP, Named, is_safetensors, packed_of
+from lightning_sap.deploy.reading import ZIP, Named, is_safetensors, tensors_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Any] | str | Path
 
@@ -69,7 +69,7 @@ def state_of(loaded: Any, what: str) -> Mapping[str, Tensor]:
 
 def _of_file(file: BinaryIO, path: Path) -> Iterator[Named]:
     if is_safetensors(file):
-        yield from packed_of(file, path, read_header(file, path))
+        yield from tensors_of(file, path, read_header(file, path))
     else:
         yield from _checkpoint_of(file, path)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sap.deploy.container import KEYS, Writer, open_binary, read_header, writing
 from lightning_sap.deploy.packing import VALUES, Values, as_it_is, is_packed, pack, raw_bytes
-from lightning_sap.deploy.reading import INDEX, Named, index_texts, is_safetensors, packed_of
+from lightning_sap.deploy.reading import INDEX, Named, index_of_file, index_texts, is_safetensors, tensors_of
 from lightning_sap.deploy.sources import opened
 
 
@@ -84,31 +87,45 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
     """
     state: dict[str, Tensor] = {}
-    with open_binary(path) as file:
-        if not is_safetensors(file):
-            raise ValueError(
-                f"{path} is not a file of save_sparse: it is no safetensors file, or its start is damaged."
-            )
-        header = read_header(file, path)
-        if INDEX not in header.metadata:
-            raise ValueError(f"{path} is not a file of save_sparse; read it with safetensors.torch.load_file(path).")
-        for named in packed_of(file, Path(path), header):
-            state[named.name] = named.load() if named.key is None or named.key == named.name else state[str(named.key)]
+    with _packed(path) as tensors:
+        for named in tensors:
+            state[named.name] = named.load() if named.key == named.name else state[str(named.key)]
     return state
 
 
-def save_dense(source: nn.Module | Mapping[str, Any] | str | Path, path: str | Path) -> None:
-    """Write tensors into a plain safetensors file, one at a time; tied ones stand there once each.
+def write_dense(path: str | Path, out: str | Path) -> None:
+    """Write the tensors of a packed file into a plain safetensors file, one at a time; tied ones stand there each.
 
     Raises:
-        ValueError: If a dtype has no name in safetensors files.
+        ValueError: If the file is not a packed one, or a dtype has no name in safetensors files.
     """
-    with opened(source) as tensors, writing(path) as writer:
+    with _packed(path) as tensors, writing(out) as writer:
         for named in tensors:
             tensor = named.load()
             if tensor.dtype not in KEYS:
-                raise ValueError(f"{named.name!r} is {tensor.dtype}, which safetensors files do not have.")
+                raise ValueError(
+                    f"{named.name!r} is {tensor.dtype}, which safetensors files lack; unpack to a .pt file."
+                )
             writer.add(named.name, KEYS[tensor.dtype], tensor.shape, [raw_bytes(tensor)])
+
+
+def unpacked_bytes(path: str | Path) -> int:
+    """How many bytes the tensors of a packed file take when they are dense; tied ones once."""
+    with open_binary(path) as file:
+        index = index_of_file(Path(path), read_header(file, path))
+    entries = [entry for entry in index.values() if "same_as" not in entry]
+    return sum(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize for entry in entries)
+
+
+@contextmanager
+def _packed(path: str | Path) -> Iterator[Iterator[Named]]:
+    with open_binary(path) as file:
+        if not is_safetensors(file):
+            raise ValueError(f"{path} is not a file of save_sparse, or its start is damaged.")
+        header = read_header(file, path)
+        if INDEX not in header.metadata:
+            raise ValueError(f"{path} is not a file of save_sparse; read it with safetensors.torch.load_file(path).")
+        yield tensors_of(file, Path(path), header)
 
 
 def _add(writer: Writer, named: Named, values: Values, compress: bool) -> dict[str, Any]:
