@@ -23,6 +23,8 @@ TAKES = "a checkpoint of Lightning, a state_dict saved by PyTorch, or a .safeten
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did what was asked, 1 after a message on stderr."""
     options = _parser().parse_args(arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # weights are read in blocks so small that threads wait for one another, on a busy machine
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"lightning-sap: {error}", file=sys.stderr)
         return 1
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 

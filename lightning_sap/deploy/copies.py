@@ -1,8 +1,10 @@
-"""Copies of a module, and which axis of its weights is the output channel."""
+"""Copies of a module, how to call it on example inputs, and which axis of its weights is the output channel."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,21 +15,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copy_of(module: Module) -> Module:
-    """A deep copy of a module; a Trainer to which it is attached is shared, not copied.
+    """A deep copy of a module.
 
     Raises:
         ValueError: If it holds what cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        try:
-            trainer: Any = getattr(part, "trainer", None)
-        except RuntimeError:  # a LightningModule without a Trainer
-            continue
-        if trainer is not None and not isinstance(trainer, nn.Module):
-            memo[id(trainer)] = trainer
     try:
-        return copy.deepcopy(module, memo)
+        return copy.deepcopy(module)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{type(module).__name__} cannot be copied: {error}") from error
 
@@ -39,3 +33,22 @@ def output_axes(module: nn.Module) -> dict[str, int]:
         for name, part in module.named_modules()
         if isinstance(part, TRANSPOSED) or type(part).__name__ == "Conv1D"
     }
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """What the module says of example inputs: one argument, a tuple or list of them, or a mapping of names to them."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """All parts in evaluation mode; afterwards each in the mode that it was in."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
