@@ -300,7 +300,6 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/training",
     },
     "callbacks/training": {"engine/copies", "engine/weights", "rewind"},
-    "__main__": {"deploy/container", "deploy/inspection", "deploy/packing", "deploy/sparse_file"},
     "deploy": {"deploy/linears", "deploy/quantize", "deploy/sparse_file"},
     "deploy/inspection": {"functional/amount", "functional/pqi", "deploy/quantize", "deploy/reading", "deploy/sources"},
     "deploy/linears": {"deploy/copies"},
@@ -309,6 +308,7 @@ ARROWS: dict[str, set[str]] = {
     "deploy/reading": {"deploy/container", "deploy/packing"},
     "deploy/sources": {"deploy/container", "deploy/copies", "deploy/reading"},
     "deploy/sparse_file": {"deploy/container", "deploy/packing", "deploy/reading", "deploy/sources"},
+    "__main__": {"deploy/container", "deploy/inspection", "deploy/packing", "deploy/sparse_file"},
     "": {
         "functional/amount",
         "functional/pqi",
