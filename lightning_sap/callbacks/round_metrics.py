@@ -19,7 +19,7 @@ class RoundMetrics:
     def __init__(self) -> None:
         self._saved: dict[str, float] = {}  # of the moment that was interrupted
         self._validated: int | None = None  # the moment in which validation ran last
-        self._of_validation: set[str] = set()  # the metrics that validation logs
+        self._of_validation: dict[str, int | None] = {}  # the metrics that validation logs, by the moment it did last
         self._at_start: dict[str, Tensor] = {}
         self._before_validation: dict[str, Tensor] = {}
         self.saw_validation = False  # in this fit
@@ -44,7 +44,8 @@ class RoundMetrics:
     def end_validation(self, trainer: Trainer, moment: int) -> None:
         """To be called after validation."""
         before, after = self._before_validation, trainer.callback_metrics
-        self._of_validation |= {key for key in after if key not in before or after[key] is not before[key]}
+        new = (key for key in after if key not in before or after[key] is not before[key])
+        self._of_validation |= dict.fromkeys(new, moment)
         self._validated, self._before_validation, self.saw_validation = moment, {}, True
 
     def known(self, trainer: Trainer) -> dict[str, float]:
@@ -54,7 +55,7 @@ class RoundMetrics:
     def of(self, trainer: Trainer, moment: int) -> dict[str, float]:
         """Every metric that was logged in this moment."""
         metrics = trainer.callback_metrics
-        stale = self._of_validation if self._validated != moment else ()
+        stale = {key for key, logged in self._of_validation.items() if logged != moment}
         stale = {key for key in stale if metrics.get(key) is self._at_start.get(key)}  # not logged in training
         return self._saved | {key: float(value) for key, value in metrics.items() if key not in stale}
 
@@ -76,4 +77,4 @@ class RoundMetrics:
         """Continue from a state."""
         self._saved = dict(state_dict.get("metrics", {}))
         self._validated = state_dict.get("validated")
-        self._of_validation = set(state_dict.get("validation_keys", ()))
+        self._of_validation = dict.fromkeys(state_dict.get("validation_keys", ()))

@@ -54,4 +54,23 @@ def test_what_validation_logs_while_it_runs_belongs_to_its_moment():
     metrics.begin_validation(now)
     metrics.validate(1)
     assert metrics.has_validated
+    now.callback_metrics["val_loss"] = torch.tensor(2.0)
     assert metrics.of(now, 1) == {"val_loss": 2.0}
+
+
+def test_what_a_validation_leaves_out_is_not_of_its_moment():
+    metrics, now = RoundMetrics(), trainer()
+    metrics.begin(now)
+    validated(metrics, now, 0, val_loss=2.0, val_acc=0.5)
+    metrics.begin(now)
+    validated(metrics, now, 1, val_loss=2.0)
+    assert metrics.of(now, 1) == {"val_loss": 2.0}
+
+
+def test_a_round_of_several_epochs_keeps_what_an_earlier_one_of_them_logged():
+    metrics, now = RoundMetrics(), trainer()
+    metrics.begin(now)
+    validated(metrics, now, 1, val_loss=2.0, val_acc=0.5)
+    metrics.begin(now)
+    validated(metrics, now, 1, val_loss=1.0)
+    assert metrics.of(now, 1) == {"val_loss": 1.0, "val_acc": 0.5}

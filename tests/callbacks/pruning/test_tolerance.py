@@ -129,6 +129,12 @@ class TestMetrics:
         assert lefts_of[1] == lefts_of[2]
         assert pruner.history[-1].sound is True
 
+    def test_a_validation_that_leaves_the_metric_out_is_not_judged_by_an_old_value(self):
+        with pytest.warns(UserWarning, match="in round 2 'val_acc' was not logged"):
+            _, pruner, _ = search(scores=[0.9, 0.9, 0.9, None, 0.5, 0.9, 0.9, 0.9])
+        assert [record.metric is None for record in pruner.history] == [False, False, True, False, False, False, False]
+        assert backs(pruner) == [3]
+
     def test_rounds_of_a_free_length_have_a_validation(self):
         _, pruner, _ = search(scores=[0.9] * 40, check_val_every_n_epoch=5, pruner=searching(every_n_epochs=None))
         assert all(record.metric is not None for record in pruner.history)
