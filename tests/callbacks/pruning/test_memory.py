@@ -26,7 +26,7 @@ def bytes_of_tensors():
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]  # no fakes of `torch.compile`
     gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    storages = [t.untyped_storage() for t in tensors + gradients]
+    storages = [t.untyped_storage() for t in tensors + gradients if t.layout == torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
