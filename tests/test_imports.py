@@ -100,6 +100,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/monitor/curve": {"engine/measure", "rounds/history", "report", "callbacks/round_metrics"},
     "callbacks/monitor/messages": {
+        "report",
         "rounds/history",
         "rounds/phases",
         "callbacks/monitor/callback",

@@ -117,10 +117,20 @@ class MaskSet:
                 yield name, shard_like(before & ~local(mask), mask)
 
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the pruned entries of the named tensors, also of sparse ones, to zero in place (even if not finite)."""
+        """Set the pruned entries of the named tensors, also of sparse ones, to zero in place (even if not finite).
+
+        Raises:
+            ValueError: If a tensor has another shape than its mask; it names it.
+        """
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if self._counts.get(name):
+                    if tensor.shape != self._pruned[name].shape:
+                        raise ValueError(
+                            f"{name!r} has the shape {tuple(tensor.shape)}, and what was pruned of it "
+                            f"{tuple(self._pruned[name].shape)}. To change a layer while training goes on, give it a "
+                            "new nn.Parameter, and that to an optimizer."
+                        )
                     zero_(local(tensor), local(self._pruned[name]))
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:

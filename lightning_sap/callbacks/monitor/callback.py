@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.monitor import loggers, messages
@@ -17,7 +15,7 @@ from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
 from lightning_sap.callbacks.monitor.mode import MetricMode
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.functional.scalars import as_plain
-from lightning_sap.report import markdown, show
+from lightning_sap.report import markdown
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import Answer, GoOn, PrunerView, RoundEnd, RoundListener, Stop
@@ -153,6 +151,10 @@ class PQIMonitor(RoundListener, Callback):
         self._finish_row(trainer)
         self._curve.metrics.begin(trainer)
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Steps by hand do not move ``trainer.global_step``, and the module may write in its own hook."""
+        self._meter.forget()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before an averaging callback puts its copy into the module, in whichever order they stand."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -160,6 +162,7 @@ class PQIMonitor(RoundListener, Callback):
             self._curve.metrics.begin_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._meter.forget()  # the module holds its own weights again, and someone may have written them
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._curve.metrics.end_validation(trainer, self._moment(trainer))
 
@@ -316,10 +319,7 @@ class PQIMonitor(RoundListener, Callback):
         report = self.report() if self._records else None
         loggers.show(trainer, self.name, self.plot if self._curve.rows else None, report)
         if self.verbose and report is not None and trainer.is_global_zero:
-            if importlib.util.find_spec("rich") is None:
-                rank_zero_info(report)
-            else:
-                show(self._records, metric=self.monitor, verdict=str(self.verdict or ""))
+            messages.tell_report(self, self._records)
 
     # -- checkpoints and copies ---------------------------------------------------------------------------------------
 

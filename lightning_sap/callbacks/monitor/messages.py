@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sap.report import show
 from lightning_sap.rounds.history import RoundRecord
 
 if TYPE_CHECKING:
@@ -52,3 +55,11 @@ def tell_judgement(trainer: Trainer, monitor: PQIMonitor, round: int, before: tu
         rank_zero_info(f"{monitor.name}: {monitor.verdict}{more}")
     elif monitor.verbose and monitor.phase != before[0]:
         rank_zero_info(f"{monitor.name}: {monitor.phase} after round {round}. {monitor.reason}")
+
+
+def tell_report(monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
+    """Print the report: as a table where rich is installed, else as Markdown."""
+    if importlib.util.find_spec("rich") is None:
+        rank_zero_info(monitor.report())
+    else:
+        show(records, metric=monitor.monitor, verdict=str(monitor.verdict or ""))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +20,8 @@ from lightning_sap.functional.scalars import as_plain
 from lightning_sap.rounds.phases import Layers
 from lightning_sap.rounds.protocol import PrunerView
 from lightning_sap.sharding import check_placements, is_sharded
+
+Moment: TypeAlias = tuple[tuple[int, ...], tuple[tuple[str, tuple[int, ...]], ...]]  # rounds, and what is watched
 
 
 class IndexMeter:
@@ -34,10 +38,11 @@ class IndexMeter:
         self.gini = gini
         self.log_layers = [log_layers] if isinstance(log_layers, str) else log_layers
         self.name = name
-        self._latest: tuple[tuple[int, ...], Measure, float | None] | None = None  # when measured, and what
+        self._latest: tuple[Moment, Measure, float | None] | None = None  # when and of which, and what was measured
+        self._masks: list[torch.Tensor | None] = []  # those that it was measured under
 
     def forget(self) -> None:
-        """Let go of what was measured in an earlier fit."""
+        """Let go of what was measured: weights may have changed since."""
         self._latest = None
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -74,11 +79,15 @@ class IndexMeter:
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
 
     def measure(self, trainer: Trainer, module: LightningModule) -> Measure:
-        """Indices of the weights as they are, measured once after a step."""
-        moment = (trainer.global_step, *(pruner.current_round() for pruner in pruners(trainer)))
-        if self._latest is None or self._latest[0] != moment:
-            orders, tensors = self._orders(trainer), self.tensors(trainer, module)
+        """Indices of the weights as they are, measured once until it is told to forget, or others are watched."""
+        tensors = self.tensors(trainer, module)
+        shapes = tuple((name, tuple(tensor.weight.shape)) for name, tensor in tensors.items())
+        moment = (tuple(pruner.current_round() for pruner in pruners(trainer)), shapes)
+        masks = [tensor.pruned for tensor in tensors.values()]
+        if self._latest is None or self._latest[0] != moment or any(map(operator.is_not, self._masks, masks)):
+            orders = self._orders(trainer)
             gini = _gini(tensors) if self.gini else None
+            self._masks = masks
             self._latest = (moment, summary(sums_of(tensors, *orders), *orders), gini)
         return self._latest[1]
 

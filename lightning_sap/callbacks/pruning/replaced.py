@@ -26,8 +26,9 @@ def look_(session: PruningSession, module: nn.Module) -> None:
     They are pruned from the next round on, whenever in this one they were seen. A weight that is zero wherever the old
     one is pruned goes on under the old mask.
     """
-    live, known = parameter_names(module), session.subject.parameters
+    live, known, masks = parameter_names(module), session.subject.parameters, session.state.masks.pruned
     changed = {name for name in live.keys() | known.keys() if live.get(name) is not known.get(name)}
+    changed |= {name for name, mask in masks.items() if name in live and live[name].shape != mask.shape}
     if not changed:
         return
     _forget_snapshots_(session, {name for name in changed if name in known})

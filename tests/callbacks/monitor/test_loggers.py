@@ -71,7 +71,7 @@ class TestTensorBoard:
         assert min(image.width, image.height) > 300
 
     def test_tensorboard_images_hold_no_figure_without_matplotlib(self, tmp_path, monkeypatch):
-        import lightning_sap.callbacks.monitor.callback as room
+        import lightning_sap.callbacks.monitor.messages as room
 
         monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
         fit(

@@ -4,9 +4,12 @@ import copy
 import pickle
 
 import pytest
+import torch
 from helpers import Net, Watch, fit, half, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from monitoring import Expecting, close
+from optimizers import REAL
+from torch import nn
 
 from lightning_sap import PQIMonitor
 
@@ -22,6 +25,61 @@ class TestRows:
         assert [r["metric"] for r in rows] == losses[1::2]
         assert [r["pqi"] for r in rows] == close([values["pqi/global"] for values in expecting.expected[1::2]])
         assert [r["pqi"] for r in rows] == close([record.pqi for record in pruner.history])
+
+    @pytest.mark.parametrize("validates", [False, True])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_rows_of_steps_that_lightning_does_not_count_are_of_the_last_epoch_too(self, order, validates):
+        """Two-call SAM steps an optimizer inside another, and leaves ``trainer.global_step`` where it is."""
+
+        class Sharp(Net):
+            automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                optimizer = self.optimizers()
+                self.manual_backward(self.loss(batch))
+                optimizer.first_step(zero_grad=True)
+                self.manual_backward(self.loss(batch))
+                optimizer.second_step(zero_grad=True)
+
+        pruner, monitor = half(every_n_epochs=2), PQIMonitor(stop_on=None)
+        module = Sharp(optimizer=REAL["SAM"])
+        trainer = fit(module, *[pruner, monitor][::order], val=loader() if validates else None, max_epochs=6)
+        assert trainer.global_step == 0
+        assert [row["pqi"] for row in monitor.rows()] == close([record.pqi for record in pruner.history])
+
+    @pytest.mark.parametrize("validates", [False, True])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_rows_are_of_what_is_trained_once_that_is_known(self, order, validates):
+        """A layer in the optimizer that has no gradient is watched until the first round ends."""
+
+        class Partly(Net):
+            def loss(self, batch):
+                with torch.no_grad():
+                    hidden = self.net[:3](batch[0])
+                return (self.net[3](hidden) - batch[1]).square().mean()
+
+        pruner, monitor = half(every_n_epochs=2), PQIMonitor(stop_on=None)
+        fit(Partly(), *[pruner, monitor][::order], val=loader() if validates else None, max_epochs=6)
+        rows = monitor.rows()
+        assert [row["layers_remaining"] for row in rows] == [{"net.3.weight": share} for share in (1.0, 0.5, 0.25)]
+        assert [row["pqi"] for row in rows] == close([record.pqi for record in pruner.history])
+
+    @pytest.mark.filterwarnings("ignore:sap. these were replaced")
+    @pytest.mark.parametrize("features", [8, 10])
+    @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_rows_are_of_the_layers_that_are_there(self, order, hook, features):
+        def change(trainer, module):
+            if trainer.current_epoch == 3 and trainer.fit_loop.batch_idx == 2:
+                module.net[0], module.net[1] = nn.Linear(6, features), nn.BatchNorm1d(features)
+                module.net[3] = nn.Linear(features, 3)
+                trainer.optimizers[0].param_groups[0]["params"][:] = list(module.parameters())
+
+        pruner, monitor = half(every_n_epochs=2), PQIMonitor(stop_on=None)
+        fit(Net(), Watch(**{hook: change}), *[pruner, monitor][::order], val=loader(), max_epochs=6)
+        rows = monitor.rows()
+        assert [row["remaining"] for row in rows] == [1.0, 1.0, 1.0]
+        assert [row["pqi"] for row in rows] == close([record.pqi for record in pruner.history])
 
     def test_rows_without_a_pruner_are_of_each_epoch(self):
         monitor = PQIMonitor(stop_on=None)

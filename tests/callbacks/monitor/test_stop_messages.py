@@ -34,7 +34,7 @@ class TestVerbose:
         assert capsys.readouterr().out == ""
 
     def test_without_rich_the_report_is_logged_as_markdown(self, tmp_path, caplog, capsys, monkeypatch):
-        import lightning_sap.callbacks.monitor.callback as room
+        import lightning_sap.callbacks.monitor.messages as room
 
         monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
         with caplog.at_level("INFO"):

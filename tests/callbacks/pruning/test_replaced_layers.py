@@ -283,3 +283,32 @@ def test_a_file_saved_right_after_a_replacement_has_the_mask_of_its_weights(tmp_
     assert survivors(twin) == {"net.0.weight": 48, "net.3.weight": 6}
     assert torch.equal(saved["state_dict"]["net.0.weight"], linear().weight)
     assert int((saved["state_dict"]["net.3.weight"] != 0).sum()) == 6
+
+
+def regrow(trainer, module):
+    """The same parameters, with tensors of another shape in them."""
+    (optimizer,) = trainer.optimizers
+    module.net[0].weight.data, module.net[0].bias.data = torch.randn(10, 6), torch.zeros(10)
+    module.net[1] = nn.BatchNorm1d(10)
+    module.net[3].weight.data = torch.randn(3, 10)
+    optimizer.state.clear()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("hook", "first"), [("on_train_epoch_end", True), ("on_train_epoch_end", False), ("on_train_epoch_start", False)]
+)
+def test_a_parameter_that_is_given_another_shape_joins_dense(hook, first):
+    module, pruner = Net(), half()
+    change = at(hook, 2, regrow)
+    with pytest.warns(UserWarning, match=re.escape(JOINED.format(90, "net.0.weight, net.3.weight"))):
+        fit(module, *([change, pruner] if first else [pruner, change]), max_epochs=5)
+    assert survivors(pruner) == {"net.0.weight": 30, "net.3.weight": 15}
+    assert all_masked_are_zero(module.trainer, module)
+
+
+@pytest.mark.filterwarnings("ignore:sap. these were replaced")
+def test_a_parameter_that_is_given_another_shape_between_two_steps_is_an_error_that_names_it():
+    message = r"^'net\.0\.weight' has the shape \(10, 6\), and what was pruned of it \(8, 6\)\. .* a new nn\.Parameter"
+    with pytest.raises(ValueError, match=message):
+        fit(Net(), at("on_train_batch_end", 2, regrow), half())

@@ -392,7 +392,8 @@ class Silent:
         closure()
         with torch.no_grad():
             for parameter in self.param_groups[0]["params"]:
-                parameter.sub_(0.1 * parameter.grad)
+                if parameter.grad is not None:
+                    parameter.sub_(0.1 * parameter.grad)
 
     def zero_grad(self, *_, **__):
         """The module does."""
@@ -487,6 +488,17 @@ class TestOptimizers:
         with pytest.warns(UserWarning, match="since none of them had a gradient"):
             fit(module, pruner)
         assert survivors(pruner) == {"net.0.weight": 48, "net.3.weight": 24}
+
+    def test_a_teacher_held_by_one_that_tells_of_no_step_is_left_alone_where_gradients_are_seen(self):
+        class Held(Distilled):
+            def configure_optimizers(self):
+                return Silent(self.parameters())
+
+        module, pruner = Held(), half()
+        before = copied(module.teacher.state_dict())
+        fit(module, pruner, train=points())
+        assert same(module.teacher.state_dict(), before)
+        assert survivors(pruner) == {"student.0.weight": 20, "student.2.weight": 6}
 
     def test_of_two_optimizers_one_that_tells_of_no_step_has_its_part_pruned_too(self):
         class Two(Net):
