@@ -132,9 +132,10 @@ class Search:
         metric: Its metric.
         scale: What the policy's counts are multiplied by.
         failed: Weights of the sparsest network that was not sound; None before there is one.
-        tried: Further rounds that a near miss has had.
+        tried: Further rounds that a near miss, or the dense network, has had.
         dense: Weights with which it began.
         unjudged: Rounds whose metric was not logged.
+        validated: Optimizer steps before the latest validation; None before there was one.
         target: Weights at which the search is over, where they are sound; 0: there is no target.
         own: Whether the reference was given up for the best dense round.
         started: Whether anything was pruned.
@@ -150,6 +151,7 @@ class Search:
     tried: int = 0
     dense: int = 0
     unjudged: int = 0
+    validated: int | None = None
     target: int = 0
     own: bool = False
     started: bool = False
@@ -189,9 +191,16 @@ class Search:
         notes = {"sound": sound, "metric": ended.metric, "yardstick": held, "bound": bound}
         return replace(answer, notes={ended.round: notes})
 
+    def goes_on(self, round: int) -> GoOn:
+        """What follows a round that was followed already and not taken back, if that is asked for again."""
+        if self.best != round or not self.started:
+            return GoOn(0.0, keep=self.best == round)
+        return GoOn(0.0, last=True) if self.over else GoOn(self.scale, most=self._most(room=self._room(RULE)))
+
     def _dense(self, tolerance: Tolerance, ended: Ended, rule: Rule, sound: bool) -> GoOn | TakeBack:
         """After a dense round: prune if it is sound; else train on, for a share of the training."""
         metric = math.nan if ended.metric is None else ended.metric
+        self.tried += 1
         if not sound and math.isfinite(metric) and ended.passed is not None and ended.passed >= rule.dense:
             self.own = True
             sound = self.sound(tolerance, metric) is True
@@ -201,7 +210,7 @@ class Search:
             if keep:
                 self.yardstick, self.best, self.weights, self.metric = metric, ended.round, ended.weights, metric
             return GoOn(0.0, keep=keep)
-        self.started, self.scale = True, rule.start
+        self.started, self.scale, self.tried = True, rule.start, 0
         if not sound:  # an earlier dense round was better
             return TakeBack(self.scale, most=self._most())
         return self._further(tolerance, ended, replace(rule, growth=1.0))

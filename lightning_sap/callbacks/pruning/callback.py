@@ -243,6 +243,7 @@ class PruningCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.session.metrics.end_validation(trainer, self.session.state.round)
+            tolerance.see_validation(self.session.state)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
@@ -273,8 +274,8 @@ class PruningCallback(Callback):
         """Close the last round."""
         session = self.session
         session.hold(pl_module)
-        if session.state.steps > 0 and session.state.plan.rounds != 0 and not self._listeners(trainer):
-            checks.check_ending(trainer, session.measure(pl_module))  # a listener may go back
+        if session.state.steps > 0 and session.state.plan.rounds != 0 and not self._goes_back(trainer):
+            checks.check_ending(trainer, session.measure(pl_module))
         session.finish(trainer, pl_module, self._listeners(trainer), self._beside(trainer))
         self._fit.course.end(session.state, trainer)
         self._close(Event.TRAINING_ENDS)
@@ -395,6 +396,11 @@ class PruningCallback(Callback):
         """Those that hear of the rounds of this callback, where they count."""
         others = _of_kind(trainer, RoundListener) if self.prunes() and self._leads(trainer) else []
         return [*tolerance.searcher(self.session), *others]
+
+    def _goes_back(self, trainer: Trainer) -> bool:
+        """Whether a listener, or the search of any pruner, may put another network into the module."""
+        searches = any(pruner.session.state.search is not None for pruner in _pruners(trainer))
+        return searches or bool(_of_kind(trainer, RoundListener))
 
     def _beside(self, trainer: Trainer) -> list[PruningSession]:
         """The runs of the other callbacks that prune."""

@@ -157,12 +157,12 @@ def check_tolerance(options: Options, trainer: Trainer) -> None:
     """Raise if more than one callback may take rounds back: each would go back to weights that the other left."""
     if options.tolerance is None:
         return
-    others = [
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if (isinstance(callback, RoundListener) and callback.may_take_back)
-        or (getattr(callback, "options", options) is not options and getattr(callback.options, "tolerance", None))
-    ]
+    others = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        other = getattr(callback, "options", None)
+        searches = isinstance(other, Options) and other is not options and other.tolerance is not None
+        if searches or (isinstance(callback, RoundListener) and callback.may_take_back):
+            others.append(callback)
     if others:
         raise ValueError(
             f"{options.name} has a tolerance, and {type(others[0]).__name__} may take rounds back too: only one "

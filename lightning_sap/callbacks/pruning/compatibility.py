@@ -49,7 +49,7 @@ def in_averages_(trainer: Trainer, module: LightningModule, change_: Callable[[]
 def save_last_again(trainer: Trainer) -> None:
     """Write the latest file of each ModelCheckpoint anew: the module holds another round now; a collective.
 
-    That is its ``last.ckpt``, and without a ``monitor`` the file of the last epoch. What it chose by a metric stays.
+    That is its ``last.ckpt``, and without a ``monitor`` its latest file. What it chose by a metric stays.
     """
     for callback in of_kind(trainer, "ModelCheckpoint"):
         latest = "" if callback.monitor else callback.best_model_path

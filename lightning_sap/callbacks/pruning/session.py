@@ -218,13 +218,14 @@ class PruningSession:
     ) -> None:
         """Measure, decide and pick; and only when all is known, mask and rewind."""
         state, started, answer = self.state, time.perf_counter(), self.state.answer or GoOn()
+        if isinstance(answer, Stop):  # training goes on for all that
+            answer = tolerance.goes_on(state)
         record = None
         if isinstance(answer, TakeBack):
             record = replace(self.record(trainer, self.measure(module), last_epoch), taken_back=True)
             go_back_(self, trainer, module, beside)
-        elif keeps and not (isinstance(answer, GoOn) and not answer.keep):
+        elif keeps and answer.keep:
             keep_(self, trainer, module)
-        answer = GoOn() if isinstance(answer, Stop) else answer
         decision = decide_next(self, trainer, module, answer)
         after = self.measure(module, decision.masks)
         seconds = time.perf_counter() - started

@@ -9,13 +9,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning import messages
-from lightning_sap.rounds.protocol import Answer, RoundEnd, RoundListener
+from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener
 from lightning_sap.rounds.search import Ended, Search, Tolerance
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.options import Options
     from lightning_sap.callbacks.pruning.session import PruningSession
     from lightning_sap.callbacks.pruning.state import PruningState
+
+
+PATIENT = 8  # dense rounds without a known end, after which it is said that the reference is not reached
 
 
 class Searcher(RoundListener):
@@ -36,11 +39,15 @@ class Searcher(RoundListener):
         check_logged(session, trainer)
         if metric is None and search.unjudged == 0:
             _warn_of_no_metric(session.options, self.tolerance, record.round)
-        own = search.own
+        elif metric is not None and search.validated not in (None, _steps(session.state)):
+            _warn_of_early_validation(session.options, self.tolerance)
+        own, passed = search.own, _passed(session.state)
         weights = sum(session.state.masks.survivors.values())
-        answer = search.follow(self.tolerance, Ended(record.round, weights, metric, _passed(session.state)))
+        answer = search.follow(self.tolerance, Ended(record.round, weights, metric, passed))
         if search.own and not own:
             _warn_of_reference(session.options, self.tolerance, search)
+        elif passed is None and not search.started and search.tried == PATIENT:
+            _warn_of_dense_rounds(session.options, self.tolerance, search)
         return answer
 
 
@@ -74,6 +81,11 @@ def holds_another(state: PruningState) -> bool:
     return search is not None and state.kept is not None and search.best != state.round
 
 
+def goes_on(state: PruningState) -> GoOn:
+    """What follows a round in which a listener ends training, where training goes on all the same."""
+    return GoOn() if state.search is None else state.search.goes_on(state.round)
+
+
 def values(session: PruningSession, trainer: Trainer) -> dict[str, float]:
     """What is logged of the search: where it stands, and whether the network of the moment is sound."""
     search, tolerance, state = session.state.search, session.options.tolerance, session.state
@@ -82,6 +94,12 @@ def values(session: PruningSession, trainer: Trainer) -> dict[str, float]:
     sound = search.sound(tolerance, session.metrics.of(trainer, state.round).get(tolerance.monitor))
     best = state.masks.remaining if search.best is None else search.weights / max(1, state.masks.total)
     return {"scale": search.scale, "sound": float(sound is not False), "best_remaining": best}
+
+
+def see_validation(state: PruningState) -> None:
+    """To be called after validation."""
+    if state.search is not None:
+        state.search.validated = _steps(state)
 
 
 def check_logged(session: PruningSession, trainer: Trainer) -> None:
@@ -94,6 +112,11 @@ def check_logged(session: PruningSession, trainer: Trainer) -> None:
             f"Tolerance(monitor={tolerance.monitor!r}): no such metric is logged; those logged are {sorted(known)}. "
             f"Log it in validation: self.log({tolerance.monitor!r}, ...)."
         )
+
+
+def _steps(state: PruningState) -> int:
+    """Optimizer steps so far."""
+    return state.first_step + state.steps
 
 
 def _passed(state: PruningState) -> float | None:
@@ -118,6 +141,24 @@ def _warn_of_reference(options: Options, tolerance: Tolerance, search: Search) -
         f"{search.yardstick:.4g} at best, not within {tolerance.drop:g} of the reference {tolerance.reference:.4g}. "
         f"From now on {search.yardstick:.4g} is the yardstick. Give more epochs, longer rounds (every_n_epochs), or "
         "the reference of a network that was trained in the same way."
+    )
+
+
+def _warn_of_early_validation(options: Options, tolerance: Tolerance) -> None:
+    rank_zero_warn(
+        f"{options.name}: a round is judged by a {tolerance.monitor!r} that was measured before its last steps, since "
+        "no validation stands at its end. Let every_n_epochs be a multiple of the Trainer's check_val_every_n_epoch, "
+        "or every_n_steps one of its val_check_interval, which counts batches."
+    )
+
+
+def _warn_of_dense_rounds(options: Options, tolerance: Tolerance, search: Search) -> None:
+    best = "was never finite" if search.yardstick is None else f"is {search.yardstick:.4g} at best"
+    rank_zero_warn(
+        f"{options.name}: after {search.tried} dense rounds {tolerance.monitor!r} {best}, not within "
+        f"{tolerance.drop:g} of the reference ({tolerance.reference}), and nothing is pruned before. It is not known "
+        "how long training takes, so that it goes on like this. Give max_steps or max_epochs, or the reference of a "
+        "network that was trained in the same way."
     )
 
 

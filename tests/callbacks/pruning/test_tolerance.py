@@ -6,12 +6,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import Rounds, Watch, copied, is_masked, same
+from helpers import Rounds, Watch, copied, is_masked, loader, quiet_trainer, same
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from resuming import records_of
 from searching import Scored, search, searching
 
-from lightning_sap import PQIMonitor, SAPCallback, Tolerance
+from lightning_sap import GoOn, PQIMonitor, RoundListener, SAPCallback, Stop, Tolerance
 
 # Of 72 weights a quarter goes after the dense round, then twice that share; round 2 is not sound.
 TWO_SOUND = [0.9, 0.9, 0.9, 0.5, 0.9, 0.9]  # the dense round takes the first two epochs
@@ -140,6 +141,23 @@ class TestMetrics:
         assert all(record.metric is not None for record in pruner.history)
         assert [(r.first_epoch, r.last_epoch) for r in pruner.history][:2] == [(0, 9), (10, 14)]
 
+    def test_a_validation_before_the_last_steps_of_a_round_is_told(self):
+        with pytest.warns(UserWarning, match="judged by a 'val_acc' that was measured before its last steps"):
+            search(scores=[0.9] * 8, pruner=searching(every_n_steps=4))  # epochs of three steps
+
+    @pytest.mark.filterwarnings("ignore:sap. no network that was pruned further")
+    def test_dense_rounds_without_a_known_end_are_told(self):
+        tolerance = Tolerance("val_acc", reference=0.99)
+        pruner = searching(tolerance, every_n_steps=3)
+        with pytest.warns(UserWarning, match="after 8 dense rounds 'val_acc' is 0.9 at best, not within 0.01 of the"):
+            search(
+                Watch(on_train_epoch_end=lambda t, _: setattr(t, "should_stop", t.current_epoch == 9)),
+                scores=[0.9] * 10,
+                pruner=pruner,
+                max_epochs=-1,
+            )
+        assert lefts(pruner) == [72] * 10
+
     def test_a_reference_that_is_reached_late(self):
         tolerance = Tolerance("val_acc", reference=0.95)
         _, pruner, _ = search(scores=[0.9, 0.9, 0.92, 0.94, 0.94, 0.94, 0.94, 0.94], pruner=searching(tolerance))
@@ -166,7 +184,8 @@ class TestWhatIsLogged:
         )
         search(look, scores=TWO_SOUND)
         assert [values["sound"] for values in seen] == [1, 1, 1, 0, 1, 1]
-        assert [values["best_remaining"] for values in seen] == pytest.approx([1, 1, 0.75, 0.75, 48 / 72, 0.5], abs=0.2)
+        bests = [round(72 * values["best_remaining"]) for values in seen]
+        assert bests == [72, 72, 54, 54, 48, 36]  # of the rounds that have ended
         assert seen[3]["scale"] == 0.5  # after the failure a quarter of 2
 
     def test_the_last_line_says_what_was_found(self, caplog):
@@ -259,18 +278,19 @@ class TestBesideIt:
         best = min((r for r in pruner.history if r.sound), key=lambda r: r.weights)
         assert same(module.state_dict(), rounds.states[best.round])
 
-    def test_averages_are_handed_back(self):
-        pruner = searching()
-        averages = {}
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_averages_are_handed_back(self, order):
+        pruner, averages = searching(), {}
 
-        def look(trainer, module):
+        def look(trainer, module):  # before the average is taken out again
             averages[pruner.current_round()] = copied(module.state_dict())
 
-        module, _, _ = search(
-            EMAWeightAveraging(decay=0.5), Watch(on_validation_end=look), scores=[0.9, 0.9, 0.9, 0.5], pruner=pruner
-        )
+        module, callbacks = Scored([0.9, 0.9, 0.9, 0.5]), [pruner, EMAWeightAveraging(decay=0.5)][::order]
+        trainer = quiet_trainer(Watch(on_validation_epoch_end=look), *callbacks, max_epochs=4, num_sanity_val_steps=0)
+        trainer.fit(module, loader(), loader())
         best = pruner.history.restored
-        assert best is not None
+        assert (best.round, pruner.history[-1].taken_back) == (2, True)
+        assert same(module.state_dict(), averages[2])
         assert is_masked(module.state_dict(), pruner.masks)
 
     def test_manual_optimization(self):
@@ -289,6 +309,21 @@ class TestBesideIt:
 
         _, pruner, _ = search(scores=TWO_SOUND, module=Manual(TWO_SOUND))
         assert lefts(pruner)[:4] == [72, 54, 27, 48]
+
+    @pytest.mark.parametrize("round", [2, 3])
+    def test_training_that_goes_on_after_a_stop_searches_on(self, round):
+        class StopsAt(RoundListener, Callback):
+            def on_round_end(self, trainer, pl_module, event):
+                return Stop() if event.record.round == round else GoOn()
+
+        scores = [0.9, 0.9, 0.9, None, 0.5, 0.5, 0.5]  # round 2 is not judged, and the next one not sound
+        with pytest.warns(UserWarning, match="in round 2 'val_acc' was not logged"):
+            alone, pruner, _ = search(scores=scores)
+        with pytest.warns(UserWarning, match="in round 2 'val_acc' was not logged"):
+            module, stopped, trainer = search(StopsAt(), scores=scores, min_epochs=7)
+        assert trainer.current_epoch == 7
+        assert lefts(stopped) == lefts(pruner)
+        assert same(module.state_dict(), alone.state_dict())
 
 
 class TestAsACallback:
