@@ -37,7 +37,8 @@ docs: $(call installed,docs)  ## build the documentation into docs/_build/html
 benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
 	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
-	$(BIN)/python benchmarks/adaptive_amounts.py $(if $(IMAGES),--images $(IMAGES))
+	for name in adaptive_amounts tolerance; do \
+		$(BIN)/python benchmarks/$$name.py $(if $(IMAGES),--images $(IMAGES)) || exit 1; done
 
 clean:  ## remove what was built, run and cached; .venv stays
 	rm -rf build dist docs/_build lightning_logs checkpoints outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis

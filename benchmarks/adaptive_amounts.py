@@ -8,17 +8,12 @@ everything on few digits, and keeps nothing.
 import argparse
 import statistics
 import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
 import common
-import torch
+import images
 from lightning.pytorch import Trainer, seed_everything
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import models
@@ -43,32 +38,22 @@ means that no pruned network was within the point.
 
 def digits(arguments):
     """Training images, training labels, held-out images and labels."""
-    pixels, labels = load_digits(return_X_y=True)
-    images, labels = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return images[:1197], labels[:1197], images[1197:], labels[1197:]
-
-
-def colour_images(arguments):
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(arguments.images)
-        if root.is_file():
-            with tarfile.open(root) as archive:
-                archive.extractall(folder, filter="data")
-            root = next(path for path in Path(folder).iterdir() if path.is_dir())
-        transform = v2.Compose([v2.ToImage(), v2.Resize((32, 32)), v2.ToDtype(torch.float32, scale=True)])
-        parts = []
-        for part in ("train", "test"):
-            images, labels = zip(*ImageFolder(root / part, transform), strict=True)
-            parts += [torch.stack(images).sub_(0.5).div_(0.25), torch.tensor(labels)]
-        return parts
+    pixels, labels = images.digits()
+    return pixels[:1197], labels[:1197], pixels[1197:], labels[1197:]
 
 
 TASKS = {  # images, network, epochs
     "digits, MLP": (digits, lambda: models.MLP((1, 8, 8), 10), 80),
-    "images, MLP": (colour_images, lambda: models.MLP((3, 32, 32), 10, lr=0.02), 24),
-    "images, CNN": (colour_images, lambda: models.CNN((3, 32, 32), 10, hidden=(8, 16, 32), lr=0.05), 24),
+    "images, MLP": (
+        lambda arguments: images.colour_images(arguments.images),
+        lambda: models.MLP((3, 32, 32), 10, lr=0.02),
+        24,
+    ),
+    "images, CNN": (
+        lambda arguments: images.colour_images(arguments.images),
+        lambda: models.CNN((3, 32, 32), 10, hidden=(8, 16, 32), lr=0.05),
+        24,
+    ),
 }
 
 

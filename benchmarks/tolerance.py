@@ -185,7 +185,7 @@ def rows_of(name: str, runs: list[dict[str, Any]]) -> list[list[str]]:
         back = [r for r in runs if r["contender"] == contender and "taken_back" in r]
         rows.append(
             [
-                f"{name}, {task.epochs} epochs",
+                f"{name}, {runs[0]['epochs']} epochs",
                 f"best {contender}" if contender in BASELINES else contender,
                 f"{median(found):.1%}",
                 ", ".join(f"{found[seed][0]:.1%}" for seed in sorted(found)),

@@ -1,22 +1,18 @@
 """The tasks of the tolerance benchmark: data in three parts, a network, and how its result is judged."""
 
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import images
 import torch
 from lightning.pytorch import LightningModule
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import models
@@ -99,34 +95,21 @@ def loaders(parts: Parts) -> list[DataLoader]:
 
 
 @cache
-def digits(images: str) -> Parts:
+def digits(path: str) -> Parts:
     """1,197 images of 8 x 8 to train on, 400 to search by, 200 held out."""
-    pixels, labels = load_digits(return_X_y=True)
-    pixels = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return _cut(pixels[order], torch.tensor(labels)[order], 1197, 1597)
+    return _cut(*images.digits(), 1197, 1597)
 
 
 @cache
-def colour_images(images: str) -> Parts:
+def colour_images(path: str) -> Parts:
     """The images of ``train/``; every other one of ``test/`` to search by, and the rest held out."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(images)
-        if root.is_file():
-            with tarfile.open(root) as archive:
-                archive.extractall(folder, filter="data")
-            root = next(path for path in Path(folder).iterdir() if path.is_dir())
-        transform = v2.Compose([v2.ToImage(), v2.Resize((32, 32)), v2.ToDtype(torch.float32, scale=True)])
-        parts = []
-        for part in ("train", "test"):
-            found, labels = zip(*ImageFolder(root / part, transform), strict=True)
-            parts.append((torch.stack(found).sub_(0.5).div_(0.25), torch.tensor(labels)))
-    train, (test, labels) = TensorDataset(*parts[0]), parts[1]
-    return train, TensorDataset(test[::2], labels[::2]), TensorDataset(test[1::2], labels[1::2])
+    train, train_labels, test, labels = images.colour_images(path)
+    halves = (TensorDataset(test[i::2], labels[i::2]) for i in (0, 1))
+    return TensorDataset(train, train_labels), *halves
 
 
 @cache
-def characters(images: str) -> Parts:
+def characters(path: str) -> Parts:
     """Python's own help texts, in pieces of 64 characters: 1,600 to train on, 320 to search by, 320 held out."""
     text = "\n".join(topics[name] for name in sorted(topics))
     common = sorted(set(text), key=lambda c: (-text.count(c), c))[: Characters.VOCABULARY - 1]
