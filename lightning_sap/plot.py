@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -32,7 +33,8 @@ def plot_rounds(
     Args:
         rows: One mapping per round with ``round`` (None: drawn over ``epoch``), ``pqi``, ``layer_mean``, ``remaining``,
             and, where they are known, ``metric`` and ``phase``; of a tolerance ``taken_back`` (drawn hollow, beside the
-            curve), and ``yardstick`` and ``bound`` of the metric (a line, and the band of what is sound).
+            curve), and ``yardstick`` and ``bound`` of the metric (a line, and the band of what is sound; a metric
+            that was taken back and lies far beyond is a number at the edge).
         metric: Name of the metric; None: it is not drawn.
         stopped: The round after which training was stopped.
         restored: The round that was put back.
@@ -169,6 +171,26 @@ def _tolerate(panel: Axes, rows: Sequence[dict[str, Any]], ink: str, color: str)
     panel.fill_between(edges, bound, line, color=color, alpha=0.3, linewidth=0, label="tolerance")
     panel.plot(edges, line, color=ink, linestyle="-.", linewidth=1.2, label="yardstick")
     panel.legend(frameon=False)
+    _zoom(panel, rows, color)
+
+
+def _zoom(panel: Axes, rows: Sequence[dict[str, Any]], color: str) -> None:
+    """Show the band, and what was built on; what was taken back and lies far beyond is a number at the edge."""
+    back = [row for row in rows if row.get("taken_back")]
+    values = [*_numbers(rows, "yardstick"), *_numbers(rows, "bound")]
+    values += _numbers([row for row in rows if row not in back], "metric")
+    shown = [value for value in values if math.isfinite(value)]
+    widths = [abs(a - b) for a, b in zip(_numbers(rows, "yardstick"), _numbers(rows, "bound"), strict=True)]
+    pad = max(0.1 * (max(shown) - min(shown)), *(width for width in widths if math.isfinite(width)))
+    low, high = min(shown) - pad, max(shown) + pad
+    if low == high:
+        return
+    panel.set_ylim(low, high)
+    for place, value in zip(_positions(back), _numbers(back, "metric"), strict=True):
+        if math.isfinite(value) and not low <= value <= high:
+            arrow, edge, side = ("↓", 0, "bottom") if value < low else ("↑", 1, "top")
+            at: dict[str, Any] = {"transform": panel.get_xaxis_transform(), "ha": "center", "va": side}
+            panel.text(place, edge, f"{arrow} {value:.3g}", color=color, fontsize="small", **at)
 
 
 def _label_rounds(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:

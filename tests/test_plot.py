@@ -152,6 +152,81 @@ class TestPhases:
         assert [text.get_text() for text in panel.get_legend().get_texts()] == ["all weights", "mean of the layers"]
 
 
+YARDSTICKS = [0.9, 0.9, 0.95, 0.95]
+
+
+def searched(back=(2,)):
+    """Four rounds that were judged, of which some were taken back."""
+    return [
+        {**row, "taken_back": row["round"] in back, "yardstick": yardstick, "bound": yardstick - 0.05}
+        for row, yardstick in zip(rows(), YARDSTICKS, strict=True)
+    ]
+
+
+class TestTolerance:
+    @pytest.mark.parametrize("dark", [False, True])
+    def test_rounds_taken_back_are_hollow_beside_the_curve(self, dark):
+        from matplotlib.colors import to_hex
+
+        figure = plot_rounds(searched(), metric="val_acc", dark=dark)
+        for panel, key, line in zip(figure.axes, ("pqi", "remaining", "metric"), (1, 1, 1), strict=True):
+            values = [row[key] for row in rows()]
+            assert data(panel) == ([0, 1, 3], [values[0], values[1], values[3]])
+            assert data(panel, line) == ([2], [values[2]])
+            hollow = panel.lines[line]
+            assert hollow.get_linestyle() == "None"
+            assert to_hex(hollow.get_markerfacecolor()) == to_hex(panel.get_facecolor())
+            assert to_hex(hollow.get_markeredgecolor()) == to_hex(panel.lines[0].get_color())
+        assert above(figure) == ["taken back"]
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+            "all weights", "mean of the layers",
+        ]  # fmt: skip
+
+    def test_the_yardstick_is_a_line_and_the_tolerance_a_band_below(self):
+        panel = plot_rounds(searched(), metric="val_acc").axes[2]
+        line = panel.lines[2]
+        edges = [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5, 2.5, 3.5]
+        held = [0.9, 0.9, 0.9, 0.9, 0.95, 0.95, 0.95, 0.95]
+        assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == (edges, held, "yardstick")
+        [band] = panel.collections
+        corners = {(float(x), round(float(y), 9)) for x, y in band.get_paths()[0].vertices}
+        bound = [0.85, 0.85, 0.85, 0.85, 0.9, 0.9, 0.9, 0.9]
+        assert corners == {*zip(edges, held, strict=True), *zip(edges, bound, strict=True)}
+        assert {text.get_text() for text in panel.get_legend().get_texts()} == {"yardstick", "tolerance"}
+
+    def test_rounds_that_were_not_judged_are_a_gap_in_the_band(self):
+        some = searched()
+        some[1] |= {"yardstick": None, "bound": None}
+        drawn = plot_rounds(some, metric="val_acc").axes[2].lines[2].get_ydata()
+        assert [value != value for value in drawn] == [False, False, True, True, False, False, False, False]
+
+    @pytest.mark.parametrize(("sign", "written", "edge"), [(1, "↓ 0.2", 0), (-1, "↑ -0.2", 1)])
+    def test_what_was_taken_back_far_beyond_the_band_is_a_number_at_the_edge(self, sign, written, edge):
+        metrics = [0.9, 0.88, 0.2, 0.94]  # the third was taken back; the band reaches from 0.85 to 0.95
+        some = [{**row, "metric": sign * metric} for row, metric in zip(searched(), metrics, strict=True)]
+        for row in some:
+            row |= {"yardstick": sign * row["yardstick"], "bound": sign * row["bound"]}
+        panel = plot_rounds(some, metric="val_acc").axes[2]
+        assert sorted(sign * limit for limit in panel.get_ylim()) == pytest.approx([0.8, 1.0])
+        assert [(text.get_text(), *text.get_position()) for text in panel.texts] == [(written, 2, edge)]
+
+    def test_a_near_miss_that_was_taken_back_is_drawn_where_it_is(self):
+        some = [{**row, "metric": metric} for row, metric in zip(searched(), [0.9, 0.88, 0.83, 0.94], strict=True)]
+        panel = plot_rounds(some, metric="val_acc").axes[2]
+        assert len(panel.texts) == 0
+        assert panel.get_ylim()[0] < 0.83
+
+    def test_a_drop_of_nothing_can_be_drawn(self, tmp_path):
+        some = [{**row, "metric": 0.9, "yardstick": 0.9, "bound": 0.9} for row in searched()]
+        plot_rounds(some, metric="val_acc").savefig(tmp_path / "none.png")
+
+    def test_without_a_tolerance_nothing_is_hollow_and_there_is_no_band(self):
+        figure = plot_rounds(rows(), metric="val_acc")
+        assert [len(panel.lines) for panel in figure.axes] == [2, 1, 1]
+        assert len(figure.axes[2].collections) == 0
+        assert figure.axes[2].get_legend() is None
+
+
 def layers(shares=((1.0, 0.5, 0.25), (1.0, 0.1, 0.0))):
     """Two layers over three rounds; of the second none is left in the end."""
     return [

@@ -1,11 +1,13 @@
 """The report: the same rounds as Markdown and in the terminal."""
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from lightning_sap import RoundRecord
-from lightning_sap.report import markdown, show
+from lightning_sap.report import judged_by, markdown, show
 
 
 def records(restored=None, saved=()):
@@ -56,6 +58,82 @@ class TestMarkdown:
     def test_markdown_of_no_rounds_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to report yet: no round has ended.")):
             markdown([])
+
+
+def judged(restored=2, mode="max", last=0.5):
+    """Five rounds of 1000 weights: dense, two sound ones, one that is taken back, and a last one that is not sound."""
+    rounds = [(1.0, 0.9, 0.9), (0.5, 0.95, 0.95), (0.2, 0.9425, 0.95), (0.01, 0.5, 0.95), (0.1, last, 0.95)]
+    sign = 1 if mode == "max" else -1
+    return [
+        RoundRecord(
+            round, 2 * round, 2 * round + 1, left, {}, 0.25, {}, weights=int(1000 * left), phase="compression",
+            metrics={"score": sign * metric, "test_score": 0.25}, taken_back=round == 3, restored=round == restored,
+            sound=round < 3, metric=sign * metric, yardstick=sign * yardstick, bound=sign * (yardstick - 0.01),
+        )
+        for round, (left, metric, yardstick) in enumerate(rounds)
+    ]  # fmt: skip
+
+
+JUDGED = """\
+| round | epochs | weights | remaining | PQ Index | pruned | phase | score |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| 0 | 0–1 | 1,000 | 100.00 % | 0.2500 | – | compression | 0.9 |
+| 1 | 2–3 | 500 | 50.00 % | 0.2500 | – | compression | 0.95 |
+| 2 | 4–5 | 200 | 20.00 % | 0.2500 | – | compression | 0.9425 |
+| 3 | 6–7 | 10 | 1.00 % | 0.2500 | – | taken back | 0.5 |
+| 4 | 8–9 | 100 | 10.00 % | 0.2500 | – | unsound | 0.5 |
+
+The module holds round 2 again: 20.00 % of the prunable weights.
+
+"""
+
+
+class TestTolerance:
+    def test_rounds_taken_back_and_unsound_are_named_and_the_judged_metric_is_shown(self):
+        assert markdown(judged()) == JUDGED + (
+            "There score is 0.9425, 0.0075 below the yardstick of 0.95 (sound down to 0.94). Rounds taken back: 1 of 5."
+        )
+
+    def test_a_metric_that_is_better_when_smaller_is_sound_up_to_its_bound(self):
+        assert markdown(judged(mode="min")).splitlines()[-1] == (
+            "There score is -0.9425, 0.0075 above the yardstick of -0.95 (sound up to -0.94). "
+            "Rounds taken back: 1 of 5."
+        )
+
+    def test_a_round_that_is_the_yardstick_is_as_good(self):
+        assert markdown(judged(restored=1)).splitlines()[-1] == (
+            "There score is 0.95, as good as the yardstick of 0.95 (sound down to 0.94). Rounds taken back: 1 of 5."
+        )
+
+    def test_a_module_that_holds_no_sound_round_is_said(self):
+        assert markdown(judged(restored=None)).splitlines()[-1] == (
+            "There score is 0.5, 0.45 below the yardstick of 0.95 (sound down to 0.94), and not sound. "
+            "Rounds taken back: 1 of 5."
+        )
+
+    @pytest.mark.parametrize("last", [math.nan, math.inf])
+    def test_a_metric_that_is_not_finite_is_not_subtracted(self, last):
+        assert markdown(judged(restored=None, last=last)).splitlines()[-1] == (
+            "Whether it keeps the tolerance is not known. Rounds taken back: 1 of 5."
+        )
+
+    def test_the_judged_metric_is_shown_once_and_another_beside_it(self):
+        assert markdown(judged(), metric="score") == markdown(judged())
+        header, _, dense, *_ = markdown(judged(), metric="test_score").splitlines()
+        assert header.endswith("| score | test_score |")
+        assert dense.endswith("| 0.9 | 0.25 |")
+
+    def test_the_judged_metric_has_the_name_of_the_one_that_fits(self):
+        rounds = judged(last=math.nan)
+        assert judged_by(rounds) == "score"
+        assert judged_by([replace(r, metrics={**r.metrics, "same": r.metric}) for r in rounds]) == "metric"
+        assert judged_by([replace(r, metrics={}) for r in rounds]) == "metric"
+        assert judged_by(records()) is None
+
+    def test_a_round_that_was_not_judged_has_no_metric(self):
+        rounds = judged()
+        rounds[1] = replace(rounds[1], metrics={}, sound=None, metric=None, yardstick=None, bound=None)
+        assert markdown(rounds).splitlines()[3].endswith("| compression | – |")
 
 
 class TestShow:

@@ -85,15 +85,27 @@ def with_verdicts(
     Where the monitor watches no metric, that is the judged one; where it watches another, there is no yardstick for it.
     """
     known, name = {record.round: record for record in records}, monitor or judged_by(records)
+    given_up = _given_up(records)
     judged = monitor is None or judges(records, monitor)
     merged = [dict(row) for row in rows]
     for row in merged:
         record = known.get(row["round"])
         if record is None:
             continue
-        row["taken_back"] = record.taken_back
-        row["phase"] = None if record.taken_back or record.sound is False else row["phase"]
+        row["taken_back"] = record.round in given_up
+        row["phase"] = None if row["taken_back"] or record.sound is False else row["phase"]
         if judged:
             row |= {"yardstick": record.yardstick, "bound": record.bound}
             row["metric"] = row["metric"] if record.metric is None else record.metric
     return merged, name
+
+
+def _given_up(records: Sequence[RoundRecord]) -> set[int]:
+    """The rounds that were taken back, each with the near misses under the same masks before it."""
+    given_up: set[int] = set()
+    after: RoundRecord | None = None  # the round after, if it is given up
+    for record in reversed(records):
+        same = after is not None and record.remaining == after.remaining < records[0].remaining
+        after = record if record.taken_back or (same and record.sound is False) else None
+        given_up |= set() if after is None else {record.round}
+    return given_up
