@@ -35,7 +35,7 @@ NOTES = """How many weights remain in the sparsest network that is worse than th
 - best fixed: the least median of `PruningCallback(FixedFraction(f))` for f in {fractions}, by layer and global, with
   the library's default number of rounds; the sparsest of its rounds that is within. One shot: f in {shots}, global,
   pruned half-way.
-- 100 %: no pruned network was within.
+- 100 %: no pruned network was within. *: what a search hands back is not within.
 - worst: by how much the network handed back is worse than the dense one, in the worst seed. held out: the same on a
   part that neither the search nor the choice of a round saw, mean of the seeds; below 0 it is better than the dense.
 - taken back: rounds, of all rounds of all seeds.
@@ -155,31 +155,33 @@ def run(name: str, contender: str, seed: int, data: Data, epochs: int, reference
     return {**result, "rounds": rounds, "found": found, "taken_back": back}
 
 
-def sparsest(task: Task, dense: list[float], run: dict[str, Any]) -> list[float]:
-    """The network of a run that counts: the one handed back, or the sparsest round within the tolerance of the dense.
+def sparsest(tolerance: Tolerance, dense: list[float], run: dict[str, Any]) -> list[float]:
+    """The network of a run that counts: what a search hands back, or else the sparsest round within the tolerance.
 
     100 % of the weights, as good as the dense network, if there is none.
     """
-    tolerance = Tolerance(task.metric, task.drop, task.mode)
-    networks = [run["found"]] if "found" in run else run["rounds"]
-    strict = "own" not in run["contender"]
-    within = [n for n in networks if not strict or tolerance.keeps(dense[1], n[1])]
-    return min(within, default=[1.0, *dense[1:]])
+    if "found" in run:
+        return run["found"]
+    return min((n for n in run["rounds"] if tolerance.keeps(dense[1], n[1])), default=[1.0, *dense[1:]])
 
 
 def rows_of(name: str, runs: list[dict[str, Any]]) -> list[list[str]]:
     """The table's rows of a task: the best fixed fraction and the best one shot, the searches, the ablations."""
     task = TASKS[name]
+    tolerance, rows = Tolerance(task.metric, task.drop, task.mode), []
     dense = {run["seed"]: run["rounds"][0] for run in runs if run["contender"] == "dense"}
     of: dict[str, dict[int, list[float]]] = {}
     for each in runs:
         if each["contender"] != "dense" and each["seed"] in dense:
-            of.setdefault(each["contender"], {})[each["seed"]] = sparsest(task, dense[each["seed"]], each)
+            of.setdefault(each["contender"], {})[each["seed"]] = sparsest(tolerance, dense[each["seed"]], each)
     best = {
         kind: min((c for c in of if c.startswith(kind)), key=lambda c: median(of[c]), default=None)
         for kind in ("fixed", "one shot")
     }
-    tolerance, rows = Tolerance(task.metric, task.drop, task.mode), []
+
+    def share(seed: int, network: list[float]) -> str:
+        return f"{network[0]:.1%}" + "*" * (not tolerance.keeps(dense[seed][1], network[1]))
+
     for contender in [*filter(None, best.values()), *(c for c in of if c not in BASELINES)]:
         found = of[contender]
         back = [r for r in runs if r["contender"] == contender and "taken_back" in r]
@@ -188,7 +190,7 @@ def rows_of(name: str, runs: list[dict[str, Any]]) -> list[list[str]]:
                 f"{name}, {runs[0]['epochs']} epochs",
                 f"best {contender}" if contender in BASELINES else contender,
                 f"{median(found):.1%}",
-                ", ".join(f"{found[seed][0]:.1%}" for seed in sorted(found)),
+                ", ".join(share(seed, found[seed]) for seed in sorted(found)),
                 f"{max(tolerance.loss(dense[s][1], n[1]) for s, n in found.items()):.3f}",
                 f"{statistics.mean(tolerance.loss(dense[s][2], n[2]) for s, n in found.items()):.3f}",
                 f"{sum(r['taken_back'] for r in back)} of {sum(len(r['rounds']) for r in back)}" if back else "–",

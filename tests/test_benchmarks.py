@@ -10,7 +10,15 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-LONG = ["adaptive_amounts.py", "growth.py", "memory.py", "monitoring.py", "one_pruning.py", "training_step.py"]
+LONG = [
+    "adaptive_amounts.py",
+    "growth.py",
+    "memory.py",
+    "monitoring.py",
+    "one_pruning.py",
+    "tolerance.py",
+    "training_step.py",
+]
 SCRIPTS = ["checkpoints.py", "digits_accuracy.py", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
 
 

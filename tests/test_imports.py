@@ -34,7 +34,7 @@ PACKAGES = {
     "plot": {"matplotlib"},
     "report": {"rich"},
 }
-LAZY = {"plot", "deploy", "matplotlib", "rich", "torch_pruning"}  # what is imported inside functions only
+LAZY = {"plot", "deploy", "matplotlib", "rich"}  # what is imported inside functions only
 # What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
 ARROWS: dict[str, set[str]] = {
     "functional": {"functional/amount", "functional/pqi", "functional/select"},
@@ -301,6 +301,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/training",
     },
     "callbacks/training": {"engine/copies", "engine/weights", "rewind"},
+    "deploy/copies": {"engine/weights"},
     "deploy": {"deploy/linears", "deploy/quantize", "deploy/sparse_file"},
     "deploy/inspection": {"functional/amount", "functional/pqi", "deploy/quantize", "deploy/reading", "deploy/sources"},
     "deploy/linears": {"deploy/copies"},

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from lightning_sap.engine.weights import groups_on_axis_1
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -29,9 +29,7 @@ def copy_of(module: Module) -> Module:
 def output_axes(module: nn.Module) -> dict[str, int]:
     """By name the parameters whose output channel is axis 1: those of transposed convolutions, and of ``Conv1D``."""
     return {
-        f"{name}.weight" if name else "weight": 1
-        for name, part in module.named_modules()
-        if isinstance(part, TRANSPOSED) or type(part).__name__ == "Conv1D"
+        f"{name}.weight" if name else "weight": 1 for name, part in module.named_modules() if groups_on_axis_1(part)
     }
 
 

@@ -149,7 +149,7 @@ def _select(
         if obstacle := obstacle or _parametrization_obstacle(owners):
             obstacles[name] = obstacle
         else:
-            found[name] = PrunableWeight(name, parameter, _groups_on_axis_1(_host(chosen[0], module)))
+            found[name] = PrunableWeight(name, parameter, groups_on_axis_1(_host(chosen[0], module)))
     return found, obstacles
 
 
@@ -218,7 +218,7 @@ def _host(owner: Owner, root: nn.Module) -> nn.Module:
     return owner.ancestors[2] if len(owner.ancestors) > 2 else root
 
 
-def _groups_on_axis_1(host: nn.Module) -> int:
+def groups_on_axis_1(host: nn.Module) -> int:
     """In how many groups the output units of a module's weight lie on axis 1; 0: they lie on axis 0."""
     if isinstance(host, TRANSPOSED):
         return int(host.groups)
