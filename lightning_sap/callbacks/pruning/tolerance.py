@@ -184,6 +184,13 @@ def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: boo
             f"{options.name}: target_remaining={options.target_remaining} is missed: {reached}. Give a larger drop, "
             "more epochs, or longer rounds."
         )
+    elif search.own and tolerance.reference is not None:
+        rank_zero_warn(
+            f"{options.name}: the reference was given up, and what is handed back is "
+            f"{tolerance.loss(tolerance.reference, search.metric):.2g} worse than its {tolerance.reference:.4g}: "
+            f"{reached}. Give more epochs or longer rounds, or train the dense network first and search in a fit from "
+            "its weights."
+        )
     elif search.weights >= search.dense:
         rank_zero_warn(
             f"{options.name}: no network that was pruned further kept the tolerance, and the first is handed back: "
