@@ -32,7 +32,7 @@ from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, T
 from lightning_sap.rounds.search import Tolerance
 
 if TYPE_CHECKING:
-    from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse, sparse_linears
+    from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse, shrink, sparse_linears
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "quantize_survivors",
     "retained_lower_bound",
     "save_sparse",
+    "shrink",
     "sparse_linears",
 ]
 

@@ -19,7 +19,12 @@ LONG = [
     "tolerance.py",
     "training_step.py",
 ]
-SCRIPTS = ["checkpoints.py", "digits_accuracy.py", *(pytest.param(name, marks=pytest.mark.full) for name in LONG)]
+SCRIPTS = [
+    "checkpoints.py",
+    "deploy.py",
+    "digits_accuracy.py",
+    *(pytest.param(name, marks=pytest.mark.full) for name in LONG),
+]
 
 
 def curves(folder):

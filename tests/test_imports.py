@@ -33,8 +33,9 @@ PACKAGES = {
     "metric": {"torchmetrics"},
     "plot": {"matplotlib"},
     "report": {"rich"},
+    "deploy": {"torch_pruning"},
 }
-LAZY = {"plot", "deploy", "matplotlib", "rich"}  # what is imported inside functions only
+LAZY = {"plot", "deploy", "matplotlib", "rich", "torch_pruning"}  # what is imported inside functions only
 # What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
 ARROWS: dict[str, set[str]] = {
     "functional": {"functional/amount", "functional/pqi", "functional/select"},
@@ -302,12 +303,13 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/training": {"engine/copies", "engine/weights", "rewind"},
     "deploy/copies": {"engine/weights"},
-    "deploy": {"deploy/linears", "deploy/quantize", "deploy/sparse_file"},
+    "deploy": {"deploy/linears", "deploy/quantize", "deploy/shrinking", "deploy/sparse_file"},
     "deploy/inspection": {"functional/amount", "functional/pqi", "deploy/quantize", "deploy/reading", "deploy/sources"},
     "deploy/linears": {"deploy/copies"},
     "deploy/packing": {"deploy/container", "deploy/quantize"},
     "deploy/quantize": {"deploy/copies"},
     "deploy/reading": {"deploy/container", "deploy/packing"},
+    "deploy/shrinking": {"deploy/copies", "deploy/pruned_units"},
     "deploy/sources": {"deploy/container", "deploy/copies", "deploy/reading"},
     "deploy/sparse_file": {"deploy/container", "deploy/packing", "deploy/reading", "deploy/sources"},
     "__main__": {"deploy/container", "deploy/inspection", "deploy/packing", "deploy/sparse_file"},

@@ -74,10 +74,15 @@ class TestPublicNames:
             "SparsityInformed",
             "Standing",
             "gini_index",
+            "load_sparse",
             "pq_index",
             "prune_count",
             "prune_masks",
+            "quantize_survivors",
             "retained_lower_bound",
+            "save_sparse",
+            "shrink",
+            "sparse_linears",
         } <= set(lightning_sap.__all__)
         assert sorted(lightning_sap.__all__) == list(lightning_sap.__all__)
         assert all(hasattr(lightning_sap, name) for name in lightning_sap.__all__)
@@ -104,6 +109,15 @@ class TestPublicNames:
         assert arguments(prune_count) == (groups, {"eta_r": 0.0, "gamma": 1.0, "beta": 0.9})
         named = {"policy": REQUIRED, "scope": "layer", "units": None, "round": 1, "importance": "magnitude"}
         assert arguments(prune_masks) == ({"weights": REQUIRED, "masks": None}, named)
+
+    def test_public_arguments_of_what_deploys(self):
+        sources = {"source": REQUIRED, "path": REQUIRED}
+        assert arguments(lightning_sap.save_sparse) == (sources, {"values": "same", "compress": True})
+        assert arguments(lightning_sap.load_sparse) == ({"path": REQUIRED}, {})
+        assert arguments(lightning_sap.quantize_survivors) == ({"source": REQUIRED}, {})
+        module = {"module": REQUIRED, "example_inputs": REQUIRED}
+        assert arguments(lightning_sap.sparse_linears) == (module, {})
+        assert arguments(lightning_sap.shrink) == (module, {"exclude": (), "time_limit": 40.0})
 
     def test_public_arguments_of_policies_and_the_metric(self):
         assert arguments(SparsityInformed) == ({"p": 0.5, "q": 1.0, "eta_r": 0.0, "gamma": 1.0, "beta": 0.9}, {})
