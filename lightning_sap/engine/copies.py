@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_sap.engine.weights import COMPILE_PREFIX, PrunableWeight
-from lightning_sap.sharding import is_sharded
+from lightning_sap.engine.weights import COMPILE_PREFIX
+from lightning_sap.sharding import whole
 
 Parameters: TypeAlias = dict[str, nn.Parameter]  # of a part, by the names that they have in it
 
 
-def averaged_copies(module: nn.Module) -> dict[str, str]:
+def averaged_copies(module: nn.Module, trained: Container[str] = ()) -> dict[str, str]:
     """Parameters that are averages of others: by name the name of what they average.
 
     They are what an ``AveragedModel``, or timm's ``ModelEmaV2`` or ``ModelEmaV3``, holds of a part of the module; where
-    several parts have parameters of the same names and shapes, of the one with the nearest values.
+    several parts have parameters of the same names and shapes, of one that is trained, and of these of the one with the
+    nearest values; a collective where they are sharded.
+
+    Args:
+        module: The module.
+        trained: Names of the weights that are trained, as far as that is known.
 
     Example:
         >>> net = nn.Linear(4, 2)
@@ -31,7 +36,9 @@ def averaged_copies(module: nn.Module) -> dict[str, str]:
     ids = {id(parameter) for path in averages for parameter in module.get_submodule(path).parameters()}
     parts = _parts(module)
     sources = {path: part for path, part in parts.items() if not all(id(p) in ids for p in part.values())}
-    return _matched({path: parts[path] for path in averages if path in parts}, sources)
+    learning = {at: part for at, part in sources.items() if any(_named(at, name) in trained for name in part)}
+    copies = {path: parts[path] for path in averages if path in parts}
+    return {**_matched(copies, sources), **_matched(copies, learning)}
 
 
 def parameters_of_averages(module: nn.Module) -> list[str]:
@@ -47,7 +54,7 @@ def parameters_of_averages(module: nn.Module) -> list[str]:
 
 
 def followers(
-    weights: Mapping[str, PrunableWeight], moved: Iterable[str], trained: Iterable[str], first: Mapping[str, int]
+    tensors: Mapping[str, Tensor], moved: Iterable[str], trained: Iterable[str], first: Mapping[str, int]
 ) -> dict[str, str]:
     """Weights that follow trained ones, as those of a momentum encoder do: by name the name of what they follow.
 
@@ -55,21 +62,21 @@ def followers(
     before training; of several, the one whose name ends most alike. A teacher that stays as it is, is none.
 
     Args:
-        weights: All weights by name, in the order of the module.
+        tensors: All weights by name, in the order of the module, and what may follow them.
         moved: Names of those that are not trained, and that training changed.
         trained: Names of those that are trained.
         first: The fingerprint of each before training.
 
     Example:
-        >>> from lightning_sap.engine.weights import prunable_weights
-        >>> weights = prunable_weights(nn.ModuleDict({"encoder": nn.Linear(4, 2), "momentum": nn.Linear(4, 2)}))
-        >>> followers(weights, ["momentum.weight"], ["encoder.weight"], dict.fromkeys(weights, 7))
+        >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "momentum": nn.Linear(4, 2)})
+        >>> tensors = dict(net.named_parameters())
+        >>> followers(tensors, ["momentum.weight"], ["encoder.weight"], dict.fromkeys(tensors, 7))
         {'momentum.weight': 'encoder.weight'}
     """
     sources, found = [name for name in trained if name in first], {}
     for copy in moved:
-        shape = weights[copy].parameter.shape
-        equal = [n for n in sources if first[n] == first[copy] and weights[n].parameter.shape == shape]
+        shape = tensors[copy].shape
+        equal = [n for n in sources if first[n] == first[copy] and tensors[n].shape == shape]
         if equal:
             found[copy] = max(equal, key=lambda name: _common_ending(name.split("."), copy.split(".")))
     return found
@@ -111,7 +118,7 @@ def _keeps_average(part: nn.Module) -> bool:
 def _parameters(part: nn.Module) -> Parameters:
     """Those of a part, if their values can be compared."""
     found = {name.replace(COMPILE_PREFIX, ""): parameter for name, parameter in part.named_parameters()}
-    plain = all(not (isinstance(p, nn.UninitializedParameter) or p.is_meta or is_sharded(p)) for p in found.values())
+    plain = all(not (isinstance(p, nn.UninitializedParameter) or p.is_meta) for p in found.values())
     return found if plain else {}
 
 
@@ -125,5 +132,9 @@ def _is_alike(copy: Parameters, source: Parameters) -> bool:
 
 
 def _distance(copy: Parameters, source: Parameters) -> float:
-    differences = (parameter.detach().to(source[name]) - source[name].detach() for name, parameter in copy.items())
-    return float(sum(difference.abs().double().square().sum().cpu() for difference in differences))
+    """A collective where they are sharded; only one parameter is ever whole."""
+    total = 0.0
+    for name, parameter in copy.items():
+        other = whole(source[name].detach())
+        total += float((whole(parameter.detach()).to(other) - other).abs().double().square().sum())
+    return total

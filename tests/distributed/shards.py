@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sap import (
@@ -149,6 +150,7 @@ def everything(rank, folder):
         "resumed": {full: resumed(folder / str(full), full) for full in (False, True)},
         "again": again(folder),
         "following": following(folder, True),
+        "averaging": following(folder, True, averages=True),
         "refusals": refusals(folder),
     }
 
@@ -185,27 +187,32 @@ def again(folder):
 
 
 class Following(Net):
-    """A copy of the network follows it, sharded as it is."""
+    """A copy of the network follows it, sharded as it is, and so may an average."""
 
-    def __init__(self, sharded):
+    def __init__(self, sharded, averages):
         super().__init__(sharded)
         self.momentum = copy.deepcopy(self.net).requires_grad_(False)
+        self.average = AveragedModel(self.net) if averages else None
 
     def configure_model(self):
         super().configure_model()
-        if self.sharded and not isinstance(self.momentum, FSDPModule):
-            fully_shard(self.momentum, mesh=self.device_mesh["data_parallel"])
+        copies = [self.momentum] if self.average is None else [self.momentum, self.average]
+        for part in copies:
+            if self.sharded and not isinstance(part, FSDPModule):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def optimizer_step(self, *arguments, **options):
         super().optimizer_step(*arguments, **options)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
         with torch.no_grad():
             for slow, fast in zip(self.momentum.parameters(), self.net.parameters(), strict=True):
                 slow.mul_(0.5).add_(fast, alpha=0.5)
 
 
-def following(folder, sharded):
-    """Masks and weights of a run with a momentum encoder in the module."""
-    module, callback = Following(sharded), helpers.half()
+def following(folder, sharded, averages=False):
+    """Masks and weights of a run with a momentum encoder, or an average too, in the module."""
+    module, callback = Following(sharded, averages), helpers.half()
     trainer(folder, callbacks=[callback], **strategy(sharded, max_epochs=4)).fit(module, data(), data())
     return {"masks": {name: whole(mask) for name, mask in callback.masks.items()}, "weights": whole_state(module)}
 

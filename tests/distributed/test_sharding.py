@@ -57,6 +57,16 @@ def test_a_sharded_momentum_encoder_shares_the_masks_of_what_it_follows(ranks, t
         same(found["weights"], alone["weights"])
 
 
+def test_a_sharded_average_shares_the_masks_of_what_it_averages(ranks, tmp_path):
+    alone = shards.following(tmp_path, False, averages=True)
+    copied = {name.replace("net", "average.module"): mask for name, mask in alone["masks"].items()}
+    assert all(int(mask.sum()) < mask.numel() / 4 for mask in copied.values())
+    assert is_masked(alone["weights"], copied)
+    for found in (rank["averaging"] for rank in ranks):
+        same(found["masks"], alone["masks"])
+        same(found["weights"], alone["weights"])
+
+
 def test_sharded_clipping_leaves_pruned_weights_out_of_the_norm(ranks, tmp_path):
     alone = shards.fit(tmp_path, False, shards.RESUMED, **shards.CLIPPED)
     assert alone["remaining"] < 0.5

@@ -61,6 +61,14 @@ class TestOfKnownTypes:
         module["other"] = shifted(AveragedModel(module["one"]))
         assert averaged_copies(module) == pairs("ema.module", "two") | pairs("other.module", "one")
 
+    def test_of_several_sources_one_that_is_trained_before_a_nearer_one(self):
+        module = nn.ModuleDict({"momentum": net(), "net": net()})
+        module["ema"] = AveragedModel(module["momentum"])
+        shifted(module["net"])
+        assert averaged_copies(module) == pairs("ema.module", "momentum")
+        assert averaged_copies(module, {"net.0.weight"}) == pairs("ema.module", "net")
+        assert averaged_copies(module, {"other.weight"}) == pairs("ema.module", "momentum")
+
     def test_two_copies_of_one_source(self):
         module = nn.ModuleDict({"fast": AveragedModel(net()), "net": net(), "slow": AveragedModel(net())})
         assert averaged_copies(module) == pairs("fast.module", "net") | pairs("slow.module", "net")
@@ -87,7 +95,7 @@ class TestFollowers:
 
     def weights(self):
         parts = {"encoder": net(), "predictor": nn.Linear(2, 2), "momentum": nn.ModuleDict({"encoder": net()})}
-        return prunable_weights(nn.ModuleDict(parts))
+        return {n: weight.parameter for n, weight in prunable_weights(nn.ModuleDict(parts)).items()}
 
     FIRST: ClassVar = {
         "encoder.0.weight": 1,
@@ -120,7 +128,7 @@ class TestFollowers:
 
     def test_of_several_that_are_equal_the_one_whose_name_ends_alike(self):
         layers = nn.ModuleDict({"x": nn.ModuleDict({"a": net(), "b": net()}), "y": nn.ModuleDict({"b": net()})})
-        weights = prunable_weights(layers)
+        weights = {n: weight.parameter for n, weight in prunable_weights(layers).items()}
         first = dict.fromkeys(weights, 5)
         trained = [name for name in weights if name.startswith("x")]
         assert followers(weights, ["y.b.0.weight"], trained, first) == {"y.b.0.weight": "x.b.0.weight"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, planning, tolerance
+from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, messages, planning, tolerance
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
@@ -293,6 +293,8 @@ class PruningCallback(Callback):
         if leads := self._leads(trainer):
             self._put_back()
         self._fit.course.tell(self.options, self.session.state)
+        if self._fit.waits and self.prunes():
+            messages.warn_of_no_training(self.options, trainer)
         if leads:
             for listener in _of_kind(trainer, RoundListener):
                 listener.on_run_end(trainer, pl_module, list(self.history))
@@ -301,7 +303,7 @@ class PruningCallback(Callback):
         """Take up the checkpoint of a run that was over: Lightning then trains nothing, and calls no hook of it."""
         trainer, pending = self._fit.trainer(), self._fit.pending
         if pending is not None and trainer is not None:
-            self._fit.pending = None
+            self._fit.pending, self._fit.waits = None, False
             self.session.adopt(trainer, module, pending)
 
     def _put_back(self) -> None:

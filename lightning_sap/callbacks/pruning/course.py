@@ -136,6 +136,8 @@ def begin(session: PruningSession, trainer: Trainer, module: LightningModule, sc
         messages.warn_of_lasting(options, session.schedules.lasting())
         messages.warn_of_adapters(options, low_rank_adapters(module, session.weights))
         _warn_of_patience(options, state, trainer)
+        if session.subject.training.held is None:
+            messages.warn_of_no_optimizer(options)
     elif options.rounds != 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         _warn_of_no_pruning(options, state.plan)
     if trainer.barebones:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
@@ -180,6 +181,27 @@ def tell_settled(options: Options, joined: Mapping[str, int], left: Mapping[str,
         )
 
 
+def warn_of_no_training(options: Options, trainer: Trainer) -> None:
+    """Warn of a fit in which Lightning trained no batch."""
+    why = f"epoch {trainer.current_epoch} and step {trainer.global_step} are where training is to end"
+    if trainer.limit_train_batches == 0:
+        why = "limit_train_batches=0"
+    elif trainer.num_training_batches == 0:
+        why = "the training data have no batch"
+    rank_zero_warn(
+        f"{options.name}: nothing was pruned, as no batch was trained: {why}. Give Trainer(max_epochs=...), "
+        "limit_train_batches and data that train at least one."
+    )
+
+
+def warn_of_no_optimizer(options: Options) -> None:
+    """Warn where nothing is trained between the prunings."""
+    rank_zero_warn(
+        f"{options.name}: no optimizer of configure_optimizers holds a parameter: the weights are pruned as they are, "
+        "and nothing is trained in between. Return an optimizer of them from configure_optimizers."
+    )
+
+
 def warn_of_unmatched(options: Options, names: Sequence[str]) -> None:
     """Warn of averages that average nothing of the module."""
     if names:
@@ -197,6 +219,18 @@ def warn_of_moved(options: Options, names: Sequence[str]) -> None:
             f"{options.name}: these weights change without a gradient: {listed(list(names))}. They stay dense. If "
             "they average others, start them as exact copies, which then share the masks of what they average; if they "
             "are trained, add them to an optimizer of configure_optimizers."
+        )
+
+
+def warn_of_hidden(options: Options, found: Mapping[str, str]) -> None:
+    """Warn of what changes as an average does and is no parameter or buffer of the module."""
+    if found:
+        pairs = [f"{copy} (of {name})" for copy, name in found.items()]
+        rank_zero_warn(
+            f"{options.name}: these began as copies of pruned weights, changed since, and are no parameters or buffers "
+            f"of the module: {listed(pairs)}. They stay dense. If they are averages that you are going to use, make "
+            "them a submodule (self.average = AveragedModel(net)), which shares the masks, or multiply each by the "
+            "callback's masks[name]."
         )
 
 

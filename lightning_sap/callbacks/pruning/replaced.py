@@ -37,8 +37,8 @@ def look_(session: PruningSession, module: nn.Module) -> None:
     same = _renew_(session, every, affected) if affected else set()
     session.state.trained -= changed - same
     session.subject.see(live, session.state.trained)
-    averages.note_bits_(session, {name: weight for name, weight in every.items() if name in changed})
-    averages.bind_(session)
+    averages.note_bits_(session, {n: weight.parameter for n, weight in every.items() if n in changed})
+    averages.bind_(session, module)
 
 
 def _renew_(session: PruningSession, every: Mapping[str, PrunableWeight], names: list[str]) -> set[str]:

@@ -123,7 +123,7 @@ class PruningSession:
         checks.check_target(options, state, self.frozen(state))
         state.search = tolerance.begin(options, state)
         self.state, self.metrics = state, RoundMetrics()
-        averages.find_(self, module, of_kind(options, module))
+        averages.find_(self, trainer, module, of_kind(options, module))
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
@@ -152,7 +152,7 @@ class PruningSession:
         self.weights = {name: weight for name, weight in self.weights.items() if name not in left}
         self.state = PruningState.live(packed, module, self.live())
         self.subject.gradients.watch(self.state.trained)
-        averages.bind_(self)
+        averages.bind_(self, module)
         self.metrics.load_state_dict(self.state.metrics)
         self.schedules.load(self.state.schedules)
 

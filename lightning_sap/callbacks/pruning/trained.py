@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning import agreement, averages, checks, messages
 from lightning_sap.callbacks.pruning.options import Options
@@ -75,7 +75,7 @@ class Subject:
     gradients: Gradients = field(default_factory=Gradients)
     training: Training = field(default_factory=Training)
     outside: dict[str, int] = field(default_factory=dict)
-    copies: list[tuple[nn.Parameter, str]] = field(default_factory=list)
+    copies: list[tuple[Tensor, str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
 
     def see(self, parameters: dict[str, nn.Parameter], seen: Iterable[str]) -> None:

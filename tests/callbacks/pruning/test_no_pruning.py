@@ -89,3 +89,29 @@ class TestWhatPrunesNothing:
         assert trainer.global_step == 5 * BATCHES
         assert pruner.current_round() == 0
         assert pruner.remaining == 0.5
+
+
+class TestAFitThatTrainsNothing:
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            ({"limit_train_batches": 0}, "limit_train_batches=0"),
+            ({"max_epochs": 0}, "epoch 0 and step 0 are where training is to end"),
+            ({"max_epochs": -1, "max_steps": 0}, "epoch 0 and step 0 are where training is to end"),
+        ],
+    )
+    def test_is_warned_of(self, options, why):
+        pruner = half(rounds=2, every_n_epochs=1)
+        with pytest.warns(UserWarning, match=f"^sap: nothing was pruned, as no batch was trained: {why}\\. Give"):
+            fit(Net(), pruner, **options)
+        assert pruner.remaining == 1.0
+
+    def test_is_not_warned_of_where_only_masks_are_held(self):
+        fit(Net(), half(rounds=0, every_n_epochs=None), limit_train_batches=0)  # a warning would be an error
+
+    def test_is_not_warned_of_where_the_run_was_over(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        fit(Net(), half(), saver, enable_checkpointing=True)
+        pruner = half()
+        fit(Net(), pruner, ckpt_path=tmp_path / "last.ckpt")
+        assert pruner.remaining == 1 / 8

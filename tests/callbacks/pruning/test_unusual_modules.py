@@ -87,9 +87,10 @@ def test_optimizer_without_hooks_keeps_masked_weights_zero():
     assert pruner.remaining == 0.125
 
 
-def test_module_without_an_optimizer_is_pruned():
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_module_without_an_optimizer_is_pruned_and_warned_of():
     module, pruner = Net(optimizer=lambda p: None), half()
-    with pytest.warns(UserWarning, match="will run with no optimizer"):
+    with pytest.warns(UserWarning, match="^sap: no optimizer of configure_optimizers holds a parameter: "):
         fit(module, pruner)
     assert pruner.remaining == 0.125
     assert zeros_of(module) == N * 7 // 8
