@@ -28,8 +28,8 @@ FILES += [f"step/step={step}" for step in range(1, STEPS)]
 STATE = "lightning_sap/sap"
 STATE_KEYS = {
     "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
-    "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "stop", "history", "metrics",
-    "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
+    "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
+    "history", "metrics", "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
     "first_bits", "copies",
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ STEPS_OF_A_PRUNING = {
     "decide": "lightning_sap.callbacks.pruning.decisions.decide",
     "measure": "lightning_sap.callbacks.pruning.session.summary",
     "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
-    "mask": "lightning_sap.callbacks.pruning.session.PruningSession._mask_",
+    "mask": "lightning_sap.callbacks.pruning.carrying._carry_out_",
     "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
     "warn": "lightning_sap.callbacks.pruning.messages.warn_of_empty_units",
 }

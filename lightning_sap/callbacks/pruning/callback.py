@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -118,7 +118,9 @@ class PruningCallback(Callback):
         if stage != "fit":
             self._fit.enter(Event.OTHER_IS_SET_UP)
             return
-        self._close(Event.RUN_ENDS)  # an exception may have left hooks
+        if pl_module is self._fit.module():  # an exception may have come between a step and our hook
+            self._hold_masks(pl_module)
+        self._close(Event.RUN_ENDS)
         self.session.forget_fit()
         checks.check_strategy(trainer)
         compatibility.check_callbacks(trainer)
@@ -167,10 +169,16 @@ class PruningCallback(Callback):
 
     def _hook(self, trainer: Trainer, module: LightningModule) -> None:
         """At each step of an optimizer: mask, count, and for the first one note the learning rate."""
-        fit, session = self._fit, self.session
-        hold, optimizers = partial(self._hold_masks, module), trainer.optimizers
-        fit.hooks += hook_masks(module, optimizers, session.enforce, session.meet_gradients, hold)
-        fit.hooks += hook_steps(optimizers, session.count_step) + hook_steps(optimizers[:1], session.record_lr)
+        fit, session, optimizers = self._fit, self.session, trainer.optimizers
+
+        def ours(function: Callable[..., None]) -> Callable[..., None]:
+            """Where another callback's on_exception fails, our hooks stay: they are idle in the fits that follow."""
+            return lambda *arguments: function(*arguments) if module.trainer is fit.trainer() else None
+
+        hold, enforce = ours(partial(self._hold_masks, module)), ours(session.enforce)
+        fit.hooks += hook_masks(module, optimizers, enforce, ours(session.meet_gradients), hold)
+        fit.hooks += hook_steps(optimizers, ours(session.count_step))
+        fit.hooks += hook_steps(optimizers[:1], ours(session.record_lr))
         fit.hooked = all(map(fires_hooks, innermost_optimizers(optimizers)))
         fit.global_step = trainer.global_step
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning, tolerance
-from lightning_sap.callbacks.pruning.decisions import ask, decide_next
-from lightning_sap.callbacks.pruning.kept import go_back_, hand_back_, keep_, take_first_
+from lightning_sap.callbacks.pruning.carrying import prune_
+from lightning_sap.callbacks.pruning.decisions import ask
+from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
@@ -29,7 +28,7 @@ from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import restore_weights_
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
-from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
+from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBack
 
 Beside: TypeAlias = "Sequence[PruningSession]"  # the runs of the other callbacks that prune
 
@@ -189,9 +188,10 @@ class PruningSession:
         if not self.state.is_due(trainer.current_epoch):
             return
         self.end_round(trainer, module, last_epoch, listeners)
-        if planning.stops_now(trainer):
+        if self.state.pruning is None and planning.stops_now(trainer):
             return  # training ends with the batch that starts
-        self.prune_(trainer, module, last_epoch, beside, keeps=any(listener.may_take_back for listener in listeners))
+        keeps = any(listener.may_take_back for listener in listeners)
+        prune_(self, trainer, module, last_epoch, beside, keeps=keeps)
 
     def end_round(
         self, trainer: Trainer, module: LightningModule, last_epoch: int, listeners: Sequence[RoundListener]
@@ -203,59 +203,17 @@ class PruningSession:
             settle_(self, trainer, module)
             record = self.record(trainer, self.measure(module), last_epoch)
             event = RoundEnd(record, list(state.history))
-            state.answer = ask(trainer, module, event, listeners, can_go_back=state.kept is not None)
-            for round, fields in state.answer.notes.items():
+            answer = ask(trainer, module, event, listeners, can_go_back=state.kept is not None)
+            for round, fields in answer.notes.items():
                 if round == state.round:
                     state.note = {**state.note, **fields}
                 else:
                     state.history.note(round, **fields)
-            if isinstance(state.answer, Stop):
-                state.stop, trainer.should_stop = state.answer, True
-        archive.save_round(trainer, self.options, state)
-
-    def prune_(
-        self, trainer: Trainer, module: LightningModule, last_epoch: int, beside: Beside, *, keeps: bool
-    ) -> None:
-        """Measure, decide and pick; and only when all is known, mask and rewind."""
-        state, started, answer = self.state, time.perf_counter(), self.state.answer or GoOn()
-        if isinstance(answer, Stop):  # training goes on for all that
-            answer = tolerance.goes_on(state)
-        record = None
-        if isinstance(answer, TakeBack):
-            record = replace(self.record(trainer, self.measure(module), last_epoch), taken_back=True)
-            go_back_(self, trainer, module, beside)
-        elif keeps and answer.keep:
-            keep_(self, trainer, module)
-        decision = decide_next(self, trainer, module, answer)
-        after = self.measure(module, decision.masks)
-        seconds = time.perf_counter() - started
-        record = replace(
-            record or self.record(trainer, decision.before, last_epoch),
-            pruned=decision.count,
-            regrown=decision.regrown,
-            pqi_pruned=after.overall,
-            layers_pqi_pruned=after.layers,
-            seconds=seconds,
-        )
-        if state.search is None:  # else it may be taken back
-            messages.warn_of_empty_units(self.options, self.tensors(module), decision.masks)
-        # from here on things change
-        self._change_(trainer, module, partial(self._mask_, module, decision.masks, beside, rewinds=answer.scale > 0))
-        self.schedules.end_round_(self.state, self.options.lr_schedule)
-        if self.options.reset_optimizer:
-            self.schedules.forget_()
-        else:
-            messages.warn_of_mixed(self.options, self.schedules.mixed())
-            self.zero_kept_(self.state.masks)  # weights that come back have no state from before
-        self.zero_kept_(decision.masks)
-        state = state.next_round(decision.masks, decision.count, after.overall, record, trainer.current_epoch)
-        if answer.last:
-            state.plan = replace(state.plan, rounds=state.round)
-        if state.prunings_left() == 0:
-            state.first_weights = None  # nothing goes back to them any more
-        self.state = state
-        self.subject.gradients.watch(state.trained)
-        self.metrics.end(trainer)
+            stop = answer if isinstance(answer, Stop) else state.stop
+            self.state = replace(state, answer=answer, stop=stop, search=tolerance.searched(state, listeners))
+            if stop is not None and stop is answer:
+                trainer.should_stop = True
+        archive.save_round(trainer, self.options, self.state)
 
     def finish(
         self, trainer: Trainer, module: LightningModule, listeners: Sequence[RoundListener], beside: Beside
@@ -284,24 +242,11 @@ class PruningSession:
         if self.state.round not in [record.round for record in self.state.history]:
             self.finish(trainer, module, (), ())
 
-    @staticmethod
-    def _change_(trainer: Trainer, module: LightningModule, change_: Callable[[], None]) -> None:
-        """Change the module, and its averaged copies."""
-        change_()
-        compatibility.in_averages_(trainer, module, change_)
-
     def restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Beside) -> None:
         """Write weights and buffers into the module, under the masks in force."""
         restore_weights_(module, weights)
         for session in (*beside, self):  # what is pruned now stays pruned, returning weights start from zero
             session.enforce()
-
-    def _mask_(self, module: LightningModule, masks: MaskSet, beside: Beside, *, rewinds: bool) -> None:
-        """Rewind the weights, where there are some to go back to, and mask them."""
-        if rewinds and self.state.first_weights is not None:
-            self.restore_(module, self.state.first_weights, beside)
-        masks.apply_(self.live())
-        averages.mask_(self, masks)
 
     def record(self, trainer: Trainer, before: Measure, last_epoch: int) -> RoundRecord:
         """The round that ends now, as it was trained."""

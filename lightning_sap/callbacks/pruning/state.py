@@ -38,6 +38,27 @@ class KeptRound:
     averages: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class DecidedPruning:
+    """A pruning that is decided, and may have been carried out in part.
+
+    Attributes:
+        masks: Those of the next round.
+        count: Weights that it takes.
+        pqi: PQ Index of all weights right after it.
+        record: The round before it.
+        rewinds: Whether the weights are rewound, where there are some to go back to.
+        last: Whether no pruning follows it.
+    """
+
+    masks: MaskSet
+    count: int
+    pqi: float
+    record: RoundRecord
+    rewinds: bool
+    last: bool
+
+
 @dataclass
 class PruningState:
     """The state of a pruning run, declared in this one place.
@@ -62,6 +83,8 @@ class PruningState:
             last round goes on if the run is resumed with a later end.
         search: Where the search for the sparsest sound network stands; None: there is none.
         answer: What follows the round that has ended; None while it goes on.
+        undone: The record of a round that is being taken back.
+        pruning: The pruning that follows it, from its decision on until it is carried out.
         stop: The answer that ended training.
         history: The rounds that ended.
         lr: Learning rate of the first parameter group in the latest step.
@@ -90,6 +113,8 @@ class PruningState:
     kept: KeptRound | None = None
     search: Search | None = None
     answer: GoOn | Stop | TakeBack | None = None
+    undone: RoundRecord | None = None
+    pruning: DecidedPruning | None = None
     stop: Stop | None = None
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
@@ -111,6 +136,8 @@ class PruningState:
             "kept": kept and _packed_round(kept),
             "search": self.search and asdict(self.search),
             "answer": _packed_answer(self.answer),
+            "undone": self.undone and asdict(self.undone),
+            "pruning": self.pruning and _packed_pruning(self.pruning),
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
@@ -134,10 +161,11 @@ class PruningState:
         state = cls.unpack(packed)
         names = parameter_names(module)
         weights = {n: names[n].detach() for n in state.masks.pruned if n in names} if weights is None else weights
-        first, kept = state.first_weights, state.kept
+        first, kept, pruning = state.first_weights, state.kept, state.pruning
         return replace(
             state,
             masks=state.masks.like(weights),
+            pruning=pruning and replace(pruning, masks=pruning.masks.like(weights)),
             first_weights=None if first is None else place_weights(module, first),
             kept=kept and _placed_round(kept, module, weights),
         )
@@ -146,7 +174,7 @@ class PruningState:
     def unpack(cls, packed: Mapping[str, Any]) -> PruningState:
         """The state from :meth:`pack` on the CPU, for looking at; a run goes on with :meth:`live`."""
         known = {key: packed[key] for key in cls.__dataclass_fields__ if key in packed}
-        kept = packed.get("kept")
+        kept, undone, pruning = packed.get("kept"), packed.get("undone"), packed.get("pruning")
         return cls(
             **{
                 **known,
@@ -158,6 +186,8 @@ class PruningState:
                 "kept": kept and KeptRound(**{**kept, "masks": MaskSet.unpack(kept["masks"])}),
                 "search": Search(**packed["search"]) if packed.get("search") else None,
                 "answer": _unpacked_answer(packed.get("answer")),
+                "undone": undone and RoundRecord(**undone),
+                "pruning": pruning and _unpacked_pruning(pruning),
                 "stop": _unpacked_answer(packed.get("stop")),
             }
         )
@@ -165,10 +195,10 @@ class PruningState:
     def next_round(
         self, masks: MaskSet, count: int, pqi_after_pruning: float, record: RoundRecord, epoch: int
     ) -> PruningState:
-        """The state in which the next round starts, in that epoch, after a pruning."""
-        self.history.append(record)
+        """The state in which the next round starts, in that epoch, after a pruning; this one stays as it is."""
         return replace(
             self,
+            history=History([*self.history, record]),
             masks=masks,
             round=self.round + 1,
             first_epoch=epoch,
@@ -179,13 +209,17 @@ class PruningState:
             count=count,
             pqi_after_pruning=pqi_after_pruning,
             answer=None,
+            undone=None,
+            pruning=None,
             note={},
         )
 
     def holding(self, history: History) -> PruningState:
         """The state of a run that is over, and only holds its masks."""
         plan = RoundPlan(0, 1)
-        of_run: dict[str, Any] = dict.fromkeys(("first_weights", "kept", "search", "answer", "stop"))
+        of_run: dict[str, Any] = dict.fromkeys(
+            ("first_weights", "kept", "search", "answer", "undone", "pruning", "stop")
+        )
         return replace(self, plan=plan, history=history, note={}, **of_run)
 
     def reopen(self) -> None:
@@ -265,6 +299,15 @@ def _packed_round(kept: KeptRound) -> dict[str, Any]:
 def _placed_round(kept: KeptRound, module: nn.Module, weights: Mapping[str, Tensor]) -> KeptRound:
     averages = [place_weights(module, average) for average in kept.averages]
     return KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights), averages)
+
+
+def _packed_pruning(pruning: DecidedPruning) -> dict[str, Any]:
+    return {**vars(pruning), "masks": pruning.masks.pack(), "record": asdict(pruning.record)}
+
+
+def _unpacked_pruning(packed: Mapping[str, Any]) -> DecidedPruning:
+    masks, record = MaskSet.unpack(packed["masks"]), RoundRecord(**packed["record"])
+    return DecidedPruning(**{**packed, "masks": masks, "record": record})
 
 
 def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +23,24 @@ PATIENT = 8  # dense rounds without a known end, after which it is said that the
 
 
 class Searcher(RoundListener):
-    """Asked first at the end of a round: whether it keeps the tolerance, and what follows."""
+    """Asked first at the end of a round: whether it keeps the tolerance, and what follows.
+
+    Its search is a copy, which the run takes up together with the answer: a round that is asked about again, after an
+    interrupt, is followed once.
+    """
 
     may_take_back = True
     may_stop = False
 
     def __init__(self, session: PruningSession, tolerance: Tolerance) -> None:
-        self.session, self.tolerance = session, tolerance
+        self.session, self.tolerance, self.search = session, tolerance, session.state.search
 
     def on_round_end(self, trainer: Any, pl_module: Any, event: RoundEnd) -> Answer:
         """Judge the round by the metric of rank 0."""
-        session, search, record = self.session, self.session.state.search, event.record
-        if search is None:
+        session, record, before = self.session, event.record, self.session.state.search
+        if before is None:
             raise RuntimeError("There is no search: the run of the checkpoint had no tolerance.")
+        search = self.search = replace(before)
         metric = trainer.strategy.broadcast(record.metrics.get(self.tolerance.monitor))
         check_logged(session, trainer)
         if metric is None and search.unjudged == 0:
@@ -73,6 +79,11 @@ def searcher(session: PruningSession) -> list[RoundListener]:
     """The listener that searches, if there is a tolerance."""
     tolerance = session.options.tolerance
     return [] if tolerance is None or session.state.search is None else [Searcher(session, tolerance)]
+
+
+def searched(state: PruningState, listeners: Sequence[RoundListener]) -> Search | None:
+    """The search, once these listeners have answered."""
+    return next((each.search for each in listeners if isinstance(each, Searcher)), state.search)
 
 
 def holds_another(state: PruningState) -> bool:

@@ -1,0 +1,115 @@
+"""A pruning: decided, noted, and then carried out, so that one that was interrupted is finished and not done twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sap.callbacks.pruning import averages, compatibility, messages, tolerance
+from lightning_sap.callbacks.pruning.decisions import decide_next
+from lightning_sap.callbacks.pruning.kept import go_back_, keep_
+from lightning_sap.callbacks.pruning.state import DecidedPruning
+from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
+
+if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.session import PruningSession
+
+
+def prune_(
+    session: PruningSession,
+    trainer: Trainer,
+    module: LightningModule,
+    last_epoch: int,
+    beside: Sequence[PruningSession],
+    *,
+    keeps: bool,
+) -> None:
+    """Decide on the pruning that follows the round, unless that is done, and carry it out; a collective.
+
+    Args:
+        session: The run.
+        trainer: Its Trainer.
+        module: Its module.
+        last_epoch: The last epoch of the round.
+        beside: The runs of the other callbacks that prune.
+        keeps: Whether the round is kept, to go back to.
+    """
+    if session.state.pruning is None:
+        session.state.pruning = _decide_(session, trainer, module, last_epoch, beside, keeps=keeps)
+    _carry_out_(session, trainer, module, session.state.pruning, beside)
+
+
+def _decide_(
+    session: PruningSession,
+    trainer: Trainer,
+    module: LightningModule,
+    last_epoch: int,
+    beside: Sequence[PruningSession],
+    *,
+    keeps: bool,
+) -> DecidedPruning:
+    """Measure, decide and pick; a round that is taken back is gone back from."""
+    state, started, answer = session.state, time.perf_counter(), session.state.answer or GoOn()
+    if isinstance(answer, Stop):  # training goes on for all that
+        answer = tolerance.goes_on(state)
+    if isinstance(answer, TakeBack):
+        if state.undone is None:
+            record = session.record(trainer, session.measure(module), last_epoch)
+            state.undone = replace(record, taken_back=True)
+        go_back_(session, trainer, module, beside)
+    elif keeps and answer.keep:
+        keep_(session, trainer, module)
+    decision = decide_next(session, trainer, module, answer)
+    after = session.measure(module, decision.masks)
+    if state.search is None:  # else it may be taken back
+        messages.warn_of_empty_units(session.options, session.tensors(module), decision.masks)
+    record = replace(
+        state.undone or session.record(trainer, decision.before, last_epoch),
+        pruned=decision.count,
+        regrown=decision.regrown,
+        pqi_pruned=after.overall,
+        layers_pqi_pruned=after.layers,
+        seconds=time.perf_counter() - started,
+    )
+    rewinds = answer.scale > 0
+    return DecidedPruning(decision.masks, decision.count, after.overall, record, rewinds=rewinds, last=answer.last)
+
+
+def _carry_out_(
+    session: PruningSession,
+    trainer: Trainer,
+    module: LightningModule,
+    pruning: DecidedPruning,
+    beside: Sequence[PruningSession],
+) -> None:
+    """Mask and rewind; all of it can be done again. Only then the next round begins."""
+    state, options = session.state, session.options
+    masks = pruning.masks.matched(session.live())
+
+    def change_() -> None:
+        if pruning.rewinds and state.first_weights is not None:
+            session.restore_(module, state.first_weights, beside)
+        masks.apply_(session.live())
+        averages.mask_(session, masks)
+
+    change_()
+    compatibility.in_averages_(trainer, module, change_)
+    session.schedules.end_round_(state, options.lr_schedule)
+    if options.reset_optimizer:
+        session.schedules.forget_()
+    else:
+        messages.warn_of_mixed(options, session.schedules.mixed())
+        session.zero_kept_(state.masks)  # weights that come back have no state from before
+    session.zero_kept_(masks)
+    following = state.next_round(masks, pruning.count, pruning.pqi, pruning.record, trainer.current_epoch)
+    if pruning.last:
+        following.plan = replace(following.plan, rounds=following.round)
+    if following.prunings_left() == 0:
+        following.first_weights = None  # nothing goes back to them any more
+    session.state = following
+    session.subject.gradients.watch(following.trained)
+    session.metrics.end(trainer)
