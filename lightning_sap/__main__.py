@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_sap.deploy.container import replacing
 from lightning_sap.deploy.inspection import Inspection, Orders, inspect
 from lightning_sap.deploy.packing import VALUES
 from lightning_sap.deploy.sparse_file import load_sparse, save_sparse, unpacked_bytes, write_dense
+from lightning_sap.files import replacing
 
 PACKED, DENSE = ".sparse.safetensors", ".dense.safetensors"
 TAKES = "a checkpoint of Lightning, a state_dict saved by PyTorch, or a .safetensors file"

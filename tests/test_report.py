@@ -17,7 +17,7 @@ def records(restored=None, saved=()):
         RoundRecord(
             round, 4 * round, 4 * round + 3, left, {"w": left}, index, {"w": index}, pruned=pruned, phase=phase,
             weights=int(2000 * left), metrics={} if round == 1 else {"val_acc": 0.98766 - round / 10},
-            path=f"rounds/sap-round-0{round}.ckpt" if round in saved else None, restored=round == restored,
+            path=f"rounds/sap-round-00{round}.ckpt" if round in saved else None, restored=round == restored,
         )
         for round, left, index, pruned, phase in rounds
     ]  # fmt: skip
@@ -43,7 +43,7 @@ class TestMarkdown:
         assert found == TABLE + (
             "\nStopped after round 2: why."
             "\n\nThe module holds round 1 again: 25.00 % of the prunable weights."
-            "\n\n3 rounds are saved, that of the module as rounds/sap-round-01.ckpt."
+            "\n\n3 rounds are saved, that of the module as rounds/sap-round-001.ckpt."
         )
 
     def test_markdown_with_a_metric_that_no_round_knows(self):
@@ -148,5 +148,5 @@ class TestShow:
         assert printed.splitlines()[-3:] == [
             "Stopped after round 2: [why].",
             "The module holds round 1 again: 25.00 % of the prunable weights.",
-            "1 round is saved, that of the module as rounds/sap-round-01.ckpt.",
+            "1 round is saved, that of the module as rounds/sap-round-001.ckpt.",
         ]

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+
+from lightning_sap.files import replacing
 
 LENGTH = 8  # bytes that say how long the header is
 LONGEST_HEADER = 100_000_000  # as in the safetensors library
@@ -150,22 +151,6 @@ def writing(path: str | Path) -> Iterator[Writer]:
             writer.finish(file)
     finally:
         writer.close()
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A new file beside the path that takes its place when the block ends, whole and on the disk."""
-    path = Path(os.path.realpath(path))
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(new, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
 
 
 def tensor_of(data: bytearray, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
+
+from lightning_sap.files import replacing
+
+OF_THE_FILE = ("run", "parent", "size", "sha256")  # fields by which the checkpoint of a round is known
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class RoundRecord:
         phase: Where a monitor saw the network at its end, see :class:`lightning_sap.Phase`; None without a monitor.
         reason: Why, in one sentence.
         path: The checkpoint of its trained model; None if there is none.
+        run: Identity of the run that trained it.
+        parent: Identity of the run that this one branched off from; None if it began by itself.
+        size: Bytes of that checkpoint.
+        sha256: SHA-256 of its bytes; of a folder, of a list of its files with the SHA-256 of each.
         restored: Whether its weights and masks were put back into the module.
         first_step: Optimizer steps of the Trainer before it.
         last_step: Optimizer steps of the Trainer before its last one.
@@ -61,6 +70,10 @@ class RoundRecord:
     phase: str | None = None
     reason: str | None = None
     path: str | None = None
+    run: str | None = None
+    parent: str | None = None
+    size: int | None = None
+    sha256: str | None = None
     restored: bool = False
     first_step: int | None = None
     last_step: int | None = None
@@ -73,8 +86,11 @@ class RoundRecord:
     bound: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``."""
-        row = asdict(self)
+        """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``.
+
+        Which run it was and what its file must hold are left out: rows say what was trained.
+        """
+        row = {key: value for key, value in asdict(self).items() if key not in OF_THE_FILE}
         fields = {"remaining": "layers_remaining", "pqi": "layers_pqi", "pqi_pruned": "layers_pqi_pruned"}
         layers = {f"{key}/{name}": value for key, of in fields.items() for name, value in row.pop(of).items()}
         return {**row.pop("metrics"), **row, **layers}
@@ -145,12 +161,13 @@ class History(Sequence[RoundRecord]):
         return [record.row() for record in self._records]
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the rows to a CSV file; what a round does not know is left empty."""
-        rows = self.rows()
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        """Write the rows to a CSV file, whole or not at all; what a round does not know is left empty."""
+        rows, text = self.rows(), io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        with replacing(path) as file:
+            file.write(text.getvalue().encode())
 
     def best(self, monitor: str, mode: Literal["max", "min"] = "max", tolerance: float = 0.0) -> RoundRecord:
         """The sparsest round whose metric is within the tolerance of the best round's.

@@ -29,7 +29,7 @@ def test_two_ranks_stop_and_go_back_as_one_process_does(ranks, tmp_path, kind):
     for found in (rank[kind] for rank in ranks):
         assert differences(alone, found["whole"]) == []
         assert same(found["whole"]["weights"], found["states"][alone["verdict"].restore])
-        assert found["files"] == [f"sap-round-0{round}.ckpt" for round in range(LAST[kind] + 1)]
+        assert found["files"] == [f"sap-round-00{round}.ckpt" for round in range(LAST[kind] + 1)]
 
 
 def test_sharded_stop_restores_the_shards_of_the_round(sharded):

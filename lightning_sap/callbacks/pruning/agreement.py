@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -62,10 +62,22 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
 
 def union(trainer: Trainer, names: Iterable[str]) -> set[str]:
     """The names that any rank has; a collective."""
-    of_ranks = [set(names)] * trainer.world_size
-    if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(of_ranks, set(names))
-    return set().union(*of_ranks)
+    return set(names) if trainer.world_size == 1 else set().union(*of_ranks(set(names)))
+
+
+def place() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def of_ranks(value: Any) -> list[Any]:
+    """What each process found, by rank; a collective."""
+    found = [value] * place()[1]
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:

@@ -1,154 +1,134 @@
-"""The round archive: a checkpoint of each round's trained model, and the way back to it."""
+"""The round archive: whose rounds there are, where they lie, and where the next ones go."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from lightning_sap.callbacks.pruning.options import Options
-from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.engine.weights import COMPILE_PREFIX
-from lightning_sap.rewind import place_weights, restore_weights_
+from lightning_sap.callbacks.pruning import folders, roundfile
+from lightning_sap.callbacks.pruning.agreement import of_ranks
+from lightning_sap.callbacks.pruning.checks import state_key
+from lightning_sap.callbacks.pruning.roundfile import Identity
+from lightning_sap.rounds.history import History
 
-TAKEN = ".taken"  # an empty file in a folder that a run has chosen, until there is a round in it
-METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
+if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.session import PruningSession
+
+NOT_SAVED: dict[str, Any] = {"path": None, "size": None, "sha256": None}
 
 
-def choose_folder(trainer: Trainer, dirpath: str | Path | None) -> str:
-    """A folder that is not there yet or empty, made and marked as taken; on all ranks that of rank 0, a collective.
+def new_run(trainer: Trainer) -> str:
+    """An identity that no other run has; the same on all ranks, a collective."""
+    return str(trainer.strategy.broadcast(uuid.uuid4().hex))
 
-    Raises:
-        ValueError: If it is not on a local disk, which the rounds are read from.
+
+def open_archive(trainer: Trainer, session: PruningSession, is_wanted: bool, shared: str | None) -> None:
+    """Find the rounds that are there, and say where the next ones go: where this run's are, else in a new folder.
+
+    A collective. What cannot be written is warned of, and no rounds are saved then.
     """
-    wanted = os.fspath(dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "rounds"))
-    if "://" in wanted:
-        raise ValueError(
-            f"The rounds are saved in a local folder, got {wanted!r}; give dirpath='...', or save_rounds=False (and "
-            "PQIMonitor(restore=False))."
-        )
-    folders = (f"{wanted}-v{i}" if i else wanted for i in itertools.count())
-    free = next(filter(_take, map(os.path.abspath, folders))) if trainer.is_global_zero else None
-    return str(trainer.strategy.broadcast(free))
-
-
-def _take(folder: str) -> bool:
-    """Mark a folder as that of one run; False if there is something in it."""
-    os.makedirs(folder, exist_ok=True)
-    if os.listdir(folder):
-        return False
-    try:
-        Path(folder, TAKEN).touch(exist_ok=False)
-    except FileExistsError:  # by a run that looked at the same moment
-        return False
-    return True
-
-
-def can_save(trainer: Trainer, folder: str) -> bool:
-    """Whether the folder of a run that is resumed can be had here; on all ranks what rank 0 finds, a collective."""
-    try:
+    state, options = session.state, session.options
+    state.run = state.run or new_run(trainer)
+    is_wanted = is_wanted and state.plan.rounds != 0
+    there = folders.known(options, trainer, state.folder) if is_wanted or state.history or state.note else []
+    own = folders.named_by(options, there, trainer) if is_wanted else []
+    found = trainer.strategy.broadcast(_places(session, there) if trainer.is_global_zero else {})
+    session.places = dict(found)
+    _seal(session)
+    place = session.places.get(state.run)
+    session.archive = place if place in own and is_wanted else None
+    if is_wanted and (session.archive is None or not _is_writable(trainer, session.archive)):
+        session.archive = choose(trainer, session, shared)
+    if session.archive is not None:
+        state.folder = folders.relative(session.archive, trainer)
         if trainer.is_global_zero:
-            os.makedirs(folder, exist_ok=True)
-        able = os.access(folder, os.W_OK)
-    except OSError:
-        able = False
-    return bool(trainer.strategy.broadcast(able))
+            _clear(session.archive, options.name, state.run)
 
 
-def path_of(folder: str, name: str, round: int) -> str:
-    """Where the checkpoint of a round lies."""
-    return os.path.join(folder, f"{name}-round-{round:02d}.ckpt")
+def _places(session: PruningSession, there: Iterable[str]) -> dict[str | None, str]:
+    """The folder of each run that rounds of the history are of, of the one that goes on too."""
+    state, there = session.state, list(there)
+    runs = dict.fromkeys([state.run, *(record.run for record in state.history if record.path)])
+    found = {run: next((f for f in there if folders.owned(f, session.options.name, run)), None) for run in runs}
+    return {run: folder for run, folder in found.items() if folder is not None}
 
 
-def open_folder(trainer: Trainer, options: Options, state: PruningState, wanted: bool, shared: str | None) -> None:
-    """Note where the rounds are saved: once chosen, that folder, as long as the options say the same."""
-    if not wanted or state.plan.rounds == 0:
-        state.folder = None
-    elif state.folder is None or not can_save(trainer, state.folder):
-        state.folder = shared or choose_folder(trainer, options.dirpath)
-
-
-def save_round(trainer: Trainer, options: Options, state: PruningState) -> None:
-    """Save the round that ends now, once, if that is asked for; a collective."""
-    if state.folder is not None and "path" not in state.note:
-        before, path = state.note, path_of(state.folder, options.name, state.round)
-        state.note = {**before, "path": path}  # which the file says too
-        try:
-            trainer.save_checkpoint(path, weights_only=False)
-        except BaseException:
-            state.note = before
-            raise
-        tidy(trainer, options, state.folder, state)
-
-
-def tidy(trainer: Trainer, options: Options, folder: str, state: PruningState) -> None:
-    """Once the round that ends now is saved: delete the mark, and the checkpoints of rounds too old to be kept."""
-    if trainer.is_global_zero:
-        Path(folder, TAKEN).unlink(missing_ok=True)
-    keep = options.save_rounds
-    if keep is None or isinstance(keep, bool):
+def _seal(session: PruningSession) -> None:
+    """Say in full where rounds lie; take the digest of a round that was resumed from its own file."""
+    state, name = session.state, session.options.name
+    at = [replace(record, path=path_of(session, record.run, record.round, record.path)) for record in state.history]
+    state.history = History(at)
+    if not state.note.get("path"):
         return
-    for record in [record for record in state.history if record.path and record.round <= state.round - keep]:
-        if trainer.is_global_zero:
-            _delete(Path(str(record.path)))
-        state.history.note(record.round, path=None)
+    path = path_of(session, state.run, state.round, state.note["path"]) or ""
+    if "sha256" not in state.note:
+        identity = identities(path, name)
+        if identity != [Identity(state.run, state.round)]:
+            state.note = {key: value for key, value in state.note.items() if key not in NOT_SAVED}
+            return
+        state.note |= roundfile.digest_of(path)._asdict()
+    state.note |= {"path": path}
 
 
-def _delete(path: Path) -> None:
-    """Delete a checkpoint; one that cannot be deleted, as of a run that began elsewhere, stays."""
-    try:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        rank_zero_warn(f"The old round {str(path)!r} could not be deleted: {error}")
+def identities(path: str, name: str) -> list[Identity | None]:
+    """What the file of a round says that it is: one answer, if all ranks see the same; a collective."""
+    found = of_ranks(roundfile.identity_of(path, state_key(name)))
+    return list(dict.fromkeys(found))
 
 
-def release(trainer: Trainer, folder: str) -> None:
-    """Give up a folder that no round was saved in."""
-    if trainer.is_global_zero and os.path.isdir(folder) and os.listdir(folder) == [TAKEN]:
-        Path(folder, TAKEN).unlink()
-        os.rmdir(folder)
+def path_of(session: PruningSession, run: str | None, round: int, stored: str | None) -> str | None:
+    """Where a round lies: in the folder of its run, whatever folder was stored; of a strange name, the name alone."""
+    if stored is None:
+        return None
+    file, folder = os.path.basename(stored), session.places.get(run)
+    return os.path.join(folder, file) if folder and roundfile.is_name_of(file, session.options.name, round) else file
 
 
-def read_round(path: str, module: nn.Module) -> dict[str, Any]:
-    """The checkpoint of a round; a distributed one in shards as the module's, a collective.
-
-    It is unpickled as a whole, since a module's hyperparameters may be any objects: it is a file that we wrote.
-
-    Raises:
-        FileNotFoundError: If it is not there any more.
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"The round was saved as {path!r}, which is not there any more.")
-    if not os.path.isdir(path):
-        return dict(torch.load(path, map_location="cpu", weights_only=False, mmap=True))
-    checkpoint = dict(torch.load(os.path.join(path, METADATA), map_location="cpu", weights_only=False))
-    weights = get_model_state_dict(module, options=StateDictOptions(cpu_offload=True))
-    load_shards({"state_dict": weights}, checkpoint_id=path)
-    return {**checkpoint, "state_dict": weights}
+def _is_writable(trainer: Trainer, folder: str) -> bool:
+    """Whether rank 0 can write to the folder; a collective."""
+    return bool(trainer.strategy.broadcast(os.access(folder, os.W_OK)))
 
 
-def restore_model_(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint's weights and buffers into a module, in place; a collective where they are sharded.
-
-    Raises:
-        ValueError: If the module has other ones; nothing is written then.
-    """
-    saved = {name.replace(COMPILE_PREFIX, ""): tensor for name, tensor in checkpoint["state_dict"].items()}
-    live = {name.replace(COMPILE_PREFIX, "") for name in module.state_dict()}
-    missing, surplus = sorted(live - saved.keys()), sorted(saved.keys() - live)
-    if surplus or (missing and getattr(module, "strict_loading", True)):
-        raise ValueError(
-            f"The saved round does not fit the module: it lacks {missing} and has {surplus} besides. Give the module "
-            "that was pruned; if its on_save_checkpoint leaves weights out, set strict_loading = False on it."
+def choose(trainer: Trainer, session: PruningSession, shared: str | None) -> str | None:
+    """A folder for the rounds of this run, or that of a callback before it; None if there can be none; a collective."""
+    if shared is not None:
+        return shared
+    folder, chosen = folders.wanted(session.options, trainer), ("", "")
+    if trainer.is_global_zero:
+        try:
+            chosen = folders.take(folder, session.state.run), ""
+        except OSError as error:
+            chosen = "", str(error)
+    place, fault = trainer.strategy.broadcast(chosen)
+    if fault:
+        rank_zero_warn(
+            f"{session.options.name}: no rounds are saved, so that none can be restored: {fault}. Give "
+            "dirpath='...', a folder that can be written."
         )
-    tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
-    restore_weights_(module, place_weights(module, tensors))
+    return place or None
+
+
+def _clear(folder: str, name: str, run: str) -> None:
+    """Delete what killed saves of this run have left."""
+    with suppress(OSError):
+        for file in os.listdir(folder):
+            if roundfile.is_temporary(file, name, run):
+                remove(os.path.join(folder, file))
+
+
+def remove(path: str) -> None:
+    """Delete a file or a folder, if it is there.
+
+    Raises:
+        OSError: If that cannot be.
+    """
+    shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else Path(path).unlink(missing_ok=True)

@@ -10,12 +10,21 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
-from lightning_sap.callbacks.pruning import archive, checks, compatibility, course, messages, planning, tolerance
+from lightning_sap.callbacks.pruning import (
+    archive,
+    checks,
+    compatibility,
+    course,
+    folders,
+    messages,
+    planning,
+    restoring,
+    tolerance,
+)
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
@@ -149,7 +158,7 @@ class PruningCallback(Callback):
         listeners = self._listeners(trainer)
         restores = any(listener.may_restore for listener in listeners) and session.state.search is None
         archives = bool(self.options.save_rounds) or restores  # what a search hands back, it keeps
-        archive.open_folder(trainer, self.options, session.state, archives, self._shared_folder(trainer))
+        archive.open_archive(trainer, session, archives, self._shared_folder(trainer))
         if fit.pending is None and trainer.global_step > 0:
             session.schedules.rewind_()  # where training goes on from a checkpoint that was not pruned
         if session.state.stop is not None and any(listener.may_stop for listener in listeners):
@@ -319,19 +328,14 @@ class PruningCallback(Callback):
         stop = self.session.state.stop
         if stop is None or stop.restore is None or self.session.state.search is not None:
             return
-        try:
-            self.restore_round(stop.restore)
-        except (ValueError, FileNotFoundError) as error:  # training is over, and nothing of it may be lost
-            rank_zero_warn(
-                f"{self.options.name}: the module stays as it is after round {self.current_round()}. {error}"
-            )
+        restoring.put_back(self.options.name, stop.restore, list(self.history), self.restore_round)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with suppress(ValueError):  # of a module that cannot be looked at, which may be the very exception
             self._hold_masks(pl_module)
         self._close(Event.RUN_ENDS)
-        if self.session.state.folder is not None:
-            archive.release(trainer, self.session.state.folder)
+        if self.session.archive is not None and trainer.is_global_zero:
+            folders.release(self.session.archive, self.session.state.run)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._fit.stage is Stage.TRAINED:  # callbacks behind this one, and the module, have had their last turn
@@ -363,8 +367,9 @@ class PruningCallback(Callback):
             The record of the round.
 
         Raises:
-            ValueError: If there is no such round, it was not saved, or the module is another one.
-            FileNotFoundError: If its checkpoint is not there any more.
+            ValueError: If there is no such round, it was not saved, its file is damaged or another, or the module is
+                another one; on all ranks if on one, and nothing is changed then.
+            FileNotFoundError: If its checkpoint is not there any more, or not seen by a rank.
             RuntimeError: If training is going on.
 
         Example:
@@ -384,15 +389,9 @@ class PruningCallback(Callback):
         module = fitted if module is None else module
         if module is None:
             raise ValueError("The module of the latest fit is gone; give it as `module`.")
-        pruners = [self] if trainer is None else _pruners(trainer)
-        checkpoint = archive.read_round(record.path, module)
-        states = [PruningState.live(checkpoint["callbacks"][pruner.state_key], module) for pruner in pruners]
-        archive.restore_model_(module, checkpoint)
-        if trainer is not None and fitted is not None:
-            compatibility.in_averages_(trainer, fitted, partial(archive.restore_model_, fitted, checkpoint))
-        for pruner, state in zip(pruners, states, strict=True):
-            pruner.session.state = state.holding(pruner.history)
-            pruner.history.mark_restored(state.round)
+        beside = [] if trainer is None else self._beside(trainer)
+        fit = None if trainer is None or fitted is None else (trainer, fitted)
+        restoring.restore_(self.session, record, module, beside, fit)
         return self.history.of_round(round)
 
     # -- other callbacks ----------------------------------------------------------------------------------------------
@@ -419,7 +418,7 @@ class PruningCallback(Callback):
     def _shared_folder(self, trainer: Trainer) -> str | None:
         """Where the callbacks before this one save their rounds, if they were given the same."""
         before = itertools.takewhile(lambda other: other is not self, _pruners(trainer))
-        folders = (other.session.state.folder for other in before if other.options.dirpath == self.options.dirpath)
+        folders = (other.session.archive for other in before if other.options.dirpath == self.options.dirpath)
         return next(filter(None, folders), None)
 
     # -- checkpoints and copies ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch.callbacks
@@ -57,6 +58,14 @@ def save_last_again(trainer: Trainer) -> None:
             if os.path.islink(path) and trainer.is_global_zero:
                 os.unlink(path)  # it points to a file that was chosen
             trainer.save_checkpoint(path, callback.save_weights_only)
+
+
+def saves_beside(trainer: Trainer, folder: str) -> bool:
+    """Whether a ModelCheckpoint writes to the disk that a folder is on."""
+    places = [str(callback.dirpath) for callback in of_kind(trainer, "ModelCheckpoint") if callback.dirpath]
+    local = [Path(os.path.abspath(place)) for place in places if "://" not in place]
+    there = [next(path for path in (place, *place.parents) if path.exists()) for place in local]
+    return any(path.stat().st_dev == os.stat(folder).st_dev for path in there)
 
 
 def accumulation(trainer: Trainer) -> int | None:

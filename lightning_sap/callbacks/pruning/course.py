@@ -131,7 +131,7 @@ class Course:
 def begin(session: PruningSession, trainer: Trainer, module: LightningModule, schedules: list[str]) -> Course:
     """Say what is going to happen, and warn of what can be known to stand against it."""
     options, state = session.options, session.state
-    rank_zero_info(messages.announcement(options, state, schedules, session.subject.outside))
+    rank_zero_info(messages.announcement(options, state, schedules, session.subject.outside, session.archive))
     if state.plan.rounds != 0:
         messages.warn_of_lasting(options, session.schedules.lasting())
         messages.warn_of_adapters(options, low_rank_adapters(module, session.weights))

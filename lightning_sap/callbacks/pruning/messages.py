@@ -17,7 +17,11 @@ from lightning_sap.rounds.search import Tolerance
 
 
 def announcement(
-    options: Options, state: PruningState, schedules: list[str], outside: Mapping[str, int] | None = None
+    options: Options,
+    state: PruningState,
+    schedules: list[str],
+    outside: Mapping[str, int] | None = None,
+    archive: str | None = None,
 ) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
@@ -30,7 +34,7 @@ def announcement(
         *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
-        *([] if state.folder is None else [f"  archive: {_kept(options, plan)} in {state.folder}"]),
+        *([] if archive is None else [f"  archive: {_kept(options, plan)} in {archive}"]),
     ]
     return "\n".join(lines)
 

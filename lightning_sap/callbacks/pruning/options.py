@@ -27,6 +27,7 @@ C = TypeVar("C", bound=type[Any])
 
 ENTRY = re.compile(r"^    \*\*options: .*\n(?:     .*\n)*", re.MULTILINE)  # stands for all that Options declares
 SAME = {"init": "0"}  # as `rewind_weights`
+LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
 OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros")  # what counts only where a run begins
 
 
@@ -116,7 +117,8 @@ class Options:
         _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
         fits = save is None or isinstance(save, bool) or is_whole(save, 1)
         _check(fits, "save_rounds", save, "None, True, False or a whole number of at least 1")
-        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
+        _check(_names_files(self.name), "name", self.name, f"a text of 1 to {LONGEST_NAME} bytes without '/' and NUL")
+        _check("\0" not in str(self.dirpath or ""), "dirpath", self.dirpath, "a path without NUL")
 
     def _check_tolerance(self) -> None:
         given = self.tolerance
@@ -195,6 +197,11 @@ class Options:
 
 def _exact(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
+
+
+def _names_files(name: str) -> bool:
+    """Whether files can be named after it, the names of temporary ones too."""
+    return 1 <= len(name.encode(errors="replace")) <= LONGEST_NAME and not set("/\0") & set(name)
 
 
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import archive, averages, checks, compatibility, messages, planning, tolerance
+from lightning_sap.callbacks.pruning import averages, checks, compatibility, messages, planning, saving, tolerance
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
@@ -45,6 +45,8 @@ class PruningSession:
         self.weights: dict[str, PrunableWeight] = {}
         self.subject = Subject()
         self._memories: dict[str, Memory] = {}
+        self.archive: str | None = None  # the folder that rounds are saved in
+        self.places: dict[str | None, str] = {}  # by run, the folder that its rounds are in
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit."""
@@ -134,8 +136,6 @@ class PruningSession:
             state.first_weights = None
         state.reopen()
         state.plan = planning.with_new_end(trainer, state)
-        if options.changed("dirpath", state.options):
-            state.folder = None
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
             checks.check_target(options, state, self.frozen(state))
         state.search = tolerance.resume(options, state)
@@ -213,7 +213,7 @@ class PruningSession:
             self.state = replace(state, answer=answer, stop=stop, search=tolerance.searched(state, listeners))
             if stop is not None and stop is answer:
                 trainer.should_stop = True
-        archive.save_round(trainer, self.options, self.state)
+        saving.save_round(trainer, self)
 
     def finish(
         self, trainer: Trainer, module: LightningModule, listeners: Sequence[RoundListener], beside: Beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -89,7 +90,9 @@ class PruningState:
         history: The rounds that ended.
         lr: Learning rate of the first parameter group in the latest step.
         metrics: The state of the metrics of the round.
-        folder: Where the rounds are saved; None: they are not.
+        run: Identity of the run; empty before any fit.
+        parent: Identity of the run that this one branched off from; None if it began by itself.
+        folder: Where its rounds are saved, inside of what options and Trainer name; None: they are not.
         note: What its record says of the round that goes on beside what is measured: phase and reason, and its path.
         schedules: Where the learning-rate schedules stood when the run was saved.
         options: The options of that run, as texts.
@@ -119,6 +122,8 @@ class PruningState:
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    run: str = ""
+    parent: str | None = None
     folder: str | None = None
     note: dict[str, Any] = field(default_factory=dict)
     schedules: list[dict[str, Any]] = field(default_factory=list)
@@ -141,7 +146,8 @@ class PruningState:
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
-            "history": [asdict(record) for record in self.history],
+            "history": [_without_folder(asdict(record)) for record in self.history],
+            "note": _without_folder(self.note),
         }
 
     @classmethod
@@ -283,8 +289,15 @@ class PruningState:
             first_step=self.first_step,
             last_step=self.first_step + self.steps - 1,
             unit=self.plan.unit,
+            run=self.run or None,
+            parent=self.parent,
             **self.note,
         )
+
+
+def _without_folder(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or part of one, with the name alone of its file: folders may move."""
+    return {key: os.path.basename(value) if key == "path" and value else value for key, value in record.items()}
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

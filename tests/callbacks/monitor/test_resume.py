@@ -47,7 +47,7 @@ def test_resume_from_every_saved_round_reaches_the_same_verdict(tmp_path, whole,
     """The last of them is the round with the verdict."""
     through, folder = whole(kind, order)
     for round in range(LAST[kind] + 1):
-        resumed = stopped(tmp_path, kind, order=order, ckpt_path=folder / "rounds" / f"sap-round-0{round}.ckpt")
+        resumed = stopped(tmp_path, kind, order=order, ckpt_path=folder / "rounds" / f"sap-round-00{round}.ckpt")
         assert differences(through, outcome(resumed)) == [], f"from round {round}"
 
 
@@ -78,7 +78,7 @@ def test_resume_after_sigkill_reaches_the_same_verdict(tmp_path, whole):
     resumed = stopped(tmp_path, "collapse", ckpt_path=tmp_path / "train-epoch-end" / "last.ckpt")
     assert differences(through, outcome(resumed)) == []
     assert [record.path for record in resumed.pruner.history] == [
-        str(tmp_path / "rounds" / f"sap-round-0{round}.ckpt") for round in range(6)
+        str(tmp_path / "rounds" / f"sap-round-00{round}.ckpt") for round in range(6)
     ]
 
 

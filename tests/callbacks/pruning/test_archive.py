@@ -20,9 +20,9 @@ class TestFiles:
     def test_saved_round_holds_its_trained_weights_and_masks(self, tmp_path):
         _, pruner, rounds, _ = archived(tmp_path)
         assert [record.path for record in pruner.history] == [
-            str(tmp_path / "rounds" / f"sap-round-0{round}.ckpt") for round in range(3)
+            str(tmp_path / "rounds" / f"sap-round-00{round}.ckpt") for round in range(3)
         ]
-        assert sorted(os.listdir(tmp_path / "rounds")) == [f"sap-round-0{round}.ckpt" for round in range(3)]
+        assert sorted(os.listdir(tmp_path / "rounds")) == [f"sap-round-00{round}.ckpt" for round in range(3)]
         for record in pruner.history:
             file = torch.load(record.path, weights_only=True)
             assert same(file["state_dict"], rounds.states[record.round])
@@ -59,7 +59,7 @@ class TestFiles:
         fit(Net(), *[pruner, PQIMonitor(stop_on=stop_on, verbose=False)][::order], max_epochs=6)
         assert [record.round for record in pruner.history if record.path] == kept
         files = sorted(path.name for path in (tmp_path / "kept").glob("*"))
-        assert files == [f"sap-round-0{round}.ckpt" for round in kept]
+        assert files == [f"sap-round-00{round}.ckpt" for round in kept]
 
     def test_monitor_without_restore_saves_no_rounds(self, tmp_path):
         pruner = archiving_half(save_rounds=None, dirpath=str(tmp_path / "kept"))
@@ -84,8 +84,8 @@ class TestFiles:
     def test_each_pruner_saves_rounds_under_its_name(self, tmp_path):
         a, b = archiving_half(name="a", include="net.0.*"), archiving_half(name="b", include="net.3.*", rounds=1)
         fit(Net(), a, b, max_epochs=6, default_root_dir=tmp_path)
-        assert [Path(record.path).name for record in a.history] == [f"a-round-0{t}.ckpt" for t in range(3)]
-        assert [Path(record.path).name for record in b.history] == [f"b-round-0{t}.ckpt" for t in range(2)]
+        assert [Path(record.path).name for record in a.history] == [f"a-round-00{t}.ckpt" for t in range(3)]
+        assert [Path(record.path).name for record in b.history] == [f"b-round-00{t}.ckpt" for t in range(2)]
         assert all(Path(record.path).is_file() for record in [*a.history, *b.history])
         assert {Path(record.path).parent for record in [*a.history, *b.history]} == {tmp_path / "rounds"}
 
@@ -132,18 +132,18 @@ class TestFolder:
         fit(Decaying(), pruner, max_epochs=6, default_root_dir=tmp_path / "here", ckpt_path=tmp_path / "moved.ckpt")
         assert [Path(record.path).parent for record in pruner.history[1:]] == [tmp_path / "here" / "rounds"] * 2
 
-    def test_old_rounds_that_cannot_be_deleted_stay_with_a_warning(self, tmp_path):
-        _, pruner, _, _ = archived(tmp_path / "there")
-        checkpoint = torch.load(pruner.history[1].path, weights_only=True)
-        (tmp_path / "no folder").touch()
-        state = checkpoint["callbacks"][STATE]
-        state["folder"] = str(tmp_path / "no folder" / "rounds")
-        state["history"][0]["path"] = state["folder"] + "/sap-round-00.ckpt"
-        torch.save(checkpoint, tmp_path / "moved.ckpt")
-        pruner, options = archiving_half(save_rounds=1), {"default_root_dir": tmp_path / "here"}
-        with pytest.warns(UserWarning, match=r"sap-round-00\.ckpt' could not be deleted: "):
-            fit(Decaying(), pruner, max_epochs=6, ckpt_path=tmp_path / "moved.ckpt", **options)
-        assert os.listdir(tmp_path / "here" / "rounds") == ["sap-round-02.ckpt"]
+    def test_old_rounds_that_cannot_be_deleted_stay_with_a_warning(self, tmp_path, monkeypatch):
+        unlink = Path.unlink
+
+        def fixed(path, *arguments, **options):
+            if path.name == "sap-round-000.ckpt":
+                raise PermissionError("not permitted")
+            unlink(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "unlink", fixed)
+        with pytest.warns(UserWarning, match=r"sap-round-000\.ckpt' could not be deleted: not permitted"):
+            archived(tmp_path, pruner=archiving_half(save_rounds=1))
+        assert sorted(os.listdir(tmp_path / "rounds")) == ["sap-round-000.ckpt", "sap-round-002.ckpt"]
 
     def test_folder_of_rounds_without_a_file_is_removed(self, tmp_path):
         with pytest.raises(Crash):
@@ -152,7 +152,7 @@ class TestFolder:
 
     def test_folder_of_rounds_that_is_relative_is_recorded_in_full(self):
         _, pruner, _, _ = archived(None, Net(), archiving_half(dirpath="mine"))
-        assert pruner.history[0].path == os.path.abspath("mine/sap-round-00.ckpt")
+        assert pruner.history[0].path == os.path.abspath("mine/sap-round-000.ckpt")
 
     def test_folder_of_rounds_is_inside_the_loggers(self, tmp_path):
         from lightning.pytorch.loggers import CSVLogger

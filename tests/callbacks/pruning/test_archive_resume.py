@@ -82,12 +82,12 @@ class TestResume:
         new = str(tmp_path / "new")
         _, pruner, _, _ = archived(tmp_path, pruner=archiving_half(dirpath=new), ckpt_path=files / "epoch=2.ckpt")
         assert [record.path for record in pruner.history] == [
-            whole.history[0].path, f"{new}/sap-round-01.ckpt", f"{new}/sap-round-02.ckpt",
+            whole.history[0].path, f"{new}/sap-round-001.ckpt", f"{new}/sap-round-002.ckpt",
         ]  # fmt: skip
 
     def test_resume_with_save_rounds_true_saves_from_then_on(self, tmp_path):
         *_, files = self.through(tmp_path, save_rounds=None)
         _, pruner, _, _ = archived(tmp_path, ckpt_path=files / "epoch=3.ckpt")
         assert [record.path and Path(record.path).name for record in pruner.history] == [
-            None, "sap-round-01.ckpt", "sap-round-02.ckpt",
+            None, "sap-round-001.ckpt", "sap-round-002.ckpt",
         ]  # fmt: skip

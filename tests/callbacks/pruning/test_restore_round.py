@@ -80,10 +80,17 @@ class TestRestoreRound:
 
     def test_restore_round_of_a_callback_loaded_from_a_checkpoint(self, tmp_path):
         _, pruner, rounds, _trainer = archived(tmp_path)
-        twin, fresh = archiving_half(), Decaying()
+        twin, fresh = archiving_half(dirpath=tmp_path / "rounds"), Decaying()
         twin.load_state_dict(pickle.loads(pickle.dumps(pruner.state_dict())))
         twin.restore_round(1, fresh)
         assert same(fresh.state_dict(), rounds.states[1])
+
+    def test_restore_round_of_a_callback_loaded_from_a_checkpoint_needs_the_folder(self, tmp_path):
+        _, pruner, _, _trainer = archived(tmp_path)
+        twin, fresh = archiving_half(), Decaying()
+        twin.load_state_dict(pruner.state_dict())
+        with pytest.raises(FileNotFoundError, match=r"'sap-round-001\.ckpt', and the folder .* give dirpath='\.\.\.'"):
+            twin.restore_round(1, fresh)
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_restore_round_brings_back_both_pruners(self, tmp_path, order):
@@ -189,7 +196,7 @@ class TestRefusals:
 
     def test_restore_round_refuses_a_missing_file(self, tmp_path):
         module, pruner, _, _trainer = archived(tmp_path)
-        path = tmp_path / "rounds" / "sap-round-01.ckpt"
+        path = tmp_path / "rounds" / "sap-round-001.ckpt"
         path.unlink()
         message = f"The round was saved as {str(path)!r}, which is not there any more."
         self.refused(pruner, module, FileNotFoundError, message, round=1)
@@ -284,7 +291,9 @@ class TestAfterwards:
             raise OSError("disk full")
 
         monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", full)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.warns(UserWarning, match="round [012] is not saved, and cannot be restored: disk full") as warned:
             archived(tmp_path, pruner=pruner)
-        assert pruner.session.state.note == {}
-        assert len(pruner.history) == 0
+        assert len(warned) == 3
+        assert [(record.round, record.path, record.sha256) for record in pruner.history] == [
+            (0, None, None), (1, None, None), (2, None, None),
+        ]  # fmt: skip
