@@ -36,3 +36,12 @@ def unchanged(before, module, *pruners):
     state, others = before
     now, found = snapshot(module, *pruners)
     return same(state, now) and all(same(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(others, found, strict=True))
+
+
+def bytes_of(folder):
+    """By name the bytes of every file in a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def said(warned, text):
+    return [str(warning.message) for warning in warned if text in str(warning.message)]

@@ -172,8 +172,9 @@ def run_saving_epochs(build_module, build_pruner, folder, *, killed=None, ckpt_p
 
 
 def records_of(pruner):
-    """The history without how long things took."""
-    return [{**vars(record), "seconds": None} for record in pruner.history]
+    """The history without how long things took, whose it is, and the digests of files that say both."""
+    other = dict.fromkeys(("seconds", "run", "size", "sha256"))
+    return [{**vars(record), **other} for record in pruner.history]
 
 
 def plain(found):

@@ -168,7 +168,6 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/course",
         "callbacks/pruning/enforcement",
         "callbacks/pruning/fit",
-        "callbacks/pruning/folders",
         "callbacks/pruning/lifecycle",
         "callbacks/pruning/messages",
         "callbacks/pruning/options",

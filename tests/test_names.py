@@ -129,7 +129,7 @@ class TestPublicNames:
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
             "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
             "restored", "first_step", "last_step", "unit", "regrown", "taken_back", "sound",
-            "metric", "yardstick", "bound",
+            "metric", "yardstick", "bound", "run", "parent", "size", "sha256",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}
@@ -173,7 +173,7 @@ class TestCheckpointKeys:
         assert set(state) == {
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "stop", "history", "metrics",
-            "folder", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
+            "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
             "first_bits", "copies",
         }  # fmt: skip
         assert set(state["plan"]) == {

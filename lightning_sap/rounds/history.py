@@ -37,10 +37,6 @@ class RoundRecord:
         phase: Where a monitor saw the network at its end, see :class:`lightning_sap.Phase`; None without a monitor.
         reason: Why, in one sentence.
         path: The checkpoint of its trained model; None if there is none.
-        run: Identity of the run that trained it.
-        parent: Identity of the run that this one branched off from; None if it began by itself.
-        size: Bytes of that checkpoint.
-        sha256: SHA-256 of its bytes; of a folder, of a list of its files with the SHA-256 of each.
         restored: Whether its weights and masks were put back into the module.
         first_step: Optimizer steps of the Trainer before it.
         last_step: Optimizer steps of the Trainer before its last one.
@@ -51,6 +47,10 @@ class RoundRecord:
         metric: The metric that it was judged by.
         yardstick: What that was held against, when it was judged.
         bound: The worst metric that was sound then.
+        run: Identity of the run that trained it.
+        parent: Identity of the run that this one branched off from; None if it began by itself.
+        size: Bytes of its checkpoint.
+        sha256: SHA-256 of these bytes; of a folder, of a list of its files with the SHA-256 of each.
     """
 
     round: int
@@ -70,10 +70,6 @@ class RoundRecord:
     phase: str | None = None
     reason: str | None = None
     path: str | None = None
-    run: str | None = None
-    parent: str | None = None
-    size: int | None = None
-    sha256: str | None = None
     restored: bool = False
     first_step: int | None = None
     last_step: int | None = None
@@ -84,6 +80,10 @@ class RoundRecord:
     metric: float | None = None
     yardstick: float | None = None
     bound: float | None = None
+    run: str | None = field(default=None, compare=False)
+    parent: str | None = field(default=None, compare=False)
+    size: int | None = field(default=None, compare=False)
+    sha256: str | None = field(default=None, compare=False)
 
     def row(self) -> dict[str, Any]:
         """One flat mapping: the metrics, the fields; by parameter ``remaining/…``, ``pqi/…`` and ``pqi_pruned/…``.

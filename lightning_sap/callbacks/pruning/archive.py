@@ -117,6 +117,12 @@ def choose(trainer: Trainer, session: PruningSession, shared: str | None) -> str
     return place or None
 
 
+def release(trainer: Trainer, session: PruningSession) -> None:
+    """Give up a folder in which no round was saved."""
+    if session.archive is not None and trainer.is_global_zero:
+        folders.release(session.archive, session.state.run)
+
+
 def _clear(folder: str, name: str, run: str) -> None:
     """Delete what killed saves of this run have left."""
     with suppress(OSError):

@@ -19,7 +19,6 @@ from lightning_sap.callbacks.pruning import (
     checks,
     compatibility,
     course,
-    folders,
     messages,
     planning,
     restoring,
@@ -334,13 +333,13 @@ class PruningCallback(Callback):
         with suppress(ValueError):  # of a module that cannot be looked at, which may be the very exception
             self._hold_masks(pl_module)
         self._close(Event.RUN_ENDS)
-        if self.session.archive is not None and trainer.is_global_zero:
-            folders.release(self.session.archive, self.session.state.run)
+        archive.release(trainer, self.session)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._fit.stage is Stage.TRAINED:  # callbacks behind this one, and the module, have had their last turn
             self.session.enforce()
         self._close(Event.RUN_ENDS)
+        archive.release(trainer, self.session)
         self.session.forget_fit()
         self._fit = Fit(self._fit.trainer, self._fit.module)
 

@@ -117,7 +117,11 @@ class Options:
         _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
         fits = save is None or isinstance(save, bool) or is_whole(save, 1)
         _check(fits, "save_rounds", save, "None, True, False or a whole number of at least 1")
-        _check(_names_files(self.name), "name", self.name, f"a text of 1 to {LONGEST_NAME} bytes without '/' and NUL")
+        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
+        fits = "\0" not in self.name and len(self.name.encode(errors="replace")) <= LONGEST_NAME
+        _check(
+            fits, "name", self.name, f"a text of at most {LONGEST_NAME} bytes without NUL, as files are named after it"
+        )
         _check("\0" not in str(self.dirpath or ""), "dirpath", self.dirpath, "a path without NUL")
 
     def _check_tolerance(self) -> None:
@@ -197,11 +201,6 @@ class Options:
 
 def _exact(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _names_files(name: str) -> bool:
-    """Whether files can be named after it, the names of temporary ones too."""
-    return 1 <= len(name.encode(errors="replace")) <= LONGEST_NAME and not set("/\0") & set(name)
 
 
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:

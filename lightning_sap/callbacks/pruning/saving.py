@@ -72,10 +72,11 @@ def _save(trainer: Trainer, session: PruningSession) -> dict[str, Any] | None:
         _agree(trainer, lambda: _check_room(trainer, session, folder))
         digest = _write(trainer, new)
         there = trainer.strategy.broadcast(os.path.exists(path))
-        if there and not _is_same(trainer, session, path, new):
-            return None
-        if there:  # this run was there before, and goes on
-            digest = roundfile.digest_of(path)
+        old = roundfile.digest_of(path) if there else None
+        if old is not None and old.sha256 not in session.replaced:
+            if not _is_same(trainer, session, path, new):
+                return None
+            digest = old  # this run was there before, and goes on
         else:
             _agree(trainer, lambda: _put(new, path) if trainer.is_global_zero else None)
         return {"path": path, **digest._asdict()}
@@ -125,6 +126,8 @@ def _writing(trainer: Trainer) -> Iterator[roundfile.RoundIO]:
 
 def _put(new: str, path: str) -> None:
     """Give a whole file its name, for good."""
+    if os.path.isdir(path):
+        remove(path)
     os.replace(new, path)
     with suppress(OSError):  # some systems cannot
         flush_folder(os.path.dirname(path))

@@ -47,6 +47,7 @@ class PruningSession:
         self._memories: dict[str, Memory] = {}
         self.archive: str | None = None  # the folder that rounds are saved in
         self.places: dict[str | None, str] = {}  # by run, the folder that its rounds are in
+        self.replaced: set[str | None] = set()  # SHA-256 of files that this run may write over
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit."""
@@ -134,7 +135,7 @@ class PruningSession:
         checks.check_changes(options, state, trainer.current_epoch, trainer.global_step, steps_of_epochs(trainer, 1))
         if options.changed("rewind_weights", state.options):
             state.first_weights = None
-        state.reopen()
+        self.replaced = state.reopen()
         state.plan = planning.with_new_end(trainer, state)
         if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
             checks.check_target(options, state, self.frozen(state))

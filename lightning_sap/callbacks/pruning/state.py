@@ -228,8 +228,11 @@ class PruningState:
         )
         return replace(self, plan=plan, history=history, note={}, **of_run)
 
-    def reopen(self) -> None:
-        """Go on with a round at whose present end training ended once: it gets its record when it ends again."""
+    def reopen(self) -> set[str | None]:
+        """Go on with a round at whose present end training ended once: it gets its record when it ends again.
+
+        Returns: SHA-256 of its file of then, in the place of which it is saved again.
+        """
         closed = [record for record in self.history if record.round >= self.round]
         if closed or not self.plan.is_over(
             self.round, self.plan.planned(self.round)
@@ -239,6 +242,8 @@ class PruningState:
             before = [record for record in self.history if record.round < self.round]
             self.history = History(replace(record, restored=False) for record in before)
             self.note = {"phase": closed[0].phase, "reason": closed[0].reason}  # judged once; saved again
+            return {record.sha256 for record in closed}
+        return set()
 
     def prunings_left(self) -> int | None:
         """How many prunings are still to come; None if there is no end to them."""
