@@ -1,12 +1,22 @@
 """Fits whose rounds are saved, and what must not change where something is refused."""
 
+from functools import partial
+
 from helpers import Rounds, Scheduled, copied, fit, same
+from torch import nn
+from torch.optim import SGD
 
 from lightning_sap import FixedFraction, PruningCallback
 
 
 class Decaying(Scheduled):
     period = 2  # that of a round
+
+
+def wide():
+    """Its files have some 700 kB: weights and momenta, and the masks."""
+    network = nn.Sequential(nn.Linear(6, 8000), nn.BatchNorm1d(8000), nn.ReLU(), nn.Linear(8000, 3))
+    return Decaying(network, partial(SGD, lr=1e-4, momentum=0.9))
 
 
 def archiving_half(**options):

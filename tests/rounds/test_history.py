@@ -1,6 +1,8 @@
 """History: the rounds so far, as rows, as a file, and the best of them."""
 
 import csv
+import errno
+import os
 import re
 
 import pytest
@@ -113,6 +115,28 @@ class TestRows:
         assert [row["acc"] for row in rows] == ["0.95", "0.97", "0.965", "0.5", ""]
         assert [row["late"] for row in rows] == ["", "", "", "", "1.0"]
         assert {row["pruned"] for row in rows} == {""}
+
+    def test_csv_file_that_cannot_be_finished_leaves_the_one_before(self, history, tmp_path, monkeypatch):
+        history.to_csv(tmp_path / "history.csv")
+        before = (tmp_path / "history.csv").read_bytes()
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        history.append(record(4, 0.05))
+        with pytest.raises(OSError, match="No space left"):
+            history.to_csv(tmp_path / "history.csv")
+        assert os.listdir(tmp_path) == ["history.csv"]
+        assert (tmp_path / "history.csv").read_bytes() == before
+
+    def test_csv_file_may_be_a_pipe(self, history, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        history.to_csv(tmp_path / "pipe")
+        assert os.read(reader, 5) == b"acc,l"
+        os.close(reader)
+        assert os.listdir(tmp_path) == ["pipe"]
 
     def test_csv_file_of_no_rounds_is_empty(self, tmp_path):
         History().to_csv(tmp_path / "history.csv")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
 
 CHART = "lightning-sap"
@@ -32,14 +34,30 @@ def layout(monitor: str, layers: Iterable[str]) -> dict[str, dict[str, list[Any]
 def lay_out(trainer: Trainer, monitor: str, layers: Iterable[str]) -> None:
     """Put the charts under Custom Scalars."""
     for writer in writers(trainer):
-        writer.add_custom_scalars(layout(monitor, layers))
+        _try(f"{monitor}: the charts", partial(writer.add_custom_scalars, layout(monitor, layers)))
 
 
 def show(trainer: Trainer, monitor: str, plot: Callable[[Any], Any] | None, report: str | None) -> None:
     """Put both figures among the images, where matplotlib is installed, and the report among the texts."""
+    step = trainer.global_step
     for writer in writers(trainer):
         if plot is not None and importlib.util.find_spec("matplotlib") is not None:
             for kind in ("rounds", "layers"):
-                writer.add_figure(f"{monitor}/{kind}", plot(kind), global_step=trainer.global_step)
+                _try(
+                    f"{monitor}: the figure of the {kind}",
+                    partial(_add_figure, writer, f"{monitor}/{kind}", plot, step),
+                )
         if report is not None:
-            writer.add_text(f"{monitor}/report", report, global_step=trainer.global_step)
+            _try(f"{monitor}: the report", partial(writer.add_text, f"{monitor}/report", report, global_step=step))
+
+
+def _add_figure(writer: SummaryWriter, tag: str, plot: Callable[[Any], Any], step: int) -> None:
+    writer.add_figure(tag, plot(tag.rpartition("/")[2]), global_step=step)
+
+
+def _try(what: str, write: Callable[[], Any]) -> None:
+    """Write something that a run can do without: what goes wrong is a warning."""
+    try:
+        write()
+    except Exception as error:  # figures and disks fail in many ways, and training is over
+        rank_zero_warn(f"{what} cannot be written to TensorBoard: {error}")

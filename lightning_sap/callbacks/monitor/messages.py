@@ -58,8 +58,11 @@ def tell_judgement(trainer: Trainer, monitor: PQIMonitor, round: int, before: tu
 
 
 def tell_report(monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
-    """Print the report: as a table where rich is installed, else as Markdown."""
-    if importlib.util.find_spec("rich") is None:
-        rank_zero_info(monitor.report())
-    else:
-        show(records, metric=monitor.monitor, verdict=str(monitor.verdict or ""))
+    """Print the report: as a table where rich is installed, else as Markdown; training is over, and may not fail."""
+    try:
+        if importlib.util.find_spec("rich") is None:
+            rank_zero_info(monitor.report())
+        else:
+            show(records, metric=monitor.monitor, verdict=str(monitor.verdict or ""))
+    except OSError as error:
+        rank_zero_warn(f"{monitor.name}: the report cannot be printed: {error}. monitor.report() has it.")

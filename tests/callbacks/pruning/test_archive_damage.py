@@ -1,4 +1,4 @@
-"""Files of rounds that are not what was saved: told before anything is touched, and the next sound round is put back."""
+"""Files of rounds that are not what was saved: told before anything is touched; the next sound one is put back."""
 
 import os
 import re
