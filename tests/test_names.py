@@ -172,7 +172,7 @@ class TestCheckpointKeys:
         state = states["lightning_sap/sap"]
         assert set(state) == {
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
-            "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "stop", "history", "metrics",
+            "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop", "history", "metrics",
             "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
             "first_bits", "copies",
         }  # fmt: skip
