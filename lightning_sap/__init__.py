@@ -2,6 +2,8 @@
 
 Imports point inward only; from the inside out::
 
+    version.py             the version of the package
+    schema/                what a state from a file may hold, checked before anything of it is used
     sharding.py            collectives over weights of which every process holds some rows
     functional/            the mathematics, tensors only: pqi, amount, select, fingerprint, scratch
     policies/              what an algorithm is: how many weights go and come back, and by which score
@@ -30,11 +32,10 @@ from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
 from lightning_sap.rounds.search import Tolerance
+from lightning_sap.version import __version__
 
 if TYPE_CHECKING:
     from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse, shrink, sparse_linears
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Amounts",
@@ -58,6 +59,7 @@ __all__ = [
     "Stop",
     "TakeBack",
     "Tolerance",
+    "__version__",
     "gini_index",
     "load_sparse",
     "pq_index",

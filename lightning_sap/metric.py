@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sap.functional.pqi import LOWEST_EXPONENT, PowerSums, check_orders, index_of, power_sums, total
+from lightning_sap.functional.pqi import (
+    HIGHEST_EXPONENT,
+    LOWEST_EXPONENT,
+    PowerSums,
+    check_orders,
+    index_of,
+    power_sums,
+    total,
+)
 from lightning_sap.functional.scalars import as_plain
+from lightning_sap.schema import MismatchError, Number, Row, Whole, must
 
 
 class PQIndex(Metric):
@@ -72,6 +81,16 @@ class PQIndex(Metric):
         self.sums = self.sums.to(place)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take up sums that can be sums.
+
+        Raises:
+            ValueError: If they cannot; it says which value is wrong.
+        """
+        if (sums := state_dict.get(f"{prefix}sums")) is not None:
+            _check_sums(sums, f"{prefix}sums")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """Draw one value, or several over steps; see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
@@ -85,6 +104,19 @@ class _Add:
 
     def __call__(self, stacked: Tensor) -> Tensor:
         return _pack(total(_unpack(stacked), self.p, self.q))
+
+
+def _check_sums(sums: object, name: str) -> None:
+    """Raise for what :func:`_pack` cannot have made."""
+    amount = Number(0, nan=True)
+    fits = isinstance(sums, Tensor) and sums.dtype == torch.float64 and sums.shape == (4,)
+    try:
+        must(fits, "", sums, "a tensor of torch.float64 and shape (4,)")
+        values = sums.tolist() if isinstance(sums, Tensor) else []
+        whole = [int(value) if value == value and value.is_integer() else value for value in values[:2]]
+        Row((Whole(), Whole(LOWEST_EXPONENT, HIGHEST_EXPONENT), amount, amount)).check([*whole, *values[2:]])
+    except MismatchError as mismatch:
+        raise ValueError(f"{name}{mismatch.path} of a PQIndex {mismatch.text}.") from None
 
 
 def _pack(sums: PowerSums) -> Tensor:

@@ -1,6 +1,7 @@
 """`PQIndex`: batches, ranks and copies agree with the index of the whole vector."""
 
 import copy
+import math
 import pickle
 import time
 
@@ -160,3 +161,35 @@ def test_metric_of_two_processes_equals_the_whole(tmp_path):
             process.kill()
     values = [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)]
     assert values[0] == values[1] == exactly(whole(pieces((1e300, 1.0, 1e-300)), 0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ([1.0, 0.0, 0.5], r"must be a tensor of torch.float64 and shape \(4,\), got a tensor of .* shape \(3,\)"),
+        ([-1.0, 0.0, 0.5, 0.5], r"\[0\] of a PQIndex must be a whole number of at least 0, got -1"),
+        ([0.5, 0.0, 0.5, 0.5], r"\[0\] of a PQIndex must be a whole number"),
+        ([math.nan, 0.0, 0.5, 0.5], r"\[0\] of a PQIndex must be a whole number"),
+        ([1.0, 1e9, 0.5, 0.5], r"\[1\] of a PQIndex must be a whole number .* and at most"),
+        ([1.0, 0.0, -0.5, 0.5], r"\[2\] of a PQIndex must be a number of at least 0, got -0.5"),
+    ],
+)
+def test_state_that_no_weights_have_is_refused(sums, message):
+    metric, good = PQIndex(), PQIndex()
+    for each in (metric, good):
+        each.persistent(True)
+        each.update(torch.tensor([1.0, 2.0]))
+    before = metric.compute()
+    with pytest.raises(ValueError, match=rf"^sums.*{message}"):
+        metric.load_state_dict({"sums": torch.tensor(sums, dtype=torch.float64)})
+    assert metric.compute() == before
+    metric.load_state_dict(good.state_dict())
+
+
+def test_state_of_weights_that_are_not_finite_loads():
+    metric, other = PQIndex(), PQIndex()
+    for each in (metric, other):
+        each.persistent(True)
+    metric.update(torch.tensor([1.0, math.inf]))
+    other.load_state_dict(metric.state_dict())
+    assert torch.equal(other.sums, metric.sums)

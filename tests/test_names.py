@@ -172,9 +172,9 @@ class TestCheckpointKeys:
         state = states["lightning_sap/sap"]
         assert set(state) == {
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
-            "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop", "history", "metrics",
-            "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained", "replaced",
-            "first_bits", "copies",
+            "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
+            "history", "metrics", "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained",
+            "replaced", "first_bits", "copies", "version", "writer",
         }  # fmt: skip
         assert set(state["plan"]) == {
             "rounds", "length", "first", "end", "unit", "schedules_from", "dense",

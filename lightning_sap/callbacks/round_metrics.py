@@ -12,6 +12,12 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_sap.schema import ANY_NUMBER, TEXT, Fields, Maybe, Series, Table, Whole
+
+METRICS = Fields(  # what `RoundMetrics.state_dict` holds
+    {"metrics": Table(ANY_NUMBER), "validated": Maybe(Whole()), "validation_keys": Series(TEXT)}
+)
+
 
 class RoundMetrics:
     """The metrics of the moment, a round or an epoch, which callers name by its number."""

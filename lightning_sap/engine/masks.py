@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_sap.functional.fingerprint import INTEGERS
 from lightning_sap.functional.pqi import count_true
+from lightning_sap.schema import TENSOR, Fields, MismatchError, Series, Table, Whole, must
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
 
 CHUNK = 1 << 16  # weights masked at a time: what that takes stays in the cache, and is not given back to the system
@@ -152,12 +154,19 @@ class MaskSet:
     def unpack(cls, packed: Mapping[str, Any]) -> MaskSet:
         """Masks from :meth:`pack`, on the CPU.
 
+        Raises:
+            ValueError: If they are not packed masks; nothing is unpacked then.
+
         Example:
             >>> import torch
             >>> masks = MaskSet({"w": torch.tensor([True, False, True])})
             >>> MaskSet.unpack(masks.pack()).pruned
             {'w': tensor([ True, False,  True])}
         """
+        try:
+            PACKED.check(packed)
+        except MismatchError as mismatch:
+            raise ValueError(f"These are no packed masks: masks{mismatch.path} {mismatch.text}.") from None
         return cls({name: _unpack(entry["bits"], entry["shape"]) for name, entry in packed.items()})
 
     def moved(self, tensors: Mapping[str, Tensor]) -> MaskSet:
@@ -170,20 +179,44 @@ class MaskSet:
         Raises:
             ValueError: If the names or shapes differ; it says which are missing, surplus or of another shape.
         """
-        missing = sorted(set(weights) - set(self._pruned))
-        surplus = sorted(set(self._pruned) - set(weights))
-        shapes = [
-            f"{name} {tuple(self._pruned[name].shape)} instead of {tuple(w.shape)}"
-            for name, w in weights.items()
-            if name in self._pruned and self._pruned[name].shape != w.shape
-        ]
-        if missing or surplus or shapes:
-            raise ValueError(
-                "The masks do not belong to the prunable weights of this model: "
-                f"missing {missing}, surplus {surplus}, of another shape {shapes}. "
-                "Give the same model, `include` and `exclude` as when the masks were made."
-            )
+        check_shapes({name: mask.shape for name, mask in self._pruned.items()}, weights)
         return MaskSet({name: self._pruned[name] for name in weights}).moved(weights)
+
+
+class _PackedMask:
+    """A mask as :meth:`MaskSet.pack` writes it: a shape, and so many bits."""
+
+    fields = Fields({"shape": Series(Whole(), most=64), "bits": TENSOR}, frozenset({"shape", "bits"}))
+
+    def check(self, value: Any, *, strict: bool = True) -> None:
+        """Raise for another value; one that takes less space than it says is expanded from a few bytes."""
+        self.fields.check(value, strict=strict)
+        bits, length = value["bits"], -(-math.prod(value["shape"]) // 8)
+        fits = bits.dtype == torch.uint8 and tuple(bits.shape) == (length,) and bits.is_contiguous()
+        must(fits, ".bits", bits, f"{length} bytes (torch.uint8), a bit for each weight of shape {value['shape']}")
+
+
+PACKED = Table(_PackedMask())  # what `MaskSet.pack` makes
+
+
+def check_shapes(shapes: Mapping[str, Sequence[int]], weights: Mapping[str, Tensor]) -> None:
+    """Raise if masks of these shapes are not of these weights, no more and no fewer.
+
+    Raises:
+        ValueError: It says which names are missing, surplus or of another shape.
+    """
+    missing, surplus = sorted(weights.keys() - shapes.keys()), sorted(shapes.keys() - weights.keys())
+    others = [
+        f"{name} {tuple(shapes[name])} instead of {tuple(w.shape)}"
+        for name, w in weights.items()
+        if name in shapes and tuple(shapes[name]) != tuple(w.shape)
+    ]
+    if missing or surplus or others:
+        raise ValueError(
+            "The masks do not belong to the prunable weights of this model: "
+            f"missing {missing}, surplus {surplus}, of another shape {others}. "
+            "Give the same model, `include` and `exclude` as when the masks were made."
+        )
 
 
 def zero_(tensor: Tensor, where: Tensor) -> None:

@@ -5,7 +5,7 @@ from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot
 from lightning_sap.rewind.replay import HORIZON, Mode, Obstacle, Replay
 from lightning_sap.rewind.steps import fires_hooks, hook_gradients, hook_steps, innermost_optimizers
 from lightning_sap.rewind.ticks import Moment, Ticks
-from lightning_sap.rewind.weights import place_weights, restore_weights_, take_weights
+from lightning_sap.rewind.weights import live_tensors, place_weights, restore_weights_, take_weights
 
 __all__ = [
     "HORIZON",
@@ -22,6 +22,7 @@ __all__ = [
     "hook_gradients",
     "hook_steps",
     "innermost_optimizers",
+    "live_tensors",
     "parameters_of",
     "place_weights",
     "restore_weights_",

@@ -22,7 +22,7 @@ def take_weights(module: nn.Module) -> dict[str, Tensor]:
         >>> sorted(take_weights(nn.BatchNorm1d(2)))
         ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
-    live, lazy_kinds = _live(module), (nn.UninitializedParameter, nn.UninitializedBuffer)
+    live, lazy_kinds = live_tensors(module), (nn.UninitializedParameter, nn.UninitializedBuffer)
     if lazy := [name for name, tensor in live.items() if isinstance(tensor, lazy_kinds)]:
         raise ValueError(
             f"There are no weights to rewind to yet: {lazy} are not initialized before the first batch. Pass a batch "
@@ -37,7 +37,7 @@ def restore_weights_(module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If a tensor changed its shape since; nothing is written then.
     """
-    live = {name: tensor for name, tensor in _live(module).items() if name in snapshot}
+    live = {name: tensor for name, tensor in live_tensors(module).items() if name in snapshot}
     for name, tensor in live.items():
         if tensor.shape != snapshot[name].shape:
             raise ValueError(
@@ -50,10 +50,11 @@ def restore_weights_(module: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
 
 def place_weights(module: nn.Module, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A snapshot from a checkpoint on the CPU, each tensor sharded as the live one is; a collective where they are."""
-    live = _live(module)
+    live = live_tensors(module)
     return {name: placed_like(t, live[name]).to("cpu") if name in live else t for name, t in snapshot.items()}
 
 
-def _live(module: nn.Module) -> dict[str, Tensor]:
+def live_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers, by the names that they have without ``torch.compile``."""
     buffers = {name.replace(COMPILE_PREFIX, ""): buffer for name, buffer in module.named_buffers()}
     return {**parameter_names(module), **buffers}

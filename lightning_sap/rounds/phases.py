@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Literal
 
 from lightning_sap.functional.scalars import is_real, make_plain_
+from lightning_sap.schema import LARGEST, Fields, Maybe, MismatchError, Number, OneOf, Row, Series, Table, Whole, must
 
 SCATTERS = 4.0  # a turn is more than this many times the noise of the index
 SMALLEST = 1e-300  # stands for 0 where a logarithm is taken
@@ -157,9 +158,18 @@ class PhaseDetector:
         return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if not f.init}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state; what it does not hold stays as it is."""
-        for name in self.state_dict().keys() & state_dict.keys():
-            setattr(self, name, copy.deepcopy(state_dict[name]))
+        """Continue from a state; what it does not hold stays as it is.
+
+        Raises:
+            ValueError: If a value cannot be one; nothing changes then.
+        """
+        known = {name: state_dict[name] for name in self.state_dict().keys() & state_dict.keys()}
+        try:
+            check_detector(known)
+        except MismatchError as mismatch:
+            raise ValueError(f"This is no state of a PhaseDetector: {mismatch.path[1:]} {mismatch.text}.") from None
+        for name, value in known.items():
+            setattr(self, name, copy.deepcopy(value))
 
     def _remember(self, pqi: float, layers: Layers, metric: float | None) -> None:
         index = max(sum(i for i, _ in layers.values()) / len(layers) if layers else pqi, 0.0)
@@ -253,3 +263,34 @@ class PhaseDetector:
         series[1] += 1
         phase, since = Phase.COMPRESSION if witness == "rise" else Phase.COLLAPSE, series[0] if since is None else since
         return (phase.value, since, f"Since round {since} {reason}.") if series[1] >= self.patience else None
+
+
+OPTIONS = [f.name for f in fields(PhaseDetector) if f.init]
+DETECTOR = Fields.of(
+    PhaseDetector,
+    {
+        "round": Whole(-1),
+        "phase": OneOf(tuple(phase.value for phase in Phase)),
+        "_curve": Series(Number(0, nan=True)),
+        "_spared": Table(Number(0)),
+        "_best": Maybe(Number()),
+        "_series": Table(Row((Whole(), Whole()))),
+    },
+    without=OPTIONS,
+)
+
+
+def check_detector(state: Any) -> None:
+    """Raise for what is no state of a detector."""
+    DETECTOR.check(state, strict=False)
+    curve, rounds = state.get("_curve", []), state.get("_rounds", [])
+    must(len(curve) == len(rounds), "._rounds", rounds, f"a list of {len(curve)} rounds, one for each index in _curve")
+    collapsed = state.get("phase") == Phase.COLLAPSE.value
+    must(collapsed or all(map(math.isfinite, curve)), "._curve", curve, "a list of finite numbers before a collapse")
+    numbers, last = [*rounds, *state.get("_sound", []), state.get("since", 0)], state.get("round", LARGEST)
+    must(
+        max(numbers) <= max(last, 0),
+        "._rounds",
+        rounds,
+        f"of at most {last}, the latest round, as are _sound and since",
+    )

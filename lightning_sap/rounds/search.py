@@ -257,4 +257,4 @@ class Search:
     def _most(self, weights: int | None = None, room: int | None = None) -> int | None:
         """Most weights that the next step takes: none below the target."""
         above = (weights or self.weights) - self.target if self.target else None
-        return min((limit for limit in (above, room) if limit is not None), default=None)
+        return min((max(0, limit) for limit in (above, room) if limit is not None), default=None)

@@ -209,3 +209,20 @@ class TestPacking:
         torch.save(masks().pack(), tmp_path / "masks.pt")
         again = MaskSet.unpack(torch.load(tmp_path / "masks.pt", weights_only=True))
         assert {n: m.tolist() for n, m in again.pruned.items()} == {"a": A.tolist(), "b": B.tolist()}
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ({"shape": [2, 5], "bits": torch.zeros(1, dtype=torch.uint8)}, "['w'].bits must be 2 bytes"),
+            ({"shape": [2, 5], "bits": torch.zeros(3, dtype=torch.uint8)}, "['w'].bits must be 2 bytes"),
+            ({"shape": [2, 5], "bits": torch.zeros(2)}, "['w'].bits must be 2 bytes (torch.uint8)"),
+            ({"shape": [2, -5], "bits": torch.zeros(2, dtype=torch.uint8)}, "['w'].shape[1] must be a whole number"),
+            ({"shape": [80], "bits": torch.zeros(1, dtype=torch.uint8).expand(10)}, "['w'].bits must be 10 bytes"),
+            ({"shape": [10**400], "bits": torch.zeros(2, dtype=torch.uint8)}, "got a whole number of 1329 bits"),
+            ({"bits": torch.zeros(2, dtype=torch.uint8)}, "['w'].shape is missing"),
+            (None, "['w'] must be a dictionary"),
+        ],
+    )
+    def test_what_is_no_packed_mask_is_refused(self, entry, message):
+        with pytest.raises(ValueError, match=rf"^These are no packed masks: masks.*{re.escape(message)}"):
+            MaskSet.unpack({"v": MaskSet({"v": A}).pack()["v"], "w": entry})

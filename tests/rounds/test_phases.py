@@ -455,3 +455,23 @@ def test_a_best_loss_of_nothing_makes_no_change_far():
 def test_patience_is_a_number_of_rounds(patience):
     with pytest.raises(ValueError, match=f"patience must be a whole number of rounds, got {patience}"):
         PhaseDetector(patience=patience)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"round": -2}, "round must be a whole number of at least -1, got -2"),
+        ({"phase": "sleep"}, "phase must be one of"),
+        ({"_curve": [0.1, "a"], "_rounds": [0, 1]}, r"_curve\[1\] must be a number of at least 0, got 'a'"),
+        ({"_curve": [0.1], "_rounds": []}, r"_rounds must be a list of 1 rounds, one for each index in _curve"),
+        ({"_curve": [math.nan], "_rounds": [0], "round": 0}, "_curve must be a list of finite numbers"),
+        ({"_series": {"rise": [1]}}, r"_series\['rise'\] must be a list of 2 entries"),
+    ],
+)
+def test_state_that_no_detector_has_is_refused(state, message):
+    detector = PhaseDetector()
+    detector.update(0.3)
+    before = detector.state_dict()
+    with pytest.raises(ValueError, match=f"^This is no state of a PhaseDetector: {message}"):
+        detector.load_state_dict(state)
+    assert detector.state_dict() == before

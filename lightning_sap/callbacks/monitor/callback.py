@@ -13,6 +13,7 @@ from lightning_sap.callbacks.monitor import loggers, messages
 from lightning_sap.callbacks.monitor.curve import Curve, with_verdicts
 from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
 from lightning_sap.callbacks.monitor.mode import MetricMode
+from lightning_sap.callbacks.monitor.schema import SCHEMA
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.functional.scalars import as_plain
 from lightning_sap.report import markdown
@@ -88,8 +89,7 @@ class PQIMonitor(RoundListener, Callback):
             raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
         self.stop_on = stop_on
         self._mode = MetricMode(monitor, mode)
-        self.monitor, self.mode = monitor, self._mode.value
-        self.patience = as_plain(patience)
+        self.monitor, self.mode, self.patience = monitor, self._mode.value, as_plain(patience)
         self.restore, self.verbose, self.name = restore, verbose, name
         self._meter = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
         self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
@@ -261,7 +261,7 @@ class PQIMonitor(RoundListener, Callback):
         held = next((record for record in history if record.restored), None)
         if held is not None:
             messages.tell_restored(self.name, held)
-        elif self.verdict is not None and self.restore and self.verdict.restore is None:
+        elif self.verdict and self.restore and self.verdict.restore is None:
             messages.warn_of_no_sound_round(self.name, history[-1].round)
         self._show(trainer)
         if held is None:
@@ -303,7 +303,7 @@ class PQIMonitor(RoundListener, Callback):
             return plot_layers(self.rows(), dark=dark)
         restored = next((record.round for record in self._records if record.restored), None)
         rows, metric = with_verdicts(self.rows(), self._records, self.monitor)
-        stopped = None if self.verdict is None else self.verdict.round
+        stopped = self.verdict.round if self.verdict else None
         return plot_rounds(rows, metric, dark=dark, stopped=stopped, restored=restored)
 
     def report(self) -> str:
@@ -329,16 +329,17 @@ class PQIMonitor(RoundListener, Callback):
         return f"lightning_sap.monitor/{self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._curve.state_dict(), "rule": self._rule.state_dict(), "dense": self._mode.state_dict()}
+        own = {"rule": self._rule.state_dict(), "dense": self._mode.state_dict()}
+        return {**SCHEMA.stamp, **self._curve.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of a fit; a file that is only validated or tested leaves what is known of this one."""
-        if self._stage not in ("fit", None):
-            return
-        self._begin()
-        self._curve.load_state_dict(state_dict)
-        self._rule.load_state_dict(state_dict["rule"])
-        self._mode.load_state_dict(state_dict.get("dense"))
+        if self._stage in ("fit", None):
+            state = SCHEMA.read(state_dict)
+            self._begin()
+            self._curve.load_state_dict(state)
+            self._rule.load_state_dict(state["rule"])
+            self._mode.load_state_dict(state.get("dense"))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the monitored metric of this moment: Lightning does not."""

@@ -29,6 +29,7 @@ from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
 from lightning_sap.callbacks.pruning.options import Options, check_names, takes_options
 from lightning_sap.callbacks.pruning.schedules import Schedules
+from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.session import PruningSession
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor
@@ -438,8 +439,13 @@ class PruningCallback(Callback):
         """Keep the state for the start of training; while it goes on, or outside of a Trainer, take it up at once.
 
         LearningRateFinder and BatchSizeFinder restore what they saved: before training there is nothing in it.
+
+        Raises:
+            ValueError: If it is not the state of a pruning callback, or a newer version wrote it; nothing changes then.
         """
         fit, module = self._fit, self._fit.module()
+        if fit.stage is not Stage.LOOKING:
+            SCHEMA.read(state_dict)
         if fit.stage is Stage.TRAINING and module is not None:
             self.session.restore_state(module, state_dict)
         elif fit.stage is Stage.TRAINED or (fit.stage is Stage.WAITING and not state_dict.get("waiting")):

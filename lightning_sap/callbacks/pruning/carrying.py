@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sap.callbacks.pruning import averages, compatibility, messages, tolerance
+from lightning_sap.callbacks.pruning.decided import DecidedPruning
 from lightning_sap.callbacks.pruning.decisions import decide_next
 from lightning_sap.callbacks.pruning.kept import go_back_, keep_
-from lightning_sap.callbacks.pruning.state import DecidedPruning
 from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
 
 if TYPE_CHECKING:

@@ -11,12 +11,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.schema import check_answer
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.effective import pruned_by_torch
 from lightning_sap.engine.measure import Measure, check_finite
 from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 from lightning_sap.rounds.protocol import GoOn, RoundListener, Stop, TakeBack
+from lightning_sap.schema import MismatchError
 from lightning_sap.sharding import ALTERNATIVE, check_placements, is_sharded
 
 STATE_PREFIX = "lightning_sap/"
@@ -176,6 +178,11 @@ def check_answers(answers: Collection[object], can_go_back: bool) -> None:
     for answer in answers:
         if not isinstance(answer, GoOn | Stop | TakeBack):
             raise TypeError(f"on_round_end must return GoOn(), Stop() or TakeBack(), got {answer!r}.")
+        try:
+            check_answer(answer)
+        except MismatchError as mismatch:
+            what = f"{type(answer).__name__}{mismatch.path}"
+            raise ValueError(f"{what}, which a listener answers in on_round_end, {mismatch.text}.") from None
         if isinstance(answer, TakeBack) and not can_go_back:
             raise ValueError(
                 "A listener takes a round back, and no earlier round was kept. Set may_take_back = True on the "

@@ -17,6 +17,7 @@ from lightning_sap.callbacks.pruning.compatibility import accumulation
 from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.pruning.options import Schedule
 from lightning_sap.callbacks.pruning.outside import obstacle_to, overrides_step, sets_by_epoch
+from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rewind import (
     HORIZON,
@@ -163,10 +164,18 @@ class Schedules:
         ]
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Take up a state where it belongs to the same number of schedules."""
+        """Take up a state where it belongs to the same number of schedules.
+
+        Raises:
+            ValueError: If a schedule's first state has another form than that of the live one; nothing changes then.
+        """
         if len(state) == len(self._replays):
+            for i, (replay, saved) in enumerate(zip(self._replays, state, strict=True)):
+                SCHEMA.like(f"schedules[{i}].first", saved["first"], replay.first)
+                SCHEMA.like(f"schedules[{i}].groups", saved["groups"], replay.first_groups)
             for replay, saved in zip(self._replays, state, strict=True):
-                replay.first, replay.first_groups, replay.calls = saved["first"], saved["groups"], saved["calls"]
+                replay.first = {key: saved["first"].get(key, own) for key, own in replay.first.items()}
+                replay.first_groups, replay.calls = saved["groups"], saved["calls"]
                 self._lengths = EpochLengths(**saved["lengths"])
             self._modes = [saved["mode"] for saved in state]
 

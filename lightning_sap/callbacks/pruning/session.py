@@ -17,6 +17,7 @@ from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
+from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.pruning.trained import Subject, of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
@@ -107,7 +108,8 @@ class PruningSession:
             checks.check_plan(options, plan, steps_of_epochs(trainer, 1))
         if plan.rounds != 0:
             compatibility.check_averaging(trainer)
-        self._take_in(module, masks)
+        every = of_kind(options, module)  # what was pruned once and is not trained now: its masks hold all the same
+        self.weights = {name: w for name, w in every.items() if name in self.weights or name in masks.pruned}
         known = self.state.copies
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
@@ -125,7 +127,7 @@ class PruningSession:
         checks.check_target(options, state, self.frozen(state))
         state.search = tolerance.begin(options, state)
         self.state, self.metrics = state, RoundMetrics()
-        averages.find_(self, trainer, module, of_kind(options, module))
+        averages.find_(self, trainer, module, every)
 
     def resume(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stands; the last round ends where training ends now."""
@@ -145,27 +147,23 @@ class PruningSession:
         messages.warn_of_lost(options, state)
 
     def restore_state(self, module: nn.Module, packed: Mapping[str, Any]) -> None:
-        """Go on with the state of a checkpoint."""
-        masks = MaskSet.unpack(packed["masks"])
-        self._take_in(module, masks)
-        left = packed.get("first_bits", {}).keys() - masks.pruned.keys()  # known then, and not pruned
-        self.weights = {name: weight for name, weight in self.weights.items() if name not in left}
-        self.state = PruningState.live(packed, module, self.live())
-        self.subject.gradients.watch(self.state.trained)
+        """Go on with the state of a checkpoint, once all of it is found to be right."""
+        packed = SCHEMA.read(packed)
+        masks, weights = packed["masks"].keys(), of_kind(self.options, module)
+        left = packed.get("first_bits", {}).keys() - masks  # known then, and not pruned
+        weights = {n: w for n, w in weights.items() if n in masks or (n in self.weights and n not in left)}
+        state = PruningState.live(packed, module, {name: w.parameter.detach() for name, w in weights.items()})
+        self.schedules.load(state.schedules)
+        self.weights, self.state = weights, state
+        self.subject.gradients.watch(state.trained)
         averages.bind_(self, module)
-        self.metrics.load_state_dict(self.state.metrics)
-        self.schedules.load(self.state.schedules)
+        self.metrics.load_state_dict(state.metrics)
 
     def packed(self, *, training: bool) -> dict[str, Any]:
         """The state as plain values; nothing is changed by it."""
         schedules = self.schedules.state() if training else self.state.schedules
         metrics = self.metrics.state_dict()
         return replace(self.state, schedules=schedules, metrics=metrics, options=self.options.plain()).pack()
-
-    def _take_in(self, module: nn.Module, masks: MaskSet) -> None:
-        """Add what was pruned once and is not trained now: its masks hold all the same."""
-        every = of_kind(self.options, module)
-        self.weights = {name: w for name, w in every.items() if name in self.weights or name in masks.pruned}
 
     # -- its rounds ---------------------------------------------------------------------------------------------------
 

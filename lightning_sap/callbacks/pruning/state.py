@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sap.engine.masks import MaskSet
+from lightning_sap.callbacks.pruning.decided import DecidedPruning
+from lightning_sap.callbacks.pruning.schema import ANSWERS, SCHEMA, check_tensors
+from lightning_sap.callbacks.round_metrics import RoundMetrics
+from lightning_sap.engine.masks import MaskSet, check_shapes
 from lightning_sap.engine.measure import Measure
-from lightning_sap.engine.weights import parameter_names
-from lightning_sap.rewind import place_weights
+from lightning_sap.rewind import live_tensors, place_weights
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
 from lightning_sap.rounds.search import Search
 from lightning_sap.sharding import whole
-
-ANSWERS = {kind.__name__: kind for kind in (GoOn, Stop, TakeBack)}
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,6 @@ class KeptRound:
     weights: dict[str, Tensor]
     masks: MaskSet
     averages: list[dict[str, Tensor]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class DecidedPruning:
-    """A pruning that is decided, and may have been carried out in part.
-
-    Attributes:
-        masks: Those of the next round.
-        count: Weights that it takes.
-        pqi: PQ Index of all weights right after it.
-        record: The round before it.
-        rewinds: Whether the weights are rewound, where there are some to go back to.
-        last: Whether no pruning follows it.
-    """
-
-    masks: MaskSet
-    count: int
-    pqi: float
-    record: RoundRecord
-    rewinds: bool
-    last: bool
 
 
 @dataclass
@@ -121,7 +100,7 @@ class PruningState:
     stop: Stop | None = None
     history: History = field(default_factory=History)
     lr: float | Tensor | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=lambda: RoundMetrics().state_dict())
     run: str = ""
     parent: str | None = None
     folder: str | None = None
@@ -133,7 +112,9 @@ class PruningState:
         """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
         first, kept = self.first_weights, self.kept
         return {
+            **SCHEMA.stamp,
             **vars(self),
+            "waiting": False,
             "lr": None if self.lr is None else float(self.lr),
             "trained": sorted(self.trained),
             "replaced": sorted(self.replaced),
@@ -142,7 +123,7 @@ class PruningState:
             "search": self.search and asdict(self.search),
             "answer": _packed_answer(self.answer),
             "undone": self.undone and asdict(self.undone),
-            "pruning": self.pruning and _packed_pruning(self.pruning),
+            "pruning": self.pruning and self.pruning.pack(),
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
             "plan": asdict(self.plan),
@@ -162,12 +143,19 @@ class PruningState:
             weights: Its prunable weights; None: those of the masks.
 
         Raises:
-            ValueError: If the masks do not belong to these weights.
+            ValueError: If it is not as the schema says, or does not fit the module; nothing is unpacked then.
         """
-        state = cls.unpack(packed)
-        names = parameter_names(module)
-        weights = {n: names[n].detach() for n in state.masks.pruned if n in names} if weights is None else weights
+        packed, names = SCHEMA.read(packed), live_tensors(module)
+        every = [packed["masks"], *(packed[key]["masks"] for key in ("kept", "pruning") if packed.get(key))]
+        weights = {n: names[n] for n in every[0] if n in names} if weights is None else weights
+        for masks in every:
+            check_shapes({name: entry["shape"] for name, entry in masks.items()}, weights)
+        state = cls._unpacked(packed)
         first, kept, pruning = state.first_weights, state.kept, state.pruning
+        check_tensors("first_weights", first or {}, names)
+        if kept is not None:
+            for i, tensors in enumerate([kept.weights, *kept.averages]):
+                check_tensors(f"kept.averages[{i - 1}]" if i else "kept.weights", tensors, names)
         return replace(
             state,
             masks=state.masks.like(weights),
@@ -178,7 +166,15 @@ class PruningState:
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> PruningState:
-        """The state from :meth:`pack` on the CPU, for looking at; a run goes on with :meth:`live`."""
+        """The state from :meth:`pack` on the CPU, for looking at; a run goes on with :meth:`live`.
+
+        Raises:
+            ValueError: If it is not as the schema says.
+        """
+        return cls._unpacked(SCHEMA.read(packed))
+
+    @classmethod
+    def _unpacked(cls, packed: Mapping[str, Any]) -> PruningState:
         known = {key: packed[key] for key in cls.__dataclass_fields__ if key in packed}
         kept, undone, pruning = packed.get("kept"), packed.get("undone"), packed.get("pruning")
         return cls(
@@ -193,7 +189,7 @@ class PruningState:
                 "search": Search(**packed["search"]) if packed.get("search") else None,
                 "answer": _unpacked_answer(packed.get("answer")),
                 "undone": undone and RoundRecord(**undone),
-                "pruning": pruning and _unpacked_pruning(pruning),
+                "pruning": pruning and DecidedPruning.unpack(pruning),
                 "stop": _unpacked_answer(packed.get("stop")),
             }
         )
@@ -317,15 +313,6 @@ def _packed_round(kept: KeptRound) -> dict[str, Any]:
 def _placed_round(kept: KeptRound, module: nn.Module, weights: Mapping[str, Tensor]) -> KeptRound:
     averages = [place_weights(module, average) for average in kept.averages]
     return KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights), averages)
-
-
-def _packed_pruning(pruning: DecidedPruning) -> dict[str, Any]:
-    return {**vars(pruning), "masks": pruning.masks.pack(), "record": asdict(pruning.record)}
-
-
-def _unpacked_pruning(packed: Mapping[str, Any]) -> DecidedPruning:
-    masks, record = MaskSet.unpack(packed["masks"]), RoundRecord(**packed["record"])
-    return DecidedPruning(**{**packed, "masks": masks, "record": record})
 
 
 def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:

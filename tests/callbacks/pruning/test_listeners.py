@@ -1,5 +1,6 @@
 """Listeners: what they hear at the end of a round, and what their answers do."""
 
+import math
 import pickle
 
 import pytest
@@ -74,6 +75,21 @@ class TestEvent:
         with pytest.warns(UserWarning, match="not all prunings came"):
             fit(Net(), pruner, listener, stop, max_epochs=8)
         assert [(e.record.round, e.record.last_epoch) for e in listener.heard] == [(0, 1), (1, 2)]
+
+    @pytest.mark.parametrize(
+        ("answer", "message"),
+        [
+            (GoOn(-1.0), "GoOn.scale, which a listener answers in on_round_end, must be a finite number"),
+            (GoOn(math.nan), "GoOn.scale, .* got nan"),
+            (GoOn(most=-3), "GoOn.most, .* must be a whole number of at least 0, got -3"),
+            (Stop("one"), "Stop.restore, .* got 'one'"),
+            (GoOn(notes={0: {"remaining": 3.0}}), r"GoOn.notes\[0\].remaining, .* up to 1, got 3.0"),
+            (GoOn(notes={0: {"mood": "good"}}), r"GoOn.notes\[0\].mood, .* does not know"),
+        ],
+    )
+    def test_an_answer_that_no_checkpoint_could_hold_is_refused(self, answer, message):
+        with pytest.raises(ValueError, match=message):
+            fit(Net(), half(), Answers(answer))
 
     @pytest.mark.parametrize("answer", [None, "go on", True])
     def test_what_is_no_answer_is_refused(self, answer):

@@ -15,7 +15,9 @@ from lightning_sap.rounds.protocol import Stop, TakeBack
 class TestPruningState:
     def state(self):
         pruned = {"w": torch.tensor([[True, False, True], [False, False, True]])}
-        record = RoundRecord(0, 0, 1, 1.0, {"w": 1.0}, 0.25, {"w": 0.25}, 3, 0.5, 0.1, 0.01, {"val_acc": 0.5})
+        record = RoundRecord(
+            0, 0, 1, 1.0, {"w": 1.0}, 0.25, {"w": 0.25}, 3, 0.5, {"w": 0.5}, 0.1, 0.01, {"val_acc": 0.5}
+        )
         return PruningState(
             MaskSet(pruned),
             RoundPlan(3, 2, 1, 9),
@@ -31,7 +33,7 @@ class TestPruningState:
             stop=Stop(1),
             history=History([record]),
             lr=0.25,
-            metrics={"a": 1.0},
+            metrics={"metrics": {"a": 1.0}, "validated": 1, "validation_keys": ["a"]},
         )
 
     def test_state_packed_and_unpacked_is_the_same(self):
@@ -58,9 +60,10 @@ class TestPruningState:
 
     def test_state_of_an_older_version_keeps_defaults(self):
         packed = self.state().pack()
-        del packed["metrics"], packed["pqi_after_pruning"]
+        for key in ("version", "writer", "metrics", "pqi_after_pruning"):
+            del packed[key]
         twin = PruningState.unpack({**packed, "not_known_yet": 1})
-        assert (twin.metrics, twin.pqi_after_pruning) == ({}, None)
+        assert (twin.metrics["metrics"], twin.pqi_after_pruning) == ({}, None)
 
     def test_a_pruning_is_due_once_a_round_was_trained(self):
         state = self.state()  # rounds of two epochs; this one started in epoch 3
