@@ -199,7 +199,8 @@ def read(path: str, module: nn.Module) -> dict[str, Any]:
         return _load(path)
     checkpoint = _load(os.path.join(path, METADATA))
     state = get_model_state_dict(module, options=StateDictOptions(cpu_offload=True))
-    weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    # on the CPU these are the live ones, and they are read into
+    weights = {name: value.detach().clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
     load_shards({"state_dict": weights}, storage_reader=_Reader(path), planner=_TensorsOnly())
     return {**checkpoint, "state_dict": weights}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from archiving import Decaying, archived, archiving_half, bytes_of, snapshot, unchanged
-from helpers import Watch, fit, same
+from helpers import Watch, copied, fit, same
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resuming import STATE
 from torch.distributed import checkpoint as shards
@@ -119,7 +119,10 @@ class TestExecution:
         module = torch.nn.Linear(2, 2)
         shards.save({"state_dict": module.state_dict()}, checkpoint_id=tmp_path / "round")
         torch.save({"epoch": 3}, tmp_path / "round" / "meta.pt")
-        found = roundfile.read(str(tmp_path / "round"), torch.nn.Linear(2, 2))
+        live = torch.nn.Linear(2, 2)
+        before = copied(live.state_dict())
+        found = roundfile.read(str(tmp_path / "round"), live)
+        assert same(live.state_dict(), before)
         assert same(found["state_dict"], module.state_dict())
         assert found["epoch"] == 3
 
