@@ -67,9 +67,16 @@ def test_every_fence_is_found():
         assert len(fences) == len(list(blocks(page))), page.name
 
 
-def test_the_tests_named_in_the_compatibility_table_exist():
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("compatibility", {"callbacks/monitor/test_stop.py", "distributed/test_stop.py", "engine/test_weights.py"}),
+        ("reliability", {"callbacks/pruning/test_archive_disks.py", "distributed/test_archive.py"}),
+    ],
+)
+def test_the_tests_named_in_a_table_exist(name, some):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and line.endswith("` |")]
     named = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
-    assert {"callbacks/monitor/test_stop.py", "distributed/test_stop.py", "engine/test_weights.py"} <= named
+    assert some <= named
     assert [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []

@@ -101,3 +101,36 @@ class TestOtherLoggers:
         fit(Net(), half(), PQIMonitor(stop_on=None), logger=loggers, **STEPS_PER_LOG)
         assert len(events(tmp_path / "a").Scalars("pqi/global")) == 4
         assert "pqi/global" in (tmp_path / "b" / "metrics.csv").read_text()
+
+
+class TestFailingWriters:
+    def test_figures_and_report_that_cannot_be_written_end_no_training(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError("No space left on device")
+
+        for name in ("add_figure", "add_text", "add_custom_scalars"):
+            monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{name}", full)
+        monitor, pruner = PQIMonitor(stop_on=None, verbose=False), half()
+        with pytest.warns(UserWarning, match="cannot be written to TensorBoard: No space left on device") as warned:
+            trainer = fit(Net(), monitor, pruner, val=loader(), logger=TensorBoardLogger(tmp_path))
+        assert trainer.current_epoch == 4
+        told = [str(w.message).partition(" cannot")[0] for w in warned if "TensorBoard" in str(w.message)]
+        assert told == [
+            "pqi: the charts",
+            "pqi: the figure of the rounds",
+            "pqi: the figure of the layers",
+            "pqi: the report",
+        ]
+        assert "The module holds round 3" in monitor.report()
+
+    def test_report_that_cannot_be_printed_is_kept(self, monkeypatch):
+        def closed(*_, **__):
+            raise BrokenPipeError("closed")
+
+        monkeypatch.setattr("lightning_sap.callbacks.monitor.messages.show", closed)
+        monitor = PQIMonitor(stop_on=None)
+        with pytest.warns(
+            UserWarning, match=r"pqi: the report cannot be printed: closed\. monitor\.report\(\) has it\."
+        ):
+            fit(Net(), monitor, half())
+        assert "The module holds round 3" in monitor.report()
