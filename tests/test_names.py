@@ -25,6 +25,7 @@ from lightning_sap import (
 
 COMMON = {
     "scope": None,
+    "structure": "weight",
     "importance": "magnitude",
     "tolerance": None,
     "rounds": None,

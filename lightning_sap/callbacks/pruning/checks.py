@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -48,6 +48,23 @@ def check_torch_pruning(module: nn.Module) -> None:
         )
 
 
+def check_pattern(
+    options: Options, prunable: Mapping[str, PrunableWeight], fitting: Mapping[str, PrunableWeight]
+) -> None:
+    """Raise if the pattern that is asked for fits no weight, and warn of those that it does not fit."""
+    if options.pattern is None:
+        return
+    others = {name: tuple(weight.parameter.shape) for name, weight in prunable.items() if name not in fitting}
+    of = f"the number of inputs is no multiple of {options.pattern.of}: {others}"
+    if not fitting:
+        raise ValueError(f"structure={options.structure!r} fits no prunable weight: {of}. Give another n:m.")
+    if others:
+        rank_zero_warn(
+            f"{options.name}: structure={options.structure!r} does not fit these weights, which stay dense, since "
+            f"{of}. Leave them out with exclude={list(others)!r}."
+        )
+
+
 def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None:
     """Raise for weights that are sharded in another way than by rows, and for units that are no rows."""
     check_placements({name: weight.parameter for name, weight in weights.items()})
@@ -56,6 +73,11 @@ def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None
         raise ValueError(
             f"In scope 'neuron', the output units of {transposed} lie on axis 1 and are spread over the processes that "
             "shard them. Use scope='layer' or 'global', leave them out with `exclude`, or use strategy='ddp'."
+        )
+    if options.pattern is not None and transposed:
+        raise ValueError(
+            f"structure={options.structure!r} runs along the inputs of {transposed}, which lie on axis 0 and are "
+            "spread over the processes that shard them. Leave them out with `exclude`, or use strategy='ddp'."
         )
 
 

@@ -29,7 +29,7 @@ def announcement(
     rewind = "kept" if options.rewind_weights is None else f"rewound to {options.rewind_weights!r}"
     lines = [
         f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
-        f"{_dense(plan)}scope {options.scope}, weights {rewind}, {options.policy}",
+        f"{_dense(plan)}{_amounts(options)}, weights {rewind}, {options.policy}",
         f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {listed(list(masks.pruned))}",
         *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
@@ -37,6 +37,14 @@ def announcement(
         *([] if archive is None else [f"  archive: {_kept(options, plan)} in {archive}"]),
     ]
     return "\n".join(lines)
+
+
+def _amounts(options: Options) -> str:
+    """What says how many go, in words."""
+    kept = options.pattern
+    if kept is None:
+        return f"scope {options.scope}"
+    return f"structure {options.structure} (each {kept.of} weights keep {kept.kept}, whatever the policy says)"
 
 
 def _dense(plan: RoundPlan) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from lightning_sap.engine.decision import Limits
 from lightning_sap.engine.groups import Scope, check_scope
+from lightning_sap.engine.patterns import Pattern
 from lightning_sap.engine.weights import Selection, check_selection
 from lightning_sap.functional.amount import ceil, floor
 from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
@@ -41,6 +42,8 @@ class Options:
     Args:
         scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
             None: ``"layer"``, and beside a ``tolerance`` ``"global"``.
+        structure: What goes as one: ``"weight"`` single weights, or ``"n:m"``, such as ``"2:4"`` (in YAML with the
+            quotes): one pruning keeps exactly n of every m consecutive weights along the inputs.
         importance: By which score weights are compared: ``"magnitude"``, or an object whose ``scores`` method gives the
             scores.
         tolerance: Search for the sparsest network whose metric is at most so much worse than its yardstick: a
@@ -78,6 +81,7 @@ class Options:
     policy: Policy
     _: KW_ONLY
     scope: Scope | None = None
+    structure: str = "weight"
     importance: Importance | str = "magnitude"
     tolerance: Tolerance | None = None
     rounds: int | None = None
@@ -101,7 +105,10 @@ class Options:
         if self.dirpath is not None:
             object.__setattr__(self, "dirpath", str(self.dirpath))
         check_policy(self.policy)
-        if self.scope is None:
+        self._check_structure()
+        if self.pattern is not None:
+            object.__setattr__(self, "rounds", 1 if self.rounds is None else self.rounds)
+        elif self.scope is None:
             object.__setattr__(self, "scope", "layer" if self.tolerance is None else "global")
         check_scope(self.group)
         check_importance(self.importance)
@@ -123,6 +130,29 @@ class Options:
             fits, "name", self.name, f"a text of at most {LONGEST_NAME} bytes without NUL, as files are named after it"
         )
         _check("\0" not in str(self.dirpath or ""), "dirpath", self.dirpath, "a path without NUL")
+
+    def _check_structure(self) -> None:
+        """Raise unless it is known, and if another option contradicts it."""
+        pattern = self.pattern
+        fits = pattern is not None or self.structure == "weight"
+        allowed = "'weight', or 'n:m' of whole numbers 0 < n < m such as '2:4'"
+        _check(fits, "structure", self.structure, allowed)
+        if pattern is None:
+            return
+        contradictions = {
+            "scope": self.scope is not None,
+            "tolerance": self.tolerance is not None,
+            "rounds": self.rounds not in (None, 0, 1),
+            "target_remaining": self.target_remaining not in (None, pattern.remaining),
+            "min_remaining": is_real(self.min_remaining) and self.min_remaining > pattern.remaining,
+            "policy": self.policy.regrows,
+        }
+        for name in (name for name, holds in contradictions.items() if holds):
+            raise ValueError(
+                f"structure={self.structure!r} contradicts {name}={getattr(self, name)!r}: one pruning leaves exactly "
+                f"{pattern.kept} of every {pattern.of} weights, {pattern.remaining:g} of them. Leave {name} out, or "
+                "give structure='weight'."
+            )
 
     def _check_tolerance(self) -> None:
         given = self.tolerance
@@ -156,6 +186,11 @@ class Options:
     def group(self) -> Scope:
         """What forms a group."""
         return self.scope or "layer"
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """What is kept of every so many weights, where ``structure`` says so."""
+        return Pattern.named(self.structure)
 
     @property
     def snapshot_epoch(self) -> int | None:

@@ -85,9 +85,11 @@ class Subject:
 
 
 def of_kind(options: Options, module: nn.Module) -> dict[str, PrunableWeight]:
-    """What can be pruned by its name and kind, trained or not, averages too, in the module's order."""
+    """What can be pruned by its name, kind and shape, trained or not, averages too, in the module's order."""
     checks.check_torch_pruning(module)
     found = prunable_weights(module, options.include, options.exclude, may_be_none=True, untrained=lambda _: None)
+    if options.pattern is not None:
+        found = {name: weight for name, weight in found.items() if options.pattern.fits(weight)}
     return {name: found[name] for name in parameter_names(module) if name in found}
 
 
@@ -102,6 +104,7 @@ def select(options: Options, module: nn.Module, trainer: Trainer | None) -> tupl
     every = candidates(options, module, training)
     prunable = prunable_weights(module, options.include, options.exclude, untrained=training.untrained)
     found = {name: weight for name, weight in every.items() if name in prunable}
+    checks.check_pattern(options, prunable, found)
     checks.check_sharding(options, found)
     outside = {n: w.parameter.numel() for n, w in every.items() if training.untrained(w.parameter) == NO_OPTIMIZER}
     messages.warn_of_left_out(options, left_out(module, options.include, options.exclude, training.untrained))

@@ -334,6 +334,7 @@ trainer:
         gamma: 0.8
         beta: 0.5
         scope: global
+        structure: weight
         importance: magnitude
         rounds: 5
         every_n_epochs: 2
@@ -368,6 +369,7 @@ trainer:
           init_args:
             p: 0.2
             q: 0.9
+        structure: "2:4"
         rewind_weights: null
         name: third
     - class_path: lightning_sap.PQIMonitor
@@ -396,6 +398,7 @@ class TestYAML:
         assert vars(callbacks[0].options) == {
             "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
             "scope": "global",
+            "structure": "weight",
             "importance": "magnitude",
             "tolerance": None,
             "rounds": 5,
@@ -423,6 +426,7 @@ class TestYAML:
         assert (options.include, options.exclude) == (["net.3.*"], "*.bias")
         assert callbacks[2].options.policy == SparsityInformed(0.2, 0.9)
         assert callbacks[2].options.rewind_weights is None
+        assert callbacks[2].options.structure == "2:4"
 
     def test_yaml_gives_the_monitor(self, callbacks):
         monitor = callbacks[3]
