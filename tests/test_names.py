@@ -26,6 +26,7 @@ from lightning_sap import (
 COMMON = {
     "scope": None,
     "structure": "weight",
+    "example_inputs": None,
     "importance": "magnitude",
     "tolerance": None,
     "rounds": None,
@@ -175,7 +176,7 @@ class TestCheckpointKeys:
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
             "history", "metrics", "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained",
-            "replaced", "first_bits", "copies", "version", "writer",
+            "replaced", "first_bits", "copies", "companions", "finest", "version", "writer",
         }  # fmt: skip
         assert set(state["plan"]) == {
             "rounds", "length", "first", "end", "unit", "schedules_from", "dense",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sap.deploy.copies import call, copy_of, evaluating
+from lightning_sap.engine.tracing import call, copy_of, evaluating
 
 CLOSE = {torch.float32: 1e-6, torch.float64: 1e-12}  # largest difference to dense, relative to the largest output
 LEAST_ZEROS = 0.5  # with fewer zeros CSR has no chance, and nothing is measured

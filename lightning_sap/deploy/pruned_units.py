@@ -17,33 +17,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as Transposed
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+from lightning_sap.engine.coupling import NORMS, Coupled, Part, coupled_units, is_depthwise, is_plain
 
 
 @dataclass
-class Group:
+class Group(Coupled):
     """Units that go together; each tensor has one entry per unit of the layer at the root.
 
     Attributes:
-        root: The layer that stands for the group.
-        name: Its name in the module.
         zero: Whether the unit is zero behind every layer of the group.
         silent: Whether it has no weights in any of the layers, whatever biases and norms add.
         unread: Whether no layer that reads it has weights for it.
-        layers: The names of all layers that write the units.
-        mixing: The layer through which nothing can be told, None if there is none.
-        is_output: Whether the units are outputs of the network.
         readers: How many layers read the units.
     """
 
-    root: nn.Module
-    name: str
-    zero: Tensor
-    silent: Tensor
-    unread: Tensor
-    layers: list[str] = field(default_factory=list)
-    mixing: str | None = None
-    is_output: bool = False
+    zero: Tensor = field(default_factory=lambda: torch.ones(0))
+    silent: Tensor = field(default_factory=lambda: torch.ones(0))
+    unread: Tensor = field(default_factory=lambda: torch.ones(0))
     readers: int = 0
 
     @property
@@ -66,61 +56,32 @@ class Group:
 
 def groups_of(graph: Any, names: Mapping[nn.Module, str]) -> Iterator[Group]:
     """The groups of a dependency graph, with what the weights tell of their units."""
-    for items in graph.get_all_groups():
-        root = items[0].dep.target.module
-        zero, silent, unread = torch.ones(3, len(items[0].idxs), dtype=torch.bool)
-        group = Group(root, names[root], zero, silent, unread)
-        for item in items:
-            _add(group, graph, item, names)
+    for coupled in coupled_units(graph, names):
+        group = Group(**vars(coupled))
+        group.zero, group.silent, group.unread = torch.ones(3, group.size, dtype=torch.bool)
+        for part in group.parts:
+            _add(group, part)
         yield group
 
 
-def _add(group: Group, graph: Any, item: Any, names: Mapping[nn.Module, str]) -> None:
+def _add(group: Group, part: Part) -> None:
     """Take one layer of the group into account."""
-    node, layer = item.dep.target, item.dep.target.module
-    writes = graph.is_out_channel_pruning_fn(item.dep.handler)
-    if layer not in names and not isinstance(layer, nn.Parameter):  # an operation without weights
-        group.is_output |= writes and not node.outputs
-        return
-    if writes and layer in names:
-        group.layers.append(names[layer])
-    roots = [root for root in item.root_idxs if root is not None]
-    if len(roots) < len(item.idxs) or not _is_plain(layer):
-        group.mixing = names.get(layer, type(layer).__name__)
-        if len(roots) < len(item.idxs) or not isinstance(layer, (*NORMS, _ConvNd)):
-            group.zero[:] = False
-            return
-        if not writes:
-            return
-    if writes:
-        group.is_output |= not node.outputs
+    layer = part.layer
+    if part.opaque:
+        group.zero[:] = False
+    elif part.writes:
         if not isinstance(layer, nn.PReLU):  # which keeps zeros
-            _spoil(group.zero, roots, _is_zero(layer)[item.idxs])
-        if isinstance(layer, _ConvNd | nn.Linear) and not _is_depthwise(layer):
-            _spoil(group.silent, roots, _columns(layer, _out_axis(layer))[item.idxs])
-    else:
+            _spoil(group.zero, part.units, _is_zero(layer)[part.indices])
+        if isinstance(layer, _ConvNd | nn.Linear) and not is_depthwise(layer):
+            _spoil(group.silent, part.units, _columns(layer, part.axis)[part.indices])
+    elif is_plain(layer):
         group.readers += 1
-        _spoil(group.unread, roots, _columns(layer, 1 - _out_axis(layer))[item.idxs])
+        _spoil(group.unread, part.units, _columns(layer, part.axis)[part.indices])
 
 
 def _spoil(flags: Tensor, roots: Sequence[int], holds: Tensor) -> None:
     """Where it does not hold of a unit of some layer, it does not hold of the unit at the root."""
     flags[torch.tensor(roots, dtype=torch.long)[~holds]] = False
-
-
-def _is_plain(layer: object) -> bool:
-    """Whether each unit of the layer is computed from what it reads, without the other units."""
-    if isinstance(layer, _ConvNd):
-        return layer.groups == 1 or _is_depthwise(layer)
-    return isinstance(layer, nn.Linear | _BatchNorm | nn.PReLU)
-
-
-def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, _ConvNd) and layer.groups == layer.out_channels == layer.in_channels > 1
-
-
-def _out_axis(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, Transposed) else 0
 
 
 def _columns(layer: Any, axis: int) -> Tensor:
@@ -140,7 +101,7 @@ def _is_zero(layer: Any) -> Tensor:
             return torch.zeros(_size(layer), dtype=torch.bool)
         return ((weight == 0) if bias is None else (weight == 0) & (bias == 0)).cpu()
     still = torch.ones(_size(layer), dtype=torch.bool) if layer.bias is None else (layer.bias == 0).cpu()
-    return still if _is_depthwise(layer) else still & _columns(layer, _out_axis(layer))
+    return still if is_depthwise(layer) else still & _columns(layer, int(isinstance(layer, Transposed)))
 
 
 def _norm_is_zero(norm: _BatchNorm) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.deploy.copies import copy_of, output_axes
+from lightning_sap.deploy.output_axes import output_axes
+from lightning_sap.engine.tracing import copy_of
 
 LARGEST = 127
 EXACT_BITS = 16  # of a scale's 24: a scale times a whole number up to 127 is then exact in float32

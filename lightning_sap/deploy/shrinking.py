@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.deploy.copies import call, copy_of, evaluating
 from lightning_sap.deploy.pruned_units import Group, groups_of
+from lightning_sap.engine.tracing import call, copy_of, each_tensor, evaluating, graph_of, new_graph, within
 
 CLOSE = 1e-5  # largest difference between outputs, relative to the largest output if that is above 1
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 ROUNDINGS = 64  # the same in steps of the outputs' dtype, for those coarser than float32
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -66,20 +61,15 @@ def shrink(
     """
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     kind = type(module).__name__
-    _dependency_graph()  # what is missing is said at once
+    new_graph("shrink")  # what is missing is said at once
     with torch.inference_mode(False):
         copy, inputs = copy_of(module), _plain(example_inputs)
         with evaluating(copy):
             expected = _outputs(copy, inputs)
         if differs := _differs(copy, inputs, expected):
             raise ValueError(f"{kind} is refused: called twice on the same inputs, {differs}.")
-        try:
-            with _deadline(time_limit):
-                small, removed = _proved(copy, inputs, expected, patterns)
-        except _LateError as error:
-            raise ValueError(
-                f"{kind} is refused: torch-pruning did not come to an end with it within {time_limit:g} seconds."
-            ) from error
+        with within(time_limit, copy):
+            small, removed = _proved(copy, inputs, expected, patterns)
         for name, parameter in small.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
     counts = [sum(parameter.numel() for parameter in of.parameters()) for of in (small, module)]
@@ -109,7 +99,7 @@ def _without_pruned_units(
         warnings.simplefilter("ignore")  # torch-pruning thinks aloud
         while True:
             try:
-                graph, names = _graph(small, inputs), {part: name for name, part in small.named_modules()}
+                graph, names = graph_of(small, inputs, "shrink"), {part: name for name, part in small.named_modules()}
             except ValueError:
                 if gone:  # it worked before: the outputs will tell which layers could not do without their units
                     return small, gone, groups
@@ -164,52 +154,6 @@ def _tell_constants(groups: Sequence[Group]) -> None:
             "its weights.",
             stacklevel=5,
         )
-
-
-def _dependency_graph() -> Any:
-    try:
-        from torch_pruning import DependencyGraph
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('shrink needs torch-pruning: pip install "lightning-sap[shrink]".') from error
-    return DependencyGraph()
-
-
-def _graph(module: nn.Module, inputs: Any) -> Any:
-    """The dependency graph of torch-pruning."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)  # it follows the gradients
-    try:
-        with torch.enable_grad():
-            graph = _dependency_graph().build_dependency(module, inputs, forward_fn=call, verbose=False)
-        if not any(isinstance(part, LAYERS) for part in graph.module2node):
-            raise RuntimeError("no gradient leads from the outputs to a Linear or a convolution")
-        return graph
-    except Exception as error:
-        raise ValueError(
-            f"{type(module).__name__} is refused: torch-pruning cannot trace it ({type(error).__name__}: {error})."
-        ) from error
-
-
-class _LateError(BaseException):
-    """The time is over; no handler of exceptions on the way keeps it."""
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise in the block when the time is over; it is looked at whenever a Python function is called."""
-    end = time.monotonic() + seconds
-
-    def look(frame: FrameType, event: str, argument: Any) -> None:  # noqa: ARG001
-        if time.monotonic() > end:
-            raise _LateError
-
-    before = sys.gettrace()
-    sys.settrace(look)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def _outputs_among(
@@ -283,7 +227,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _plain(value: Any) -> Any:
     """Inputs that gradients can be traced through, whatever mode they were made in."""
-    return _each(value, lambda tensor: tensor.detach().clone())
+    return each_tensor(value, lambda tensor: tensor.detach().clone())
 
 
 def _disturbed(value: Any) -> Any:
@@ -297,12 +241,4 @@ def _disturbed(value: Any) -> Any:
         noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return tensor + (size if 0 < size < float("inf") else 1.0) * noise
 
-    return _each(value, disturb)
-
-
-def _each(value: Any, change: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _each(part, change) for name, part in value.items()}
-    return type(value)(_each(part, change) for part in value) if type(value) in (list, tuple) else value
+    return each_tensor(value, disturb)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sap.deploy.container import open_binary, read_header, tensor_of
-from lightning_sap.deploy.copies import output_axes
+from lightning_sap.deploy.output_axes import output_axes
 from lightning_sap.deploy.reading import ZIP, Named, is_safetensors, tensors_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Any] | str | Path

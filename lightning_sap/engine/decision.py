@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
@@ -46,12 +46,16 @@ class Decision:
         dropped: How many weights it prunes of each parameter; a parameter that is not named loses none.
         grown: How many pruned weights it lets come back in each parameter.
         masks: The masks after it.
+        companions: The masks after it of biases and norms that go with whole units.
+        finest: Of a decision on whole units, how many weights one more would take; 0 where none can go.
     """
 
     before: Measure
     dropped: dict[str, int]
     grown: dict[str, int]
     masks: MaskSet
+    companions: MaskSet = field(default_factory=lambda: MaskSet({}))
+    finest: int = 0
 
     @property
     def count(self) -> int:

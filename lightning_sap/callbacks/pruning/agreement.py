@@ -55,9 +55,10 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
     """The decision of rank 0, on every rank; a collective where they are replicated."""
     if not _replicated(trainer, weights.values()):
         return step
-    packed = step.before, step.dropped, step.grown, step.masks.pack()
-    before, dropped, grown, masks = trainer.strategy.broadcast(packed)
-    return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights))
+    packed = step.before, step.dropped, step.grown, step.masks.pack(), step.companions.pack(), step.finest
+    before, dropped, grown, masks, companions, finest = trainer.strategy.broadcast(packed)
+    placed = MaskSet.unpack(companions).moved(step.companions.pruned)
+    return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights), placed, finest)
 
 
 def union(trainer: Trainer, names: Iterable[str]) -> set[str]:

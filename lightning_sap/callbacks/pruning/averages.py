@@ -95,14 +95,16 @@ def bind_(session: PruningSession, module: nn.Module) -> None:
     """Find the live copies, after the parameters, or what is known of them, changed."""
     live = {**buffers(module), **session.subject.parameters}
     pairs = session.state.copies.items()
-    session.subject.copies = [(live[copy], name) for copy, name in pairs if copy in live and name in session.weights]
+    masked = session.weights.keys() | session.state.companions.pruned.keys()
+    session.subject.copies = [(live[copy], name) for copy, name in pairs if copy in live and name in masked]
 
 
-def mask_(session: PruningSession, masks: MaskSet) -> None:
-    """Zero in the copies what these masks prune in the weights that they follow."""
+def mask_(session: PruningSession, *sets: MaskSet) -> None:
+    """Zero in the copies what these masks prune in what they follow."""
+    pruned = {name: mask for masks in sets for name, mask in masks.pruned.items()}
     with torch.no_grad():
         for copy, name in session.subject.copies:
-            zero_(local(copy), local(placed_like(masks.pruned[name], copy)))
+            zero_(local(copy), local(placed_like(pruned[name], copy)))
 
 
 def _bits(weights: Mapping[str, Tensor]) -> dict[str, int]:

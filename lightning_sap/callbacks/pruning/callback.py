@@ -23,6 +23,7 @@ from lightning_sap.callbacks.pruning import (
     planning,
     restoring,
     tolerance,
+    units,
 )
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
@@ -170,7 +171,7 @@ class PruningCallback(Callback):
         fit.pending, fit.waits = None, False
         fit.enter(Event.TRAINING_STARTS)
         session.enforce()
-        session.zero_kept_(session.state.masks)
+        session.zero_kept_()
         self._hook(trainer, pl_module)
         if session.state.pqi_after_pruning is None:
             session.state.pqi_after_pruning = session.measure(pl_module).overall
@@ -305,7 +306,7 @@ class PruningCallback(Callback):
         for pruner in _pruners(trainer):
             pruner.adopt_finished_run(pl_module)
         # by now Lightning has moved the module back to the CPU
-        self.session.state.masks = self.session.state.masks.moved(self.session.live())
+        units.move_masks_(self.session)
         self.session.enforce()
         if leads := self._leads(trainer):
             self._put_back()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sap.callbacks.pruning import averages, compatibility, messages, tolerance
+from lightning_sap.callbacks.pruning import averages, compatibility, messages, tolerance, units
 from lightning_sap.callbacks.pruning.decided import DecidedPruning
 from lightning_sap.callbacks.pruning.decisions import decide_next
 from lightning_sap.callbacks.pruning.kept import go_back_, keep_
@@ -75,8 +75,16 @@ def _decide_(
         layers_pqi_pruned=after.layers,
         seconds=time.perf_counter() - started,
     )
-    rewinds = answer.scale > 0
-    return DecidedPruning(decision.masks, decision.count, after.overall, record, rewinds=rewinds, last=answer.last)
+    return DecidedPruning(
+        decision.masks,
+        decision.count,
+        after.overall,
+        record,
+        rewinds=answer.scale > 0,
+        last=answer.last or tolerance.is_stuck_(state, answer, decision),
+        companions=decision.companions,
+        finest=decision.finest,
+    )
 
 
 def _carry_out_(
@@ -88,13 +96,13 @@ def _carry_out_(
 ) -> None:
     """Mask and rewind; all of it can be done again. Only then the next round begins."""
     state, options = session.state, session.options
-    masks = pruning.masks.matched(session.live())
+    pruning = replace(pruning, masks=pruning.masks.matched(session.live()))
 
     def change_() -> None:
         if pruning.rewinds and state.first_weights is not None:
             session.restore_(module, state.first_weights, beside)
-        masks.apply_(session.live())
-        averages.mask_(session, masks)
+        units.mask_(session, pruning.masks, pruning.companions)
+        averages.mask_(session, pruning.masks, pruning.companions)
 
     change_()
     compatibility.in_averages_(trainer, module, change_)
@@ -103,13 +111,13 @@ def _carry_out_(
         session.schedules.forget_()
     else:
         messages.warn_of_mixed(options, session.schedules.mixed())
-        session.zero_kept_(state.masks)  # weights that come back have no state from before
-    session.zero_kept_(masks)
-    following = state.next_round(masks, pruning.count, pruning.pqi, pruning.record, trainer.current_epoch)
+        session.zero_kept_()  # weights that come back have no state from before
+    following = state.next_round(pruning, pruning.pqi, pruning.record, trainer.current_epoch)
     if pruning.last:
         following.plan = replace(following.plan, rounds=following.round)
     if following.prunings_left() == 0:
         following.first_weights = None  # nothing goes back to them any more
+    session.schedules.zero_pruned_(units.pruned_parameters(session, following))
     session.state = following
     session.subject.gradients.watch(following.trained)
     session.metrics.end(trainer)

@@ -74,6 +74,12 @@ def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None
             f"In scope 'neuron', the output units of {transposed} lie on axis 1 and are spread over the processes that "
             "shard them. Use scope='layer' or 'global', leave them out with `exclude`, or use strategy='ddp'."
         )
+    sharded = [name for name, weight in weights.items() if is_sharded(weight.parameter)]
+    if options.structure == "unit" and sharded:
+        raise ValueError(
+            f"structure='unit' does not prune sharded weights, such as {sharded[0]!r}. Use strategy='ddp', or "
+            "structure='weight'."
+        )
     if options.pattern is not None and transposed:
         raise ValueError(
             f"structure={options.structure!r} runs along the inputs of {transposed}, which lie on axis 0 and are "

@@ -110,7 +110,7 @@ class Course:
         missed = "nothing was pruned" if target is None else f"target_remaining={target} is missed"
         say: Callable[[str], None] = rank_zero_info
         if target is not None and ending.rounds != 0 and _is_met(options, state):
-            text = f"{reached}; target_remaining={target} is met."
+            text = f"{reached}; target_remaining={target} is met{messages.closeness(options, state)}."
         elif target is not None and (ending.cut or held is not None):
             text, say = f"{missed}: {reached}, since {why}. {cure}.", rank_zero_warn
         elif short is not None:
@@ -163,8 +163,7 @@ def _named(early: EarlyStopping) -> str:
 
 
 def _is_met(options: Options, state: PruningState) -> bool:
-    aim = options.target({name: mask.numel() for name, mask in state.masks.pruned.items()})
-    return sum(state.masks.survivors.values()) <= aim
+    return messages.above_target(options, state) <= state.finest
 
 
 def _shortfall(options: Options, state: PruningState, ending: Ending) -> Cause | None:
@@ -181,6 +180,9 @@ def _shortfall(options: Options, state: PruningState, ending: Ending) -> Cause |
     before, last = records
     if last.taken_back:
         return Cause(f"round {last.round} was taken back", FEWER_AT_ONCE)
+    if options.structure == "unit":
+        why = "outputs of the network and one unit of every layer stay, and layers that were not trained"
+        return Cause(why, "Give a larger target_remaining, or structure='weight'")
     above = [name for name in names if kept[name] > max(floors[name], options.target({name: sizes[name]}))]
     spared = [name for name in above if last.layers_remaining[name] >= before.layers_remaining.get(name, 0)]
     why = f"the last pruning took nothing of {messages.listed(spared)}"

@@ -12,6 +12,7 @@ from lightning_sap.callbacks.pruning import agreement, checks, messages
 from lightning_sap.engine.decision import Decision, decide
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.patterns import decide_pattern
+from lightning_sap.engine.unit_decision import decide_units
 from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener, Stop, TakeBack
 
 if TYPE_CHECKING:
@@ -66,18 +67,22 @@ def decide_next(
     limits = options.limits(sizes, kept, state.prunings_left(), _target(session, frozen))
     if answer.most is not None:
         limits = limits._replace(most=answer.most if limits.most is None else min(answer.most, limits.most))
-    if options.pattern is not None and answer.scale > 0:
+    how: dict[str, Any] = {
+        "policy": options.policy.scaled(answer.scale),
+        "scope": options.group,
+        "round": state.round + 1,
+        "limits": limits,
+        "history": list(state.history),
+        "metrics": session.metrics.of(trainer, state.round),
+    }
+    if options.structure == "unit":
+        decision = decide_units(trained, session.subject.groups, state.companions, **how)
+    elif options.pattern is not None and answer.scale > 0:
         decision = decide_pattern(trained, options.pattern, options.policy.p, options.policy.q)
     else:
-        decision = decide(
-            trained,
-            policy=options.policy.scaled(answer.scale),
-            scope=options.group,
-            round=state.round + 1,
-            limits=limits,
-            history=list(state.history),
-            metrics=session.metrics.of(trainer, state.round),
-        )
+        decision = decide(trained, **how)
+    if options.structure != "unit":
+        decision = replace(decision, companions=state.companions)
     if frozen:  # they stay as they are, under their masks
         masks = MaskSet({name: decision.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
         decision = replace(decision, before=session.measure(module), masks=masks)

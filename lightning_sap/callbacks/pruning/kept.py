@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sap.callbacks.pruning import compatibility
-from lightning_sap.callbacks.pruning.state import KeptRound
+from lightning_sap.callbacks.pruning.kept_round import KeptRound
 from lightning_sap.rewind import take_weights
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def keep_(session: PruningSession, trainer: Trainer, module: LightningModule) ->
     averages: list[dict[str, Tensor]] = []
     compatibility.in_averages_(trainer, module, lambda: averages.append(take_weights(module)))
     state = session.state
-    state.kept = KeptRound(state.round, take_weights(module), state.masks, averages)
+    state.kept = KeptRound(state.round, take_weights(module), state.masks, averages, state.companions)
 
 
 def go_back_(
@@ -41,6 +41,7 @@ def go_back_(
     if kept is None:
         raise RuntimeError("No round was kept to go back to.")
     session.state.masks = kept.masks.matched(session.live())
+    session.state.companions = kept.companions
     averages = iter(kept.averages)
     session.restore_(module, kept.weights, beside)
     compatibility.in_averages_(trainer, module, lambda: session.restore_(module, next(averages, kept.weights), beside))

@@ -43,8 +43,22 @@ def _amounts(options: Options) -> str:
     """What says how many go, in words."""
     kept = options.pattern
     if kept is None:
-        return f"scope {options.scope}"
+        return f"scope {options.scope}" + (", whole units" if options.structure == "unit" else "")
     return f"structure {options.structure} (each {kept.of} weights keep {kept.kept}, whatever the policy says)"
+
+
+def above_target(options: Options, state: PruningState) -> int:
+    """By how many weights more than the target are left; below 0 where fewer are."""
+    aim = options.target({name: mask.numel() for name, mask in state.masks.pruned.items()})
+    return sum(state.masks.survivors.values()) - aim
+
+
+def closeness(options: Options, state: PruningState) -> str:
+    """How closely a target is met by whole units, in words; nothing where it is met exactly."""
+    above = above_target(options, state)
+    if options.structure != "unit" or above == 0:
+        return ""
+    return f" as closely as whole units allow, {abs(above):,} weights {'above' if above > 0 else 'below'} it"
 
 
 def _dense(plan: RoundPlan) -> str:
@@ -81,6 +95,8 @@ def _kept(options: Options, plan: RoundPlan) -> str:
 
 def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
     """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few with weights."""
+    if options.structure == "unit":  # which is to empty units, and leaves one in each layer
+        return
     pruned = {name: tensor._replace(pruned=masks.pruned[name]) for name, tensor in tensors.items()}
     emptied = [name for name, count in masks.survivors.items() if count == 0]
     empty = {name: (n, units) for name, (n, units) in empty_units(pruned).items() if 2 * n > units}

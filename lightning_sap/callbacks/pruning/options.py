@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -42,8 +42,11 @@ class Options:
     Args:
         scope: What forms a group: ``"neuron"`` each output unit, ``"layer"`` each parameter, ``"global"`` all weights.
             None: ``"layer"``, and beside a ``tolerance`` ``"global"``.
-        structure: What goes as one: ``"weight"`` single weights, or ``"n:m"``, such as ``"2:4"`` (in YAML with the
-            quotes): one pruning keeps exactly n of every m consecutive weights along the inputs.
+        structure: What goes as one: ``"weight"`` single weights; ``"unit"`` whole output units, which :func:`shrink`
+            can take out; ``"n:m"``, such as ``"2:4"`` (in YAML with the quotes): one pruning keeps exactly n of every m
+            consecutive weights along the inputs.
+        example_inputs: For ``structure="unit"``, what the module takes: a tensor, a tuple of arguments or a mapping of
+            keyword arguments. None: its ``example_input_array``; a single chain of layers needs none.
         importance: By which score weights are compared: ``"magnitude"``, or an object whose ``scores`` method gives the
             scores.
         tolerance: Search for the sparsest network whose metric is at most so much worse than its yardstick: a
@@ -82,6 +85,7 @@ class Options:
     _: KW_ONLY
     scope: Scope | None = None
     structure: str = "weight"
+    example_inputs: Any = field(default=None, compare=False)
     importance: Importance | str = "magnitude"
     tolerance: Tolerance | None = None
     rounds: int | None = None
@@ -134,9 +138,15 @@ class Options:
     def _check_structure(self) -> None:
         """Raise unless it is known, and if another option contradicts it."""
         pattern = self.pattern
-        fits = pattern is not None or self.structure == "weight"
-        allowed = "'weight', or 'n:m' of whole numbers 0 < n < m such as '2:4'"
+        fits = pattern is not None or self.structure in ("weight", "unit")
+        allowed = "'weight', 'unit', or 'n:m' of whole numbers 0 < n < m such as '2:4'"
         _check(fits, "structure", self.structure, allowed)
+        if self.example_inputs is not None and self.structure != "unit":
+            raise ValueError(
+                f"example_inputs are for structure='unit', and structure={self.structure!r} needs none. Leave one out."
+            )
+        if self.structure == "unit":
+            self._check_units()
         if pattern is None:
             return
         contradictions = {
@@ -152,6 +162,18 @@ class Options:
                 f"structure={self.structure!r} contradicts {name}={getattr(self, name)!r}: one pruning leaves exactly "
                 f"{pattern.kept} of every {pattern.of} weights, {pattern.remaining:g} of them. Leave {name} out, or "
                 "give structure='weight'."
+            )
+
+    def _check_units(self) -> None:
+        if self.scope == "neuron":
+            raise ValueError(
+                "structure='unit' contradicts scope='neuron', in which a unit alone is measured. Give scope='layer' "
+                "(the units of a layer are one vector), 'global', or structure='weight'."
+            )
+        if self.policy.regrows:
+            raise ValueError(
+                f"structure='unit' contradicts {self.policy!r}, whose weights come back: units do not. Give another "
+                "policy or structure='weight'."
             )
 
     def _check_tolerance(self) -> None:
@@ -199,7 +221,8 @@ class Options:
 
     def plain(self) -> dict[str, str]:
         """The options as texts, to be stored and compared; without addresses, which every process has anew."""
-        texts = {key: value if isinstance(value, str) else repr(value) for key, value in vars(self).items()}
+        plain = {**vars(self), "example_inputs": type(self.example_inputs).__name__}  # else all of its numbers
+        texts = {key: value if isinstance(value, str) else repr(value) for key, value in plain.items()}
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 
     def changed(self, key: str, stored: Mapping[str, str]) -> bool:

@@ -8,12 +8,26 @@ from functools import partial
 
 from lightning.pytorch import Trainer
 
+from lightning_sap.callbacks.pruning import checks, compatibility
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schedules import end_in_epochs, steps_of_epochs
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rounds.plan import RoundPlan, plan_rounds, plan_search
 
 STEPS_TO_JUDGE = 20  # optimizer steps; after fewer a round is unsound for lack of training, see benchmarks/tolerance.py
+
+
+def begin(trainer: Trainer, options: Options, schedules_from: int) -> RoundPlan:
+    """The rounds of a training that begins now, checked; none where it is but tried (``fast_dev_run``)."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return RoundPlan(0, 1)
+    found = plan(trainer, options)
+    start = schedules_from if found.unit == "epoch" or not schedules_from else found.first
+    found = replace(found, schedules_from=start)
+    checks.check_plan(options, found, steps_of_epochs(trainer, 1))
+    if found.rounds != 0:
+        compatibility.check_averaging(trainer)
+    return found
 
 
 def plan(trainer: Trainer, options: Options) -> RoundPlan:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning import averages, messages
+from lightning_sap.callbacks.pruning import averages, messages, units
 from lightning_sap.callbacks.pruning.trained import candidates
 from lightning_sap.callbacks.training import NO_OPTIMIZER, Training
 from lightning_sap.engine.masks import MaskSet
@@ -38,6 +38,7 @@ def look_(session: PruningSession, module: nn.Module) -> None:
     session.state.trained -= changed - same
     session.subject.see(live, session.state.trained)
     averages.note_bits_(session, {n: weight.parameter for n, weight in every.items() if n in changed})
+    units.renew_(session, module)
     averages.bind_(session, module)
 
 

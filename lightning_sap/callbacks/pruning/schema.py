@@ -72,8 +72,12 @@ SCHEDULE = Fields.needing(
     mode=OneOf(("restart", "squeeze", "keep")),
     lengths=Fields.of(EpochLengths, OF_LENGTHS),
 )
+NUMBERS = ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest")
 RECORD = Fields.of(RoundRecord, OF_RECORDS)
-PRUNING = Fields.needing(masks=PACKED, count=Whole(), pqi=INDEX, record=RECORD, rewinds=FLAG, last=FLAG)
+PRUNING = Fields.needing(
+    masks=PACKED, companions=PACKED, count=Whole(), finest=Whole(), pqi=INDEX, record=RECORD, rewinds=FLAG, last=FLAG
+)
+KEPT: dict[str, Kind] = {"round": Whole(), "weights": TENSORS, "masks": PACKED, "averages": Series(TENSORS)}
 NOTE = Fields.of(RoundRecord, OF_RECORDS, partial=True)
 
 
@@ -120,15 +124,18 @@ SCHEMA = Schema(
     Fields(
         {
             "masks": PACKED,
+            "companions": PACKED,
             "plan": Fields.of(RoundPlan, {"length": SIZE, "dense": Maybe(SIZE)}),
-            **dict.fromkeys(("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count"), Whole()),
+            **dict.fromkeys(
+                ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest"), Whole()
+            ),
             "trained": Series(TEXT),
             "replaced": Series(TEXT),
             "first_bits": Table(Whole(-(2**63), 2**63 - 1)),
             "copies": Table(TEXT),
             "pqi_after_pruning": Maybe(INDEX),
             "first_weights": Maybe(TENSORS),
-            "kept": Maybe(Fields.needing(round=Whole(), weights=TENSORS, masks=PACKED, averages=Series(TENSORS))),
+            "kept": Maybe(Fields({**KEPT, "companions": PACKED}, frozenset(KEPT))),
             "search": Maybe(Fields.of(Search, OF_SEARCH)),
             "answer": Maybe(_Answer()),
             "undone": Maybe(RECORD),

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import averages, checks, compatibility, messages, planning, saving, tolerance
+from lightning_sap.callbacks.pruning import averages, checks, messages, planning, saving, tolerance, units
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
@@ -28,7 +28,6 @@ from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import restore_weights_
 from lightning_sap.rounds.history import RoundRecord
-from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBack
 
 Beside: TypeAlias = "Sequence[PruningSession]"  # the runs of the other callbacks that prune
@@ -99,27 +98,21 @@ class PruningSession:
     def begin(self, trainer: Trainer, module: LightningModule, schedules_from: int) -> None:
         """Plan the rounds and start them, under the masks of an earlier fit where they belong to this module."""
         options, masks, found = self.options, self.state.masks, dict(self.weights)
-        plan = RoundPlan(0, 1)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            plan = planning.plan(trainer, options)
-            plan = replace(
-                plan, schedules_from=schedules_from if plan.unit == "epoch" or not schedules_from else plan.first
-            )
-            checks.check_plan(options, plan, steps_of_epochs(trainer, 1))
-        if plan.rounds != 0:
-            compatibility.check_averaging(trainer)
+        plan = planning.begin(trainer, options, schedules_from)
         every = of_kind(options, module)  # what was pruned once and is not trained now: its masks hold all the same
         self.weights = {name: w for name, w in every.items() if name in self.weights or name in masks.pruned}
-        known = self.state.copies
+        known, companions = self.state.copies, self.state.companions
         if masks.is_dense or not masks.holds_for(self.live()):
             if not masks.is_dense:
                 messages.warn_of_another_module(options)
-            self.weights, known = found, {}
+            self.weights, known, companions = found, {}, MaskSet({})
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
         weights = self.live()
+        masks = masks.extended(weights).like(weights)
         state = PruningState(
-            masks.extended(weights).like(weights),
+            masks,
             plan,
+            units.companions(self, companions, masks),
             first_epoch=trainer.current_epoch,
             first_step=trainer.global_step,
             copies=known,
@@ -155,6 +148,7 @@ class PruningSession:
         state = PruningState.live(packed, module, {name: w.parameter.detach() for name, w in weights.items()})
         self.schedules.load(state.schedules)
         self.weights, self.state = weights, state
+        state.companions = units.companions(self, state.companions, MaskSet({}))
         self.subject.gradients.watch(state.trained)
         averages.bind_(self, module)
         self.metrics.load_state_dict(state.metrics)
@@ -256,13 +250,12 @@ class PruningSession:
     def enforce(self, *_: Any) -> None:
         """After each real optimizer step: the pruned weights are zero again."""
         if not self.state.masks.is_dense:
-            self.state.masks.apply_(self.live())
-            averages.mask_(self, self.state.masks)
+            units.mask_(self, self.state.masks, self.state.companions)
+            averages.mask_(self, self.state.masks, self.state.companions)
 
-    def zero_kept_(self, masks: MaskSet) -> None:
-        """Zero what the optimizers keep for the weights that these masks prune."""
-        pruned: dict[Tensor, Tensor] = {w.parameter: masks.pruned[name] for name, w in self.weights.items()}
-        self.schedules.zero_pruned_(pruned)
+    def zero_kept_(self) -> None:
+        """Zero what the optimizers keep for what is pruned."""
+        self.schedules.zero_pruned_(units.pruned_parameters(self, self.state))
 
     def meet_gradients(self) -> None:
         """Note which weights have gradients, before each step; those of pruned weights are zero then."""
@@ -270,10 +263,8 @@ class PruningSession:
         self.mask_gradients()
 
     def mask_gradients(self) -> None:
-        """Pruned weights have no gradient."""
-        if not self.state.masks.is_dense:
-            gradients = {name: w.parameter.grad for name, w in self.weights.items() if w.parameter.grad is not None}
-            self.state.masks.apply_(gradients)
+        """Pruned weights have no gradient, nor have their biases and norms."""
+        units.mask_gradients(self)
 
     def count_step(self, *_: Any) -> None:
         """After each real optimizer step, of any optimizer."""

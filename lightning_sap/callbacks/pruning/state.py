@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning.decided import DecidedPruning
+from lightning_sap.callbacks.pruning.kept_round import KeptRound, placed, whole_tensors
 from lightning_sap.callbacks.pruning.schema import ANSWERS, SCHEMA, check_tensors
 from lightning_sap.callbacks.round_metrics import RoundMetrics
+from lightning_sap.engine.decision import Decision
 from lightning_sap.engine.masks import MaskSet, check_shapes
 from lightning_sap.engine.measure import Measure
 from lightning_sap.rewind import live_tensors, place_weights
@@ -19,24 +21,6 @@ from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import GoOn, Stop, TakeBack
 from lightning_sap.rounds.search import Search
-from lightning_sap.sharding import whole
-
-
-@dataclass(frozen=True)
-class KeptRound:
-    """The latest round that can be gone back to.
-
-    Attributes:
-        round: Its number.
-        weights: Its trained weights and buffers, on the CPU.
-        masks: Its masks.
-        averages: Weights and buffers of each averaged copy that another callback keeps, on the CPU.
-    """
-
-    round: int
-    weights: dict[str, Tensor]
-    masks: MaskSet
-    averages: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -46,6 +30,8 @@ class PruningState:
     Attributes:
         masks: Which weights are pruned.
         plan: How many rounds, and how long.
+        companions: Which entries of biases and norms go with whole units; they are not counted as weights.
+        finest: How many weights one more unit would have taken in the latest pruning of whole units.
         round: Number of the round that goes on: so many prunings lie before it.
         first_epoch: Epoch in which it started.
         first_step: Optimizer steps of the Trainer before it.
@@ -79,6 +65,8 @@ class PruningState:
 
     masks: MaskSet = field(default_factory=lambda: MaskSet({}))
     plan: RoundPlan = field(default_factory=lambda: RoundPlan(0, 1))
+    companions: MaskSet = field(default_factory=lambda: MaskSet({}))
+    finest: int = 0
     round: int = 0
     first_epoch: int = 0
     first_step: int = 0
@@ -118,14 +106,15 @@ class PruningState:
             "lr": None if self.lr is None else float(self.lr),
             "trained": sorted(self.trained),
             "replaced": sorted(self.replaced),
-            "first_weights": None if first is None else _whole(first),
-            "kept": kept and _packed_round(kept),
+            "first_weights": None if first is None else whole_tensors(first),
+            "kept": kept and kept.pack(),
             "search": self.search and asdict(self.search),
             "answer": _packed_answer(self.answer),
             "undone": self.undone and asdict(self.undone),
             "pruning": self.pruning and self.pruning.pack(),
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
+            "companions": self.companions.pack(),
             "plan": asdict(self.plan),
             "history": [_without_folder(asdict(record)) for record in self.history],
             "note": _without_folder(self.note),
@@ -146,10 +135,12 @@ class PruningState:
             ValueError: If it is not as the schema says, or does not fit the module; nothing is unpacked then.
         """
         packed, names = SCHEMA.read(packed), live_tensors(module)
-        every = [packed["masks"], *(packed[key]["masks"] for key in ("kept", "pruning") if packed.get(key))]
-        weights = {n: names[n] for n in every[0] if n in names} if weights is None else weights
-        for masks in every:
-            check_shapes({name: entry["shape"] for name, entry in masks.items()}, weights)
+        every = [packed, *(packed[key] for key in ("kept", "pruning") if packed.get(key))]
+        weights = {n: names[n] for n in packed["masks"] if n in names} if weights is None else weights
+        for part in every:
+            check_shapes({name: entry["shape"] for name, entry in part["masks"].items()}, weights)
+            biases = {name: entry["shape"] for name, entry in part.get("companions", {}).items() if name in names}
+            check_shapes(biases, {name: names[name] for name in biases})
         state = cls._unpacked(packed)
         first, kept, pruning = state.first_weights, state.kept, state.pruning
         check_tensors("first_weights", first or {}, names)
@@ -159,9 +150,10 @@ class PruningState:
         return replace(
             state,
             masks=state.masks.like(weights),
-            pruning=pruning and replace(pruning, masks=pruning.masks.like(weights)),
+            companions=placed(state.companions, names),
+            pruning=pruning and pruning.placed(weights, names),
             first_weights=None if first is None else place_weights(module, first),
-            kept=kept and _placed_round(kept, module, weights),
+            kept=kept and kept.placed(module, weights),
         )
 
     @classmethod
@@ -181,11 +173,12 @@ class PruningState:
             **{
                 **known,
                 "masks": MaskSet.unpack(packed["masks"]),
+                "companions": MaskSet.unpack(packed.get("companions", {})),
                 "trained": set(packed.get("trained", packed["masks"])),
                 "replaced": set(packed.get("replaced", ())),
                 "plan": RoundPlan(**packed["plan"]),
                 "history": History(RoundRecord(**record) for record in packed["history"]),
-                "kept": kept and KeptRound(**{**kept, "masks": MaskSet.unpack(kept["masks"])}),
+                "kept": kept and KeptRound.unpack(kept),
                 "search": Search(**packed["search"]) if packed.get("search") else None,
                 "answer": _unpacked_answer(packed.get("answer")),
                 "undone": undone and RoundRecord(**undone),
@@ -195,20 +188,22 @@ class PruningState:
         )
 
     def next_round(
-        self, masks: MaskSet, count: int, pqi_after_pruning: float, record: RoundRecord, epoch: int
+        self, decision: Decision | DecidedPruning, pqi_after_pruning: float, record: RoundRecord, epoch: int
     ) -> PruningState:
         """The state in which the next round starts, in that epoch, after a pruning; this one stays as it is."""
         return replace(
             self,
             history=History([*self.history, record]),
-            masks=masks,
+            masks=decision.masks,
+            companions=decision.companions,
+            finest=decision.finest,
             round=self.round + 1,
             first_epoch=epoch,
             first_step=self.first_step + self.steps,
             steps=0,
             trained=set(),
             replaced=set(),
-            count=count,
+            count=decision.count,
             pqi_after_pruning=pqi_after_pruning,
             answer=None,
             undone=None,
@@ -299,20 +294,6 @@ class PruningState:
 def _without_folder(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record, or part of one, with the name alone of its file: folders may move."""
     return {key: os.path.basename(value) if key == "path" and value else value for key, value in record.items()}
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor) for name, tensor in tensors.items()}
-
-
-def _packed_round(kept: KeptRound) -> dict[str, Any]:
-    averages = [_whole(average) for average in kept.averages]
-    return {"round": kept.round, "weights": _whole(kept.weights), "masks": kept.masks.pack(), "averages": averages}
-
-
-def _placed_round(kept: KeptRound, module: nn.Module, weights: Mapping[str, Tensor]) -> KeptRound:
-    averages = [place_weights(module, average) for average in kept.averages]
-    return KeptRound(kept.round, place_weights(module, kept.weights), kept.masks.like(weights), averages)
 
 
 def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:

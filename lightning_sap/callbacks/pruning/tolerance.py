@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning import messages
-from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener
+from lightning_sap.engine.decision import Decision
+from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener, TakeBack
 from lightning_sap.rounds.search import Ended, Search, Tolerance
 
 if TYPE_CHECKING:
@@ -95,6 +96,15 @@ def holds_another(state: PruningState) -> bool:
 def goes_on(state: PruningState) -> GoOn:
     """What follows a round in which a listener ends training, where training goes on all the same."""
     return GoOn() if state.search is None else state.search.goes_on(state.round)
+
+
+def is_stuck_(state: PruningState, answer: GoOn | TakeBack, decision: Decision) -> bool:
+    """Whether the search is over since even one more unit has more weights than a step may take; it is noted."""
+    search, most = state.search, answer.most
+    if search is None or most is None or decision.count or decision.finest <= most:
+        return False
+    search.over = True
+    return True
 
 
 def values(session: PruningSession, trainer: Trainer) -> dict[str, float]:
@@ -190,7 +200,7 @@ def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: boo
         f"{search.metric:.4g}, {against(tolerance, search)}; {back} of {messages.counted(len(state.history), 'round')} "
         "taken back"
     )
-    if options.target_remaining is not None and search.weights > search.target:
+    if options.target_remaining is not None and search.weights > search.target + state.finest:
         rank_zero_warn(
             f"{options.name}: target_remaining={options.target_remaining} is missed: {reached}. Give a larger drop, "
             "more epochs, or longer rounds."

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning import agreement, averages, checks, messages
+from lightning_sap.callbacks.pruning import agreement, averages, checks, messages, units
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.training import NO_OPTIMIZER, Training
+from lightning_sap.engine.unit_groups import UnitGroup
 from lightning_sap.engine.weights import PrunableWeight, left_out, parameter_names, prunable_weights
 from lightning_sap.sharding import local
 
@@ -69,6 +70,7 @@ class Subject:
         outside: By name the sizes of the weights that no optimizer holds.
         copies: Averages of prunable weights, and the name of the weight whose mask each shares.
         warned: Names of weights that were warned of.
+        groups: For ``structure="unit"`` the units that go together.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Subject:
     outside: dict[str, int] = field(default_factory=dict)
     copies: list[tuple[Tensor, str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
+    groups: list[UnitGroup] = field(default_factory=list)
 
     def see(self, parameters: dict[str, nn.Parameter], seen: Iterable[str]) -> None:
         """Take these for the parameters of the module; some had a gradient in this round."""
@@ -108,7 +111,8 @@ def select(options: Options, module: nn.Module, trainer: Trainer | None) -> tupl
     checks.check_sharding(options, found)
     outside = {n: w.parameter.numel() for n, w in every.items() if training.untrained(w.parameter) == NO_OPTIMIZER}
     messages.warn_of_left_out(options, left_out(module, options.include, options.exclude, training.untrained))
-    return found, Subject(parameters, Gradients(parameters), training, outside)
+    groups = [] if trainer is None else units.couple(options, module, found)
+    return found, Subject(parameters, Gradients(parameters), training, outside, groups=groups)
 
 
 def settle_(session: PruningSession, trainer: Trainer, module: LightningModule) -> None:

@@ -399,6 +399,7 @@ class TestYAML:
             "policy": SparsityInformed(p=0.7, q=1.5, eta_r=0.1, gamma=0.8, beta=0.5),
             "scope": "global",
             "structure": "weight",
+            "example_inputs": None,
             "importance": "magnitude",
             "tolerance": None,
             "rounds": 5,

@@ -142,6 +142,8 @@ class TestContradictions:
 
     @pytest.mark.parametrize("value", ["4:2", "2:2", "0:4", "filter", 2, None])
     def test_what_is_no_structure_is_refused(self, value):
-        message = f"structure must be 'weight', or 'n:m' of whole numbers 0 < n < m such as '2:4', got {value!r}."
+        message = (
+            f"structure must be 'weight', 'unit', or 'n:m' of whole numbers 0 < n < m such as '2:4', got {value!r}."
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             SAPCallback(structure=value)

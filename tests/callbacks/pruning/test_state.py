@@ -6,7 +6,9 @@ import torch
 from helpers import same
 
 from lightning_sap.callbacks.pruning.state import KeptRound, PruningState
+from lightning_sap.engine.decision import Decision
 from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.measure import Measure
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.plan import RoundPlan
 from lightning_sap.rounds.protocol import Stop, TakeBack
@@ -21,6 +23,8 @@ class TestPruningState:
         return PruningState(
             MaskSet(pruned),
             RoundPlan(3, 2, 1, 9),
+            companions=MaskSet({"b": torch.tensor([True, False])}),
+            finest=5,
             round=1,
             first_epoch=3,
             first_step=12,
@@ -40,6 +44,7 @@ class TestPruningState:
         state = self.state()
         twin = PruningState.unpack(state.pack())
         assert same(dict(twin.masks.pruned), dict(state.masks.pruned))
+        assert same(dict(twin.companions.pruned), dict(state.companions.pruned))
         assert same(twin.first_weights, state.first_weights)
         assert list(twin.history) == list(state.history)
         assert twin.kept.round == state.kept.round
@@ -48,7 +53,7 @@ class TestPruningState:
         for key in (
             "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "lr", "metrics",
-            "answer", "stop",
+            "answer", "stop", "finest",
         ):  # fmt: skip
             assert getattr(twin, key) == getattr(state, key)
 
@@ -78,10 +83,12 @@ class TestPruningState:
 
     def test_the_next_round_starts_where_this_one_ends(self):
         state = self.state()
-        record, masks = state.history[0], state.masks
-        following = state.next_round(masks, 7, 0.125, record, 5)
+        companions = MaskSet({"b": torch.tensor([True, False])})
+        decision = Decision(Measure(0.0, {}, {}), {"w": 7}, {}, state.masks, companions, finest=2)
+        following = state.next_round(decision, 0.125, state.history[0], 5)
         assert (following.round, following.first_epoch, following.first_step, following.steps) == (2, 5, 18, 0)
         assert (following.count, following.pqi_after_pruning, following.answer) == (7, 0.125, None)
+        assert (following.companions, following.finest) == (companions, 2)
 
     def test_prunings_left_are_unknown_without_an_end(self):
         assert PruningState(plan=RoundPlan(None, 2)).prunings_left() is None
