@@ -18,7 +18,7 @@ from lightning_sap.callbacks.pruning import folders, roundfile
 from lightning_sap.callbacks.pruning.agreement import of_ranks
 from lightning_sap.callbacks.pruning.checks import state_key
 from lightning_sap.callbacks.pruning.roundfile import Identity
-from lightning_sap.rounds.history import History
+from lightning_sap.rounds.history import History, RoundRecord
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.session import PruningSession
@@ -65,18 +65,25 @@ def _places(session: PruningSession, there: Iterable[str]) -> dict[str | None, s
 def _seal(session: PruningSession) -> None:
     """Say in full where rounds lie; take the digest of a round that was resumed from its own file."""
     state, name = session.state, session.options.name
-    at = [replace(record, path=path_of(session, record.run, record.round, record.path)) for record in state.history]
-    state.history = History(at)
+    state.history = History(_placed(session, record) for record in state.history)
+    if state.undone is not None:
+        state.undone = _placed(session, state.undone)
+    if state.pruning is not None:
+        state.pruning = replace(state.pruning, record=_placed(session, state.pruning.record))
     if not state.note.get("path"):
         return
-    path = path_of(session, state.run, state.round, state.note["path"]) or ""
+    path = str(path_of(session, state.run, state.round, state.note["path"]))
     if "sha256" not in state.note:
-        identity = identities(path, name)
-        if identity != [Identity(state.run, state.round)]:
+        is_known = os.path.isabs(path)  # the same on all ranks
+        if not is_known or identities(path, name) != [Identity(state.run, state.round)]:
             state.note = {key: value for key, value in state.note.items() if key not in NOT_SAVED}
             return
         state.note |= roundfile.digest_of(path)._asdict()
     state.note |= {"path": path}
+
+
+def _placed(session: PruningSession, record: RoundRecord) -> RoundRecord:
+    return replace(record, path=path_of(session, record.run, record.round, record.path))
 
 
 def identities(path: str, name: str) -> list[Identity | None]:

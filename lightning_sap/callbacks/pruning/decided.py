@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -40,7 +41,7 @@ class DecidedPruning:
     def pack(self) -> dict[str, Any]:
         """As plain values, one bit per weight for the masks."""
         masks, companions = self.masks.pack(), self.companions.pack()
-        return {**vars(self), "masks": masks, "companions": companions, "record": asdict(self.record)}
+        return {**vars(self), "masks": masks, "companions": companions, "record": without_folder(asdict(self.record))}
 
     @classmethod
     def unpack(cls, packed: Mapping[str, Any]) -> DecidedPruning:
@@ -51,3 +52,8 @@ class DecidedPruning:
     def placed(self, weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> DecidedPruning:
         """The same, its masks where the live tensors are."""
         return replace(self, masks=self.masks.like(weights), companions=placed(self.companions, parameters))
+
+
+def without_folder(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or part of one, with the name alone of its file: folders may move."""
+    return {key: os.path.basename(value) if key == "path" and value else value for key, value in record.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning.decided import DecidedPruning
+from lightning_sap.callbacks.pruning.decided import DecidedPruning, without_folder
 from lightning_sap.callbacks.pruning.kept_round import KeptRound, placed, whole_tensors
 from lightning_sap.callbacks.pruning.schema import ANSWERS, SCHEMA, check_tensors
 from lightning_sap.callbacks.round_metrics import RoundMetrics
@@ -110,14 +109,14 @@ class PruningState:
             "kept": kept and kept.pack(),
             "search": self.search and asdict(self.search),
             "answer": _packed_answer(self.answer),
-            "undone": self.undone and asdict(self.undone),
+            "undone": self.undone and without_folder(asdict(self.undone)),
             "pruning": self.pruning and self.pruning.pack(),
             "stop": _packed_answer(self.stop),
             "masks": self.masks.pack(),
             "companions": self.companions.pack(),
             "plan": asdict(self.plan),
-            "history": [_without_folder(asdict(record)) for record in self.history],
-            "note": _without_folder(self.note),
+            "history": [without_folder(asdict(record)) for record in self.history],
+            "note": without_folder(self.note),
         }
 
     @classmethod
@@ -289,11 +288,6 @@ class PruningState:
             parent=self.parent,
             **self.note,
         )
-
-
-def _without_folder(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record, or part of one, with the name alone of its file: folders may move."""
-    return {key: os.path.basename(value) if key == "path" and value else value for key, value in record.items()}
 
 
 def _packed_answer(answer: GoOn | Stop | TakeBack | None) -> dict[str, Any] | None:

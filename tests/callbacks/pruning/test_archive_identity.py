@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from resuming import STATE
 
+from lightning_sap.callbacks.pruning import carrying
+from lightning_sap.callbacks.pruning.roundfile import file_name
+
 pytestmark = pytest.mark.slow  # whole fits, many of them
 
 BRANCHES = r"has another round 1 of the run that this one was resumed from\. It stays"
@@ -138,6 +141,30 @@ class TestCrashes:
         assert sorted(os.listdir(rounds)) == sorted([*theirs, *(f"sap-round-00{t}.ckpt" for t in range(3))])
 
 
+class TestInterrupts:
+    def test_record_of_a_pruning_that_was_noted_finds_its_file_where_the_folder_was_moved(self, tmp_path):
+        """It waits in the state until the pruning is carried out."""
+        old, new = tmp_path / "old", tmp_path / "new"
+        pruner, noted = archiving_half(), old / "noted.ckpt"
+
+        def interrupt(session, trainer, *_):
+            trainer.save_checkpoint(noted)
+            raise Crash
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(carrying, "_carry_out_", interrupt)
+            with pytest.raises(Crash):
+                archived(old, None, pruner)
+        state = torch.load(noted, weights_only=True)["callbacks"][STATE]
+        assert state["pruning"]["record"]["path"] == "sap-round-000.ckpt"
+        shutil.move(old, new)
+        module, again, _, _trainer2 = archived(new, ckpt_path=new / "noted.ckpt")
+        assert [Path(record.path).parent for record in again.history] == [new / "rounds"] * 3
+        again.restore_round(0)
+        saved = torch.load(new / "rounds" / "sap-round-000.ckpt", weights_only=True)
+        assert same(module.state_dict(), saved["state_dict"])
+
+
 class TestMoves:
     @pytest.mark.parametrize("given", ["default_root_dir", "dirpath"])
     def test_moved_folder_has_its_rounds_and_goes_on(self, tmp_path, given):
@@ -172,8 +199,6 @@ class TestMoves:
 
 class TestNames:
     def test_files_sort_as_their_rounds_do(self):
-        from lightning_sap.callbacks.pruning.roundfile import file_name
-
         names = [file_name("sap", round) for round in range(999)]
         assert names == sorted(names)
         assert (names[0], file_name("sap", 1234)) == ("sap-round-000.ckpt", "sap-round-1234.ckpt")
