@@ -41,8 +41,8 @@ class Net(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)]
 
 
-def train(name: str, callbacks: list, seed: int = 0) -> dict[str, float]:
-    """Train a network for all epochs, and return how well it validates and tests."""
+def train(name: str, callbacks: list, seed: int = 0, model: Net | None = None) -> dict[str, float]:
+    """Train a network, a new one unless one is given, for all epochs, and return how well it validates and tests."""
     seed_everything(seed, verbose=False)
     x, y = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
@@ -51,7 +51,7 @@ def train(name: str, callbacks: list, seed: int = 0) -> dict[str, float]:
         max_epochs=EPOCHS, callbacks=callbacks, logger=TensorBoardLogger(FOLDER, name=name, version=""),
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10,
     )  # fmt: skip
-    trainer.fit(model := Net(), DataLoader(train_data, 128, shuffle=True), DataLoader(val_data, 300))
+    trainer.fit(model := model or Net(), DataLoader(train_data, 128, shuffle=True), DataLoader(val_data, 300))
     validated = trainer.validate(model, DataLoader(val_data, 300), verbose=False)[0]
     return validated | trainer.test(model, DataLoader(test_data, 300), verbose=False)[0]
 

@@ -18,6 +18,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 SET_BY_LIBRARIES = frozenset(
     {
         "CUBLAS_WORKSPACE_CONFIG",  # Trainer(deterministic=True)
+        "PYTORCH_NVML_BASED_CUDA_CHECK",  # first import of Lightning
         "PL_GLOBAL_SEED",  # seed_everything
         "PL_SEED_WORKERS",
         "MASTER_ADDR",  # distributed strategies
