@@ -35,7 +35,7 @@ docs: $(call installed,docs)  ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
-	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory deploy; do \
+	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory deploy small_file; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	for name in adaptive_amounts tolerance; do \
 		$(BIN)/python benchmarks/$$name.py $(if $(IMAGES),--images $(IMAGES)) || exit 1; done

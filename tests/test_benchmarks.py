@@ -23,6 +23,7 @@ SCRIPTS = [
     "checkpoints.py",
     "deploy.py",
     "digits_accuracy.py",
+    "small_file.py",
     *(pytest.param(name, marks=pytest.mark.full) for name in LONG),
 ]
 
