@@ -30,7 +30,7 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
         The module holds round 1: 50.00 % of the prunable weights.
     """
     header, *lines = _table(records, metric)
-    rows = [header, ["---"] * len(header), *lines]
+    rows = [_escaped(header), ["---"] * len(header), *map(_escaped, lines)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n\n".join([table, *_closing(records, verdict)])
 
@@ -38,14 +38,22 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
 def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> None:
     """Print the same in the terminal; needs rich."""
     from rich import get_console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    header, *lines = _table(records, metric)
-    table = Table(*header, title="Rounds", padding=0)  # so that it fits into 80 columns
+    header, *lines = _table(records, metric)  # as Text: in the names of metrics brackets are no markup
+    table = Table(
+        *(Column(Text(name)) for name in header), title="Rounds", padding=0
+    )  # so that it fits into 80 columns
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     get_console().print(table)
     get_console().print("\n".join(_closing(records, verdict)), highlight=False, markup=False, soft_wrap=True)
+
+
+def _escaped(cells: Sequence[str]) -> list[str]:
+    """Cells of a Markdown table: what would end one, or the line, does not."""
+    return [" ".join(cell.replace("|", "\\|").split("\n")) for cell in cells]
 
 
 def judged_by(records: Sequence[RoundRecord]) -> str | None:

@@ -55,6 +55,14 @@ class TestMarkdown:
             "| round | epochs | weights | remaining | PQ Index | pruned | phase |"
         )
 
+    @pytest.mark.parametrize("name", ["a|b", "a\nb", "val_acc[top5]"])
+    def test_markdown_keeps_its_columns_whatever_the_metric_is_called(self, name):
+        known = [replace(record, metrics={name: 0.5}, phase="off|on") for record in records()]
+        lines = markdown(known, metric=name).splitlines()
+        assert len(re.findall(r"(?<!\\)\|", lines[0])) == 9
+        assert lines[0].endswith({"a|b": r"| a\|b |", "a\nb": "| a b |"}.get(name, "| val_acc[top5] |"))
+        assert lines[2].endswith(r"| off\|on | 0.5 |")
+
     def test_markdown_of_no_rounds_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to report yet: no round has ended.")):
             markdown([])
@@ -137,6 +145,15 @@ class TestTolerance:
 
 
 class TestShow:
+    @pytest.mark.parametrize("name", ["acc[/x]", "val_acc[top5]", "[bold]acc", "acc\\[x]"])
+    def test_show_prints_brackets_in_the_name_of_a_metric_as_they_are(self, capsys, monkeypatch, name):
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", "120")
+        show([replace(record, metrics={name: 0.5}, phase="[/off]") for record in records()], metric=name)
+        printed = capsys.readouterr().out
+        assert name in printed
+        assert "[/off]" in printed
+
     def test_show_prints_the_table_and_the_same_lines(self, capsys, monkeypatch):
         pytest.importorskip("rich")
         monkeypatch.setenv("COLUMNS", "120")

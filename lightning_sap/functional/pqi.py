@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,7 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 DTYPES = tuple(BITS)
 ROUNDING = 1e-14  # an index of this size is the rounding of the sums of a constant group
 NO_FLOAT64 = ("mps",)  # the sums of tensors on these devices are finished on the CPU
-
-# 2^-e must be a normal float64 for every exponent e we scale by; all-zero pieces take the lowest one.
-LOWEST_EXPONENT, HIGHEST_EXPONENT = -1000, 1022
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -1073, 1024  # of float64, as frexp has them; all-zero pieces take the lowest one
 LARGEST_ORDER = 1000.0  # 2^-1000 is still a normal float64
 LARGEST_PLAIN_ORDER = 6.0  # to which magnitudes of float32, 2^-149 to 2^128, can be raised in float64 without scaling
 
@@ -136,8 +135,7 @@ sum_q=tensor(0.5000, dtype=torch.float64))
                 field[at] = merged
     if plain:
         sums.exponent.masked_fill_(sums.sum_q != 0, 0)
-    batch = () if dim is None else _batch_shape(x, dim)
-    return PowerSums(*(part.reshape(batch) for part in sums))
+    return PowerSums(*(part.reshape(() if dim is None else _batch_shape(x, dim)) for part in sums))
 
 
 def merge(parts: Sequence[PowerSums], p: float, q: float) -> PowerSums:
@@ -319,7 +317,7 @@ def _blocks(rows: Tensor, alive: Tensor | None) -> Iterator[tuple[slice, Tensor,
 def _scaled_sums(magnitudes: Tensor, p: float, q: float, out: Tensor) -> PowerSums:
     """Power sums of each row, scaled so that nothing overflows or underflows; without the counts."""
     largest = magnitudes.amax(1)
-    exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
+    exponent = torch.frexp(largest).exponent.to(torch.int64).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)  # or not finite
     exponent = exponent.masked_fill(largest == 0, LOWEST_EXPONENT)
     sums = (_power_sum(magnitudes, exponent.to(torch.float64), order, out) for order in (p, q))
     return PowerSums(torch.zeros_like(exponent), exponent, *sums)
@@ -328,9 +326,16 @@ def _scaled_sums(magnitudes: Tensor, p: float, q: float, out: Tensor) -> PowerSu
 def _power_sum(magnitudes: Tensor, exponent: Tensor, order: float, out: Tensor) -> Tensor:
     """Σ (m / 2^e)^order over each row."""
     if order <= 0.5:  # nothing overflows, but what is divided first may underflow and still count
-        return _raised(magnitudes, order, out).sum(1) * torch.exp2(-exponent * order)
-    scaled = torch.mul(magnitudes, torch.exp2(-exponent).unsqueeze(1), out=out)
+        return _raised(magnitudes, order, out).sum(1) * _power_of_two(-exponent, order)
+    half = torch.floor(exponent / 2).unsqueeze(1)  # 2^-e itself may be no float64
+    scaled = torch.mul(magnitudes, torch.exp2(-half), out=out).mul_(torch.exp2(half - exponent.unsqueeze(1)))
     return _raised(scaled, order, out).sum(1)
+
+
+def _power_of_two(exponent: Tensor, order: float) -> Tensor:
+    """2^(exponent · order), of a whole exponent; without the error that a large product would bring in."""
+    coarse = math.ldexp(round(math.ldexp(order, 30)), -30)  # its product is exact, and what is left over is small
+    return torch.exp2(exponent * coarse) * torch.exp2(exponent * (order - coarse))
 
 
 def _raised(magnitudes: Tensor, order: float, out: Tensor) -> Tensor:

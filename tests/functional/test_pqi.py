@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lightning_sap.functional
-from lightning_sap import gini_index, pq_index
+from lightning_sap import SparsityInformed, gini_index, pq_index, prune_masks
 from lightning_sap.functional.pqi import index_of, merge, power_sums
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -96,6 +96,20 @@ class TestPQIndexPromises:
         assert pq_index(x * -1e-3, p, q).item() == exactly(index)
         assert pq_index(x.repeat(7, 2), p, q).item() == exactly(index)
         assert pq_index(x.flip(0), p, q).item() == exactly(index)
+
+    @pytest.mark.parametrize("value", [math.ldexp(1 - 2**-53, 1024), 2.0**1023, 1e300, 2.3e-308, 1e-310, 5e-324])
+    @pytest.mark.parametrize(("p", "q"), [(0.1, 900.0), (0.3, 1.0), (0.5, 900.0), (1.0, 900.0), (899.0, 1000.0)])
+    def test_a_constant_of_any_size_has_index_0_and_loses_nothing(self, value, p, q):
+        constant = torch.full((1000,), value, dtype=torch.float64)
+        assert pq_index(constant, p, q) == 0
+        masks = prune_masks({"w": constant}, policy=SparsityInformed(p, q))
+        assert masks["w"].all()
+
+    @pytest.mark.parametrize(("p", "q"), [(0.1, 900.0), (0.5, 1.0), (1.0, 900.0)])
+    @pytest.mark.parametrize("largest", [math.ldexp(1 - 2**-53, 1024), 5e-320])
+    def test_index_at_the_ends_of_float64_equals_the_oracle(self, largest, p, q):
+        x = torch.arange(1, 41, dtype=torch.float64) / 40 * largest
+        assert float(pq_index(x, p, q)) == exactly(oracle.pq_index(x.numpy(), p, q))
 
     @pytest.mark.parametrize(("p", "q"), ORDERS)
     @pytest.mark.parametrize(
