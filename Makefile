@@ -37,7 +37,7 @@ docs: $(call installed,docs)  ## build the documentation into docs/_build/html
 benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
 	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory deploy small_file; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
-	for name in adaptive_amounts tolerance; do \
+	for name in adaptive_amounts tolerance units; do \
 		$(BIN)/python benchmarks/$$name.py $(if $(IMAGES),--images $(IMAGES)) || exit 1; done
 
 clean:  ## remove what was built, run and cached; .venv stays

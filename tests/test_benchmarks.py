@@ -18,6 +18,7 @@ LONG = [
     "one_pruning.py",
     "tolerance.py",
     "training_step.py",
+    "units.py",
 ]
 SCRIPTS = [
     "checkpoints.py",
