@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sap.functional.fingerprint import INTEGERS
 from lightning_sap.functional.pqi import count_true
 from lightning_sap.schema import TENSOR, Fields, MismatchError, Series, Table, Whole, must
 from lightning_sap.sharding import local, placed_like, shard_like, shards_of, whole
 
+PLAIN = (Tensor, nn.Parameter)
+SMALL = 1 << 10  # up to so many entries tensors are masked all at once, for each call takes as long as they do
+Factor: TypeAlias = tuple[torch.dtype | None, torch.device | None, Tensor | None]  # for this dtype and device
+NO_FACTOR: Factor = None, None, None
 CHUNK = 1 << 16  # weights masked at a time: what that takes stays in the cache, and is not given back to the system
 
 
@@ -48,6 +52,8 @@ class MaskSet:
             if mask.dtype != torch.bool:
                 raise TypeError(f"The mask of {name!r} must be a bool tensor, got {mask.dtype}.")
         self._pruned = dict(pruned)
+        self._shapes = {name: mask.shape for name, mask in pruned.items()}
+        self._factors: dict[str, Factor] = {}  # by name, once it was asked for
         counts = count_true([local(mask) for mask in pruned.values()])
         self._counts = dict(zip(pruned, shards_of(pruned.values()).sum(counts).tolist(), strict=True))
 
@@ -124,16 +130,39 @@ class MaskSet:
         Raises:
             ValueError: If a tensor has another shape than its mask; it names it.
         """
+        small: tuple[list[Tensor], list[Tensor]] = [], []
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if self._counts.get(name):
-                    if tensor.shape != self._pruned[name].shape:
-                        raise ValueError(
-                            f"{name!r} has the shape {tuple(tensor.shape)}, and what was pruned of it "
-                            f"{tuple(self._pruned[name].shape)}. To change a layer while training goes on, give it a "
-                            "new nn.Parameter, and that to an optimizer."
-                        )
+                if not self._counts.get(name):
+                    continue
+                if tensor.shape != self._shapes[name]:
+                    raise ValueError(
+                        f"{name!r} has the shape {tuple(tensor.shape)}, and what was pruned of it "
+                        f"{tuple(self._shapes[name])}. To change a layer while training goes on, give it a new "
+                        "nn.Parameter, and that to an optimizer."
+                    )
+                factor = self._factor(name, tensor) if type(tensor) in PLAIN and not tensor.is_sparse else None
+                if factor is None:
                     zero_(local(tensor), local(self._pruned[name]))
+                else:
+                    small[0].append(tensor.view(factor.dtype))
+                    small[1].append(factor)
+            if small[0]:
+                torch._foreach_mul_(*small)
+
+    def _factor(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What the bits of a small tensor are multiplied by: 0 where it is pruned, else 1; None for a large one."""
+        dtype, device, factor = self._factors.get(name, NO_FACTOR)
+        if dtype is not tensor.dtype or device != tensor.device:
+            pruned, dtype, device, factor = self._pruned[name], tensor.dtype, tensor.device, None
+            if tensor.numel() <= SMALL and type(pruned) in PLAIN:
+                factor = (~pruned).to(device, INTEGERS[tensor.element_size()])
+            self._factors[name] = dtype, device, factor
+        return factor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made anew when it is needed."""
+        return {**vars(self), "_factors": {}}
 
     def holds_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether each mask belongs to one of these weights and shape, and every pruned weight is zero."""

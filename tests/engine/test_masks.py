@@ -1,5 +1,8 @@
 """MaskSet: validated, applied, counted, packed."""
 
+import copy
+import math
+import pickle
 import re
 
 import numpy as np
@@ -8,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lightning_sap.engine.masks as masks_module
 from lightning_sap.engine.masks import MaskSet
 
 A = torch.tensor([[True, False, True], [False, False, True]])
@@ -190,6 +194,63 @@ class TestLike:
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             masks().like({"a": torch.ones(3, 2), "c": torch.ones(2)})
+
+
+class TestSmallTensors:
+    """Those are masked all at once."""
+
+    VALUES = (-1.5, math.nan, -math.inf, math.inf, -0.0, 0.0, 2.5, -math.nan)
+
+    def tensors(self, dtype=torch.float32, shape=(3, 8), number=5):
+        return {str(i): torch.tensor(self.VALUES * 3, dtype=dtype).roll(i).view(shape) for i in range(number)}
+
+    def masks(self, number=5, shape=(3, 8)):
+        random = np.random.default_rng(0)
+        return MaskSet({str(i): torch.from_numpy(random.random(shape) < 0.5) for i in range(number)})
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_the_pruned_are_plus_0_and_the_others_keep_every_bit(self, dtype, transposed):
+        tensors, masks = self.tensors(dtype), self.masks()
+        if transposed:
+            tensors = {name: tensor.t().contiguous().t() for name, tensor in tensors.items()}
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        masks.apply_(tensors)
+        for name, tensor in tensors.items():
+            expected = torch.where(masks.pruned[name], torch.zeros((), dtype=bits), before[name].view(bits))
+            assert torch.equal(tensor.view(bits), expected)
+
+    def test_small_ones_take_one_call_and_large_ones_one_each(self, monkeypatch):
+        calls, mul_, zero_ = [], torch._foreach_mul_, masks_module.zero_
+        monkeypatch.setattr(torch, "_foreach_mul_", lambda a, b: (calls.append(len(a)), mul_(a, b)))
+        monkeypatch.setattr(masks_module, "zero_", lambda *of: (calls.append("large"), zero_(*of)))
+        large, small = {"large": torch.ones(40, 40)}, self.tensors()
+        masks = MaskSet({**self.masks().pruned, "large": torch.ones(40, 40, dtype=torch.bool)})
+        for _ in range(2):
+            masks.apply_({**small, **large})
+        assert calls == ["large", 5] * 2
+        assert not large["large"].any()
+
+    def test_another_dtype_and_a_sparse_gradient_are_masked_too(self):
+        masks = MaskSet({"w": torch.tensor([[True, False], [False, True]])})
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
+            weight = torch.ones(2, 2, dtype=dtype)
+            masks.apply_({"w": weight})
+            assert weight.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+        gradient = torch.sparse_coo_tensor([[1]], [[3.0, 4.0]], (2, 2), check_invariants=True)
+        masks.apply_({"w": gradient})
+        assert gradient.to_dense().tolist() == [[0.0, 0.0], [3.0, 0.0]]
+
+    def test_copies_do_not_carry_what_is_made_anew(self):
+        masks = self.masks()
+        fresh = len(pickle.dumps(masks))
+        masks.apply_(self.tensors())
+        assert len(pickle.dumps(masks)) == fresh
+        copied = copy.deepcopy(masks)
+        tensors = self.tensors()
+        copied.apply_(tensors)
+        assert all(not tensors[name][mask].any() for name, mask in masks.pruned.items())
 
 
 class TestPacking:

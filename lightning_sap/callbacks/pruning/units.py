@@ -65,7 +65,7 @@ def companions(session: PruningSession, before: MaskSet, masks: MaskSet) -> Mask
 
 def mask_(session: PruningSession, masks: MaskSet, biases: MaskSet) -> None:
     """Zero what these masks prune in weights, and in biases and norms."""
-    masks.apply_(session.live())
+    masks.apply_({name: weight.parameter for name, weight in session.weights.items()})
     biases.apply_(live(session))
 
 
