@@ -19,8 +19,8 @@ from lightning_sap import SAPCallback, Tolerance, shrink
 
 ROWS = 256
 TITLE = """CNNs of two and three convolutions with batch norms, `SAPCallback(structure="unit", tolerance=...)` of one
-point below the dense network's accuracy, trained as long: three seeds each. Remaining: of the prunable weights, which are
-those of the network that `shrink` gives. Accuracies are in points below the dense network: on the images that the
+point below the dense network's accuracy, trained as long: three seeds each. Remaining: of the prunable weights, which
+are those of the network that `shrink` gives. Accuracies are in points below the dense network: on the images that the
 search looks at, and on others that were held out. Latency: {rows} images on one thread, the shrunk network's time over
 the dense one's, best of 20 calls each, taken in turns.
 """

@@ -1,11 +1,16 @@
 """Random searches: what is handed back is the sparsest sound round, whatever the scores, and the masks hold."""
 
+import copy
 import math
+import tempfile
 import warnings
+from pathlib import Path
 
-from helpers import Rounds, is_masked, same
+import pytest
+from helpers import Crash, Rounds, Watch, crash, is_masked, same
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from resuming import records_of
 from searching import Scored, search
 
 from lightning_sap import FixedFraction, PruningCallback, SAPCallback, Tolerance
@@ -54,3 +59,30 @@ def test_what_is_handed_back_is_the_sparsest_sound_round(pruner, scores):
         assert same(module.state_dict(), rounds.states[held[-1]])
     for before, after in zip(pruner.history, pruner.history[1:], strict=False):
         assert before.sound is not False or before.taken_back or after.weights == before.weights
+
+
+def run(pruner, scores, *callbacks, ckpt_path=None):
+    module = Scored(scores, period=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search(*callbacks, scores=scores, pruner=pruner, module=module, ckpt_path=ckpt_path)
+    return module.state_dict(), records_of(pruner)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(pruner=pruners(), scores=st.lists(SCORE, min_size=6, max_size=10), share=st.floats(0, 1, exclude_max=True))
+def test_a_kill_after_any_epoch_changes_nothing(pruner, scores, share):
+    epoch, twins = int(share * (len(scores) - 1)), [copy.deepcopy(pruner) for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "killed.ckpt")
+        ends = Watch(
+            on_train_epoch_end=lambda t, _: t.save_checkpoint(file) if t.current_epoch == epoch else None,
+            on_train_epoch_start=lambda t, _: crash() if t.current_epoch == epoch + 1 else None,
+        )
+        weights, records = run(pruner, scores)
+        with pytest.raises(Crash):
+            run(twins[0], scores, ends)
+        again, resumed = run(twins[1], scores, ckpt_path=file)
+    assert same(again, weights)
+    assert str(resumed) == str(records)  # NaN is not equal to itself
