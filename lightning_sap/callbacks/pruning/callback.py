@@ -125,6 +125,8 @@ class PruningCallback(Callback):
     # -- a fit begins -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._fit.is_of_another(trainer):
+            raise RuntimeError(messages.of_a_run_in_a_fit(self.options))
         if stage != "fit":
             self._fit.enter(Event.OTHER_IS_SET_UP)
             return
@@ -332,12 +334,16 @@ class PruningCallback(Callback):
         restoring.put_back(self.options.name, stop.restore, list(self.history), self.restore_round)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._fit.is_of_another(trainer):
+            return
         with suppress(ValueError):  # of a module that cannot be looked at, which may be the very exception
             self._hold_masks(pl_module)
         self._close(Event.RUN_ENDS)
         archive.release(trainer, self.session)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._fit.is_of_another(trainer):
+            return
         if self._fit.stage is Stage.TRAINED:  # callbacks behind this one, and the module, have had their last turn
             self.session.enforce()
         self._close(Event.RUN_ENDS)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sap.callbacks.pruning.course import Course
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage, after
+
+RUNNING = TrainerStatus.RUNNING
+IN_FIT = (Stage.WAITING, Stage.TRAINING, Stage.TRAINED)
 
 
 def _nothing() -> None:
@@ -44,6 +48,11 @@ class Fit:
     hooked: bool = True
     global_step: int = 0
     course: Course = field(default_factory=Course)
+
+    def is_of_another(self, trainer: Trainer) -> bool:
+        """Whether another Trainer is in the middle of it; one that an exception ended is not."""
+        own = self.trainer()
+        return own is not None and own is not trainer and self.stage in IN_FIT and own.state.status == RUNNING
 
     def enter(self, event: Event) -> None:
         """Go to the stage that follows an event."""

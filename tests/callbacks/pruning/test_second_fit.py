@@ -193,3 +193,41 @@ class TestOneCallbackAfterAnother:
         assert same(failing.masks, masks)
         assert moments == 6 == len(module.optimizers(use_pl_optimizer=False).state)
         assert len(failing.history) == 1
+
+
+class TestFitInsideAFit:
+    @pytest.mark.parametrize("inner", ["fit", "validate", "test"])
+    @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", "on_train_end"])
+    def test_the_same_callback_is_refused_and_the_outer_fit_goes_on_as_if_alone(self, inner, hook):
+        module, pruner, said = Net(), half(), []
+
+        def nest(trainer, _):
+            if trainer.global_step in (0, 4, 12) and not said:
+                with pytest.raises(RuntimeError, match="in the middle of a fit, and another Trainer begins a run"):
+                    getattr(quiet_trainer(pruner, max_epochs=3), inner)(Net(), loader())
+                said.append(trainer.global_step)
+
+        fit(module, pruner, Watch(**{hook: nest}))
+        alone, other = Net(), half()
+        fit(alone, other)
+        assert said
+        assert same(module.state_dict(), alone.state_dict())
+        assert same(pruner.masks, other.masks)
+        assert len(pruner.history) == len(other.history) == 4
+
+    def test_a_callback_of_its_own_is_taken(self):
+        pruner, inner = half(), half()
+
+        def nest(trainer, _):
+            if trainer.global_step == 4:
+                fit(Net(), inner)
+
+        fit(Net(), pruner, Watch(on_train_batch_end=nest))
+        assert pruner.remaining == inner.remaining == 0.125
+
+    def test_a_fit_that_an_exception_ended_is_over(self):
+        module, pruner = Net(), half()
+        with pytest.raises(Crash):
+            fit(module, pruner, crash_in("on_train_epoch_start", 2))
+        fit(module, pruner)
+        assert len(pruner.history) == 4
