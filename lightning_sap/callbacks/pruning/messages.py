@@ -302,7 +302,7 @@ def listed(names: list[str]) -> str:
 def of_a_run_in_a_fit(options: Options) -> str:
     """That a callback of a fit that goes on cannot be in another run."""
     return (
-        f"{options.name}: the callback is in the middle of a fit, and another Trainer begins a run with the same object. "
-        "What it knows of the first would be lost. Give the inner Trainer a callback of its own, such as "
+        f"{options.name}: the callback is in the middle of a fit, and another Trainer begins a run with the same "
+        "object. What it knows of the first would be lost. Give the inner Trainer a callback of its own, such as "
         "copy.deepcopy(callback)."
     )
