@@ -15,7 +15,12 @@ from torch import Tensor
 from lightning_sap.schema import ANY_NUMBER, TEXT, Fields, Maybe, Series, Table, Whole
 
 METRICS = Fields(  # what `RoundMetrics.state_dict` holds
-    {"metrics": Table(ANY_NUMBER), "validated": Maybe(Whole()), "validation_keys": Series(TEXT)}
+    {
+        "metrics": Table(ANY_NUMBER),
+        "validated": Maybe(Whole()),
+        "validation_keys": Series(TEXT),
+        "logged": Series(TEXT),
+    }
 )
 
 
@@ -24,6 +29,7 @@ class RoundMetrics:
 
     def __init__(self) -> None:
         self._saved: dict[str, float] = {}  # of the moment that was interrupted
+        self._logged: set[str] = set()  # names that were logged before a resume
         self._validated: int | None = None  # the moment in which validation ran last
         self._of_validation: dict[str, int | None] = {}  # the metrics that validation logs, by the moment it did last
         self._at_start: dict[str, Tensor] = {}
@@ -54,9 +60,9 @@ class RoundMetrics:
         self._of_validation |= dict.fromkeys(new, moment)
         self._validated, self._before_validation, self.saw_validation = moment, {}, True
 
-    def known(self, trainer: Trainer) -> dict[str, float]:
-        """Every metric that Lightning or a resumed run knows, old ones included."""
-        return self._saved | {key: float(value) for key, value in trainer.callback_metrics.items()}
+    def known(self, trainer: Trainer) -> set[str]:
+        """The names of all metrics that were ever logged, before a resume too."""
+        return self._logged | self._saved.keys() | trainer.callback_metrics.keys()
 
     def of(self, trainer: Trainer, moment: int) -> dict[str, float]:
         """Every metric that was logged in this moment."""
@@ -75,12 +81,25 @@ class RoundMetrics:
         self._at_start, self._before_validation, self.saw_validation = {}, {}, False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain values; ``metrics`` is to be filled in where a checkpoint is saved."""
-        keys = sorted(self._of_validation)
-        return {"metrics": dict(self._saved), "validated": self._validated, "validation_keys": keys}
+        """What a resumed run needs, as plain values; :meth:`for_checkpoint` has what is known of the moment."""
+        keys, logged = sorted(self._of_validation), sorted(self._logged)
+        saved = dict(self._saved)
+        return {"metrics": saved, "validated": self._validated, "validation_keys": keys, "logged": logged}
+
+    def for_checkpoint(self, trainer: Trainer, moment: int) -> dict[str, Any]:
+        """The metrics of this moment, which Lightning does not keep, and the names of all.
+
+        What training logs per epoch comes when the epoch ends. Until then the value of the epoch before stands in its
+        place, which a run that is resumed from here would take for its own: it is left out.
+        """
+        now, start = trainer.callback_metrics, self._at_start
+        before = {key for key in now if key not in self._of_validation and now[key] is start.get(key)}
+        fresh = {key: value for key, value in self.of(trainer, moment).items() if key not in before}
+        return {"metrics": fresh, "logged": sorted(self.known(trainer))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self._saved = dict(state_dict.get("metrics", {}))
+        self._logged = set(state_dict.get("logged", ()))
         self._validated = state_dict.get("validated")
         self._of_validation = dict.fromkeys(state_dict.get("validation_keys", ()))

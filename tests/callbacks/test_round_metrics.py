@@ -25,7 +25,7 @@ def test_a_metric_of_validation_belongs_to_the_rounds_in_which_validation_ran():
     assert metrics.of(now, 0) == {"train_loss": 3.0, "val_loss": 2.0}
     metrics.begin(now)
     assert metrics.of(now, 1) == {"train_loss": 3.0}
-    assert metrics.known(now) == {"train_loss": 3.0, "val_loss": 2.0}
+    assert metrics.known(now) == {"train_loss", "val_loss"}
 
 
 def test_a_metric_that_training_logs_too_is_of_the_round_in_which_it_was_logged():
@@ -43,7 +43,16 @@ def test_a_resumed_run_knows_the_metrics_of_the_interrupted_round_until_it_ends(
     assert metrics.of(now, 3) == {"val_loss": 2.0}
     metrics.end(trainer())
     assert metrics.of(now, 4) == {}
-    assert metrics.state_dict() == {"metrics": {}, "validated": 3, "validation_keys": ["val_loss"]}
+    assert metrics.state_dict() == {"metrics": {}, "validated": 3, "validation_keys": ["val_loss"], "logged": []}
+
+
+def test_a_checkpoint_in_an_epoch_leaves_out_what_training_logs_when_it_ends():
+    metrics, now = RoundMetrics(), trainer(train_loss=3.0)  # the epoch before's
+    metrics.begin(now)
+    validated(metrics, now, 1, val_loss=2.0)
+    assert metrics.for_checkpoint(now, 1) == {"metrics": {"val_loss": 2.0}, "logged": ["train_loss", "val_loss"]}
+    now.callback_metrics["train_loss"] = torch.tensor(1.5)
+    assert metrics.for_checkpoint(now, 1)["metrics"] == {"val_loss": 2.0, "train_loss": 1.5}
 
 
 def test_what_validation_logs_while_it_runs_belongs_to_its_moment():

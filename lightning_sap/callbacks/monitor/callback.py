@@ -343,7 +343,7 @@ class PQIMonitor(RoundListener, Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the monitored metric of this moment: Lightning does not."""
-        self._curve.save_metric(trainer, checkpoint.get("callbacks", {}).get(self.state_key, {}))
+        self._curve.save_metric(trainer, checkpoint.get("callbacks", {}).get(self.state_key, {}), self._moment(trainer))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""

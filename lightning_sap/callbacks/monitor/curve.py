@@ -62,10 +62,12 @@ class Curve:
                 f"PQIMonitor(monitor={self.monitor!r}): no such metric is logged; those logged are {sorted(metrics)}."
             )
 
-    def save_metric(self, trainer: Trainer, state: dict[str, Any]) -> None:
+    def save_metric(self, trainer: Trainer, state: dict[str, Any], moment: int) -> None:
         """Keep the metric of this moment in a state that goes into a checkpoint: Lightning does not."""
-        if self.monitor in trainer.callback_metrics:
-            state["metrics"] = {self.monitor: float(trainer.callback_metrics[self.monitor])}
+        if self.monitor in self.metrics.known(trainer):
+            found = self.metrics.for_checkpoint(trainer, moment)
+            metric = {key: value for key, value in found["metrics"].items() if key == self.monitor}
+            state |= {"metrics": metric, "logged": [self.monitor]}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything it remembers, as plain values."""

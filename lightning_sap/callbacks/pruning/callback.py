@@ -470,7 +470,7 @@ class PruningCallback(Callback):
         """Keep the metrics of this moment: Lightning does not, and a round's record may still need them."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
         if self._fit.pending is None and saved is not None:
-            saved["metrics"] = {**saved["metrics"], "metrics": self.session.metrics.of(trainer, self.current_round())}
+            saved["metrics"] |= self.session.metrics.for_checkpoint(trainer, self.current_round())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out what belongs to a running fit, and the module that Lightning hangs on `log`."""

@@ -24,6 +24,7 @@ RIGHT = {
     "metrics.*": ANY_NUMBER | {MISSING},
     "validated": {"None"},
     "validation_keys.0": {"text"},
+    "logged.0": {"text"},
     "rule.detector.reason": {"text"},
     "rule.detector._curve.0": {"fraction", "NaN", "infinite"},  # after a collapse, such as this
     "rule.detector._series.*": {MISSING},

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from archiving import archiving_half
-from helpers import Net, Watch, fit, half, loader
+from helpers import Crash, Net, Watch, crash, fit, half, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
@@ -17,6 +18,39 @@ def test_a_round_without_validation_knows_no_metric_of_validation():
     assert all("train_loss" in record.metrics for record in pruner.history)
     assert pruner.history.best("val_loss", "min").round in (1, 2)
     assert [record.metrics["sap/remaining"] for record in pruner.history] == [1.0, 0.5, 0.25, 0.125]
+
+
+class PerEpoch(Net):
+    """Training logs a mean over each epoch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_mean", loss.detach() + self.current_epoch, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("monitored", [None, "train_mean"])
+def test_resume_in_mid_epoch_takes_no_mean_of_the_epoch_before_for_its_own(tmp_path, monitored):
+    """The first part of the mean is lost, as Lightning has it: the record says nothing rather than another epoch's."""
+    kill = Watch(on_train_epoch_end=lambda t, m: crash() if t.current_epoch == 2 else None)
+
+    def run(*callbacks, **options):
+        pruner, monitor = half(), PQIMonitor(stop_on=None, monitor=monitored)
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+        every = (*callbacks, pruner, monitor, saver)
+        fit(PerEpoch(), *every, val=loader(), num_sanity_val_steps=0, enable_checkpointing=True, **options)
+        return pruner, monitor
+
+    whole, _ = run()
+    means = [record.metrics["train_mean"] for record in whole.history]
+    with pytest.raises(Crash):
+        run(kill)
+    resumed, monitor = run(ckpt_path=tmp_path / "epoch=2.ckpt")
+    found = [record.metrics.get("train_mean") for record in resumed.history]
+    assert found == [means[0], means[1], None, means[3]]
+    assert [r.metrics["val_loss"] for r in resumed.history] == [r.metrics["val_loss"] for r in whole.history]
+    if monitored:
+        assert [row["metric"] for row in monitor.rows()] == found
 
 
 @pytest.mark.slow  # whole fits, many of them

@@ -37,7 +37,7 @@ class TestPruningState:
             stop=Stop(1),
             history=History([record]),
             lr=0.25,
-            metrics={"metrics": {"a": 1.0}, "validated": 1, "validation_keys": ["a"]},
+            metrics={"metrics": {"a": 1.0}, "validated": 1, "validation_keys": ["a"], "logged": ["a"]},
         )
 
     def test_state_packed_and_unpacked_is_the_same(self):

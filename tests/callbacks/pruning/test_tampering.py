@@ -64,6 +64,8 @@ RIGHT = {
     "note.sound": {"None", MISSING},
     "metrics.validated": {"None"},
     "metrics.validation_keys.0": {"text"},
+    "metrics.logged.0": {"text"},
+    "metrics.metrics.*": ANY_NUMBER | {MISSING},
     "folder": {"text", "None"},
     "options.*": {"text", MISSING},
     "schedules.0.first": {"object", SURPLUS},
