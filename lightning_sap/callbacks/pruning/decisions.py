@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sap.callbacks.pruning import agreement, checks, messages
+from lightning_sap.callbacks.pruning import agreement, checks, messages, tolerance
 from lightning_sap.engine.decision import Decision, decide
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.patterns import decide_pattern
@@ -67,6 +67,8 @@ def decide_next(
     limits = options.limits(sizes, kept, state.prunings_left(), _target(session, frozen))
     if answer.most is not None:
         limits = limits._replace(most=answer.most if limits.most is None else min(answer.most, limits.most))
+    if options.structure == "unit" and state.search is not None:
+        limits = limits._replace(least=tolerance.fewest(kept, answer.scale, limits.most))
     how: dict[str, Any] = {
         "policy": options.policy.scaled(answer.scale),
         "scope": options.group,

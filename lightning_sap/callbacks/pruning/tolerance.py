@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sap.callbacks.pruning import messages
 from lightning_sap.engine.decision import Decision
+from lightning_sap.policies.base import LARGEST_SCALED
 from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener, TakeBack
-from lightning_sap.rounds.search import Ended, Search, Tolerance
+from lightning_sap.rounds.search import RULE, Ended, Search, Tolerance
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.options import Options
@@ -96,6 +98,19 @@ def holds_another(state: PruningState) -> bool:
 def goes_on(state: PruningState) -> GoOn:
     """What follows a round in which a listener ends training, where training goes on all the same."""
     return GoOn() if state.search is None else state.search.goes_on(state.round)
+
+
+def fewest(kept: int, scale: float, most: int | None) -> int:
+    """Fewest weights that a step on whole units takes: so few units have an index that often rounds to none.
+
+    The share that is worth a round, times the scale, as far as the step may go.
+
+    Example:
+        >>> fewest(1000, 4.0, None), fewest(1000, 4.0, 50), fewest(1000, 0.0, None)
+        (80, 49, 0)
+    """
+    least = math.ceil(min(scale * RULE.least, LARGEST_SCALED) * kept)
+    return least if most is None else max(0, min(least, most - 1))
 
 
 def is_stuck_(state: PruningState, answer: GoOn | TakeBack, decision: Decision) -> bool:

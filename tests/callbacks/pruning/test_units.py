@@ -187,6 +187,12 @@ class TestSearch:
         assert len(pruner.history) == 4  # of the ten that were planned
         assert pruner.remaining == 1.0
 
+    def test_a_search_goes_on_where_the_index_of_a_few_units_rounds_to_none(self):
+        _, pruner, _ = search(module=self.scored([0.9] * 4), pruner=self.searching(FixedFraction(0.0)))
+        pruned = [record.pruned for record in pruner.history][:-1]
+        assert len(pruned) == 3
+        assert all(0.02 * 114 < weights <= 14 for weights in pruned)  # one unit, or two small ones
+
     def test_a_resumed_search_equals_the_unbroken_one(self, tmp_path):
         def build():
             return self.scored([0.9, 0.9, 0.5, 0.9, 0.9, 0.5])
