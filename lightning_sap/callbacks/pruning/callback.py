@@ -325,6 +325,7 @@ class PruningCallback(Callback):
         if pending is not None and trainer is not None:
             self._fit.pending, self._fit.waits = None, False
             self.session.adopt(trainer, module, pending)
+            archive.open_archive(trainer, self.session, is_wanted=False, shared=None)  # finds the rounds that are there
 
     def _put_back(self) -> None:
         """Restore the round that a listener asked for, now that no callback writes any more."""

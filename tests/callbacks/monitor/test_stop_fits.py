@@ -74,9 +74,9 @@ def test_a_verdict_in_the_last_round_outlives_the_process(tmp_path):
     scores = COLLAPSING[:6]
     whole = run(tmp_path / "whole", module=Scripted(scores), max_epochs=6)
     assert whole.monitor.verdict == COLLAPSE
-    saver = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+    saver = ModelCheckpoint(tmp_path / "first", save_last=True, save_on_train_epoch_end=True)
     run(tmp_path / "first", saver, module=Scripted(scores), max_epochs=6, enable_checkpointing=True)
-    second = run(tmp_path / "second", module=Scripted(scores), max_epochs=6, ckpt_path=tmp_path / "last.ckpt")
+    second = run(tmp_path / "second", module=Scripted(scores), max_epochs=6, ckpt_path=tmp_path / "first" / "last.ckpt")
     assert second.monitor.verdict == COLLAPSE
     assert second.pruner.history.restored.round == COLLAPSE.restore
     assert second.pruner.remaining == whole.pruner.remaining

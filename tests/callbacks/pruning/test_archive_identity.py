@@ -227,7 +227,7 @@ def older(path, folder):
     """Write a file as the version before did."""
     checkpoint = torch.load(path, weights_only=True)
     state = checkpoint["callbacks"][STATE]
-    for key in ("run", "parent"):
+    for key in ("run", "parent", "version", "writer"):
         del state[key]
     state["folder"] = str(folder)
     for record in (*state["history"], state["note"]):
