@@ -7,17 +7,17 @@ are trained, which takes two. ``--quick`` is a short try.
 import argparse
 import statistics
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import common
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from tolerance_tasks import TASKS, Task, loaders, models
+from tolerance_tasks import TASKS, Task, loaders
 from torch import nn
 
 from lightning_sap import SAPCallback, Tolerance, shrink
 
-ROWS = 256
+ROWS, SCOPES = 256, ("global", "layer")
 TITLE = """CNNs of two and three convolutions with batch norms, `SAPCallback(structure="unit", tolerance=...)` of one
 point below the dense network's accuracy, trained as long: three seeds each. Remaining: of the prunable weights, which
 are those of the network that `shrink` gives. Accuracies are in points below the dense network: on the images that the
@@ -36,17 +36,10 @@ class Found(NamedTuple):
     latency: float
 
 
-def wide(**training: Any) -> nn.Module:
-    return models.CNN((3, 32, 32), 10, hidden=(32, 64, 128), lr=0.05, **training)
-
-
 def tasks(images: str) -> dict[str, Task]:
     """The networks that are pruned."""
     found = {"digits, 16-32": TASKS["digits, CNN"]}
-    if images:
-        narrow = TASKS["images, CNN"]
-        found |= {"images, 8-16-32": narrow, "images, 32-64-128": Task(narrow.data, wide, narrow.epochs, 3, False)}
-    return found
+    return {**found, "images, 8-16-32": TASKS["images, CNN"]} if images else found
 
 
 def train(task: Task, images: str, seed: int, epochs: int, callbacks: list) -> tuple[nn.Module, list[float]]:
@@ -71,15 +64,19 @@ def latency(small: nn.Module, dense: nn.Module, rows: torch.Tensor) -> float:
     return min(times[0]) / min(times[1])
 
 
-def run(task: Task, images: str, seed: int, epochs: int, scope: str) -> Found:
+def run(task: Task, images: str, seed: int, epochs: int) -> dict[str, Found]:
+    """By scope what came out of a seed."""
     dense, before = train(task, images, seed, epochs, [])
-    sap = SAPCallback(structure="unit", scope=scope, tolerance=Tolerance("val_acc", task.drop, reference=before[0]))
-    pruned, after = train(task, images, seed, epochs, [sap])
-    rows = task.data(images)[1].tensors[0][:ROWS]
-    small = shrink(pruned.network, rows)
-    channels = [layer.out_channels for layer in small.modules() if isinstance(layer, nn.Conv2d)]
-    searched, held_out = (100 * (b - a) for b, a in zip(before, after, strict=True))
-    return Found(sap.remaining, channels, searched, held_out, latency(small, dense.network, rows))
+    rows, found = task.data(images)[1].tensors[0][:ROWS], {}
+    for scope in SCOPES:
+        sap = SAPCallback(structure="unit", scope=scope, tolerance=Tolerance("val_acc", task.drop, reference=before[0]))
+        pruned, after = train(task, images, seed, epochs, [sap])
+        small = shrink(pruned.network, rows)
+        channels = [layer.out_channels for layer in small.modules() if isinstance(layer, nn.Conv2d)]
+        searched, held_out = (100 * (b - a) for b, a in zip(before, after, strict=True))
+        found[scope] = Found(sap.remaining, channels, searched, held_out, latency(small, dense.network, rows))
+        print(seed, scope, before, found[scope], flush=True)
+    return found
 
 
 def main() -> None:
@@ -92,8 +89,9 @@ def main() -> None:
     rows = []
     for name, task in tasks("" if arguments.quick else arguments.images).items():
         epochs, seeds = (8, 1) if arguments.quick else (task.epochs, arguments.seeds)
-        for scope in ("global", "layer"):
-            found = [run(task, arguments.images, seed, epochs, scope) for seed in range(seeds)]
+        runs = [run(task, arguments.images, seed, epochs) for seed in range(seeds)]
+        for scope in SCOPES:
+            found = [of_seed[scope] for of_seed in runs]
             median = {field: statistics.median(getattr(f, field) for f in found) for field in ("remaining", "latency")}
             rows.append(
                 [
@@ -106,7 +104,6 @@ def main() -> None:
                     f"{median['latency']:.2f} ({', '.join(f'{f.latency:.2f}' for f in found)})",
                 ]
             )
-            print(rows[-1], flush=True)
     head = ("network", "scope", "remaining", "channels", "points lost", "points lost, held out", "latency")
     common.publish("units", f"{TITLE.format(rows=ROWS)}\n{common.table(head, rows)}", keep=not arguments.quick)
 
