@@ -16,7 +16,7 @@ demo: $(call installed,examples)  ## prune a small network on handwritten digits
 	$(BIN)/python examples/digits.py
 
 test: $(call installed,test)  ## run every test and every doctest
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: $(call installed,test)  ## run the full matrices too, and test-oldest; takes long
 	$(BIN)/python -m pytest --full

@@ -77,6 +77,8 @@ def _work(function, folder):
         os._exit(1)  # not by way of the process group, where another rank may keep this one waiting
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)  # threads of gloo that outlive the group may abort an orderly exit
 
 
 if __name__ == "__main__":
