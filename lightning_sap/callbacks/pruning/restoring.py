@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_sap.callbacks.pruning import archive, compatibility, folders, roundfile
 from lightning_sap.callbacks.pruning.agreement import of_ranks
@@ -142,7 +143,7 @@ def _check(session: PruningSession, record: RoundRecord, path: str) -> None:
 def _read(path: str, module: nn.Module) -> dict[str, Any]:
     try:
         return roundfile.read(path, module)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise ValueError(f"{path!r} cannot be read: {error}") from error
 
 

@@ -201,7 +201,7 @@ def _is_same(trainer: Trainer, session: PruningSession, old: str, new: str) -> b
     try:
         a, b = (roundfile.read(path, module)["state_dict"] for path in (old, new))
         alike = a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    except Exception:  # a file may be damaged in any way
+    except (Exception, CheckpointException):  # a file may be damaged in any way
         alike = False
     return all(of_ranks(alike)) if trainer.world_size > 1 else alike
 

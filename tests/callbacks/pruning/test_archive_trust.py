@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from resuming import STATE
 from torch.distributed import checkpoint as shards
 
-from lightning_sap.callbacks.pruning import roundfile
+from lightning_sap.callbacks.pruning import restoring, roundfile
 
 pytestmark = pytest.mark.slow  # whole fits, many of them
 
@@ -114,6 +114,18 @@ class TestExecution:
         assert not (tmp_path / "executed").exists()
 
     @ALONE
+    @pytest.mark.parametrize("what", ["list of shards", "shards"])
+    def test_shards_that_are_damaged_are_a_value_error(self, tmp_path, what):
+        """PyTorch raises what no `except Exception` sees."""
+        module, folder = torch.nn.Linear(2, 2), tmp_path / "round"
+        shards.save({"state_dict": module.state_dict()}, checkpoint_id=folder)
+        torch.save({}, folder / "meta.pt")
+        for path in [folder / ".metadata"] if what == "list of shards" else folder.glob("*.distcp"):
+            path.write_bytes(path.read_bytes()[:40])
+        with pytest.raises(ValueError, match="cannot be read"):
+            restoring._read(str(folder), module)
+
+    @ALONE
     def test_shards_are_read_as_they_were_written(self, tmp_path):
         """The ground of the test above."""
         module = torch.nn.Linear(2, 2)
@@ -177,6 +189,20 @@ class TestFolder:
         fit(Decaying(), pruner, max_epochs=6, ckpt_path=file, default_root_dir=tmp_path / "runs")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
         assert [Path(record.path).parent for record in pruner.history] == [tmp_path / "runs" / "rounds"] * 3
+
+    def test_rounds_of_this_run_elsewhere_are_neither_used_nor_deleted(self, tmp_path):
+        """They carry its identity, and the state says where they are."""
+        saver = ModelCheckpoint(tmp_path / "runs" / "files", "{epoch}", save_top_k=-1)
+        archived(tmp_path / "runs", None, None, saver, enable_checkpointing=True)
+        (tmp_path / "runs" / "rounds").rename(tmp_path / "elsewhere")
+        before = bytes_of(tmp_path / "elsewhere")
+        file = tampered(tmp_path / "runs", lambda state: state.update(folder="../elsewhere"), epoch=2)
+        pruner = archiving_half(save_rounds=1)
+        fit(Decaying(), pruner, max_epochs=6, ckpt_path=file, default_root_dir=tmp_path / "runs")
+        assert bytes_of(tmp_path / "elsewhere") == before
+        assert Path(pruner.history[2].path).parent == tmp_path / "runs" / "rounds"
+        with pytest.raises((ValueError, FileNotFoundError)):
+            pruner.restore_round(0)
 
     def test_state_holds_no_path_of_this_machine(self, run):
         folder = run[0]
