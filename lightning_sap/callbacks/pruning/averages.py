@@ -66,8 +66,13 @@ def _hidden(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
         ours = isinstance(callback, RoundListener) or isinstance(getattr(callback, "options", None), Options)
         return ours or callback in averaging
 
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return hidden_tensors(module, {type(c).__name__: c for c in callbacks if not is_known(c)})
+    holders: dict[str, object] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not is_known(callback):
+            name = type(callback).__name__
+            alike = sum(key.partition("[")[0] == name for key in holders)
+            holders[f"{name}[{alike}]" if alike else name] = callback
+    return hidden_tensors(module, holders)
 
 
 def follow_(

@@ -152,3 +152,18 @@ class TestPlainAttributes:
         average = AveragingCallback(HIDDEN[kind], moves=False)
         fit(still(), average, half())  # a warning would be an error
         assert torch.equal(values_of(average.average)["net.0.weight"], still().net[0].weight)
+
+
+def test_averages_of_two_callbacks_of_one_class_are_both_named():
+    with pytest.warns(UserWarning, match=MESSAGE) as caught:
+        fit(
+            still(),
+            AveragingCallback(Shadow, moves=False),
+            AveragingCallback(Shadow),
+            AveragingCallback(Listed),
+            half(),
+        )
+    (said,) = [str(each.message) for each in caught if "began as copies" in str(each.message)]
+    assert "AveragingCallback[1].average.shadow_params.0 (of net.0.weight)" in said
+    assert "AveragingCallback[2].average.average.0.module.0.weight (of net.0.weight)" in said
+    assert "AveragingCallback.average" not in said
