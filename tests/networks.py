@@ -74,3 +74,13 @@ def build(name):
     if isinstance(make, str):
         make = getattr(pytest.importorskip("torchvision.models"), make)
     return lively(make()), torch.randn(shape)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.head(x + self.second(x))

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from helpers import Net, fit
-from networks import NETWORKS, assert_equal, build, count, lively, mlp
+from networks import NETWORKS, Residual, assert_equal, build, count, lively, mlp
 from torch import nn
 
 from lightning_sap.deploy import shrink, shrinking
@@ -37,16 +37,6 @@ def prune_half_of_the_units(net, inputs, left=(nn.LayerNorm, nn.MultiheadAttenti
             if item.dep.target.module in names:
                 layer = net.get_submodule(names[item.dep.target.module])
                 zero(layer, [i for i, root in zip(item.idxs, item.root_idxs, strict=True) if root % 2 == 0])
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return self.head(x + self.second(x))
 
 
 class TestWhatGoes:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import Concatenation, Encoder, build
+from networks import Concatenation, Encoder, Residual, build
 from torch import nn
 
 from lightning_sap.engine.unit_groups import flagged, unit_groups
@@ -32,16 +32,6 @@ def flat(channels=6, norm=True):
         nn.Conv2d(3, channels, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(channels * 4, 5), nn.Dropout(), nn.Linear(5, 2),
     )  # fmt: skip
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return self.head(x + self.second(x))
 
 
 class TestTraced:

@@ -15,6 +15,12 @@ def deploy(examples):
     torch.set_num_threads(threads)
 
 
+def tensors_in(path):
+    """Bytes of a `.safetensors` file behind its header, which says in its first 8 bytes how long it is."""
+    content = path.read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
@@ -29,6 +35,7 @@ def test_the_example_leaves_a_smaller_and_faster_network_within_a_point_and_a_ha
     assert remaining < 25
     assert pruned >= dense - 1.5  # on other images than those it was searched by
     assert sizes["packed.safetensors"] < 0.3 * sizes["dense.pt"]
-    assert sizes["int8.safetensors"] < 0.65 * sizes["packed.safetensors"]
+    eight_bits, packed = (tensors_in(deploy.FOLDER / f"{name}.safetensors") for name in ("int8", "packed"))
+    assert eight_bits < 0.5 * packed
     assert float(times["small.pt"]) < 0.6 * float(times["dense.pt"])
     assert {path.name for path in deploy.FOLDER.iterdir()} == set(sizes)
