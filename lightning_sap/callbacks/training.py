@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 from torch.optim import Optimizer
 
@@ -55,6 +56,21 @@ class Training:
         if not (self.manual and self.held is not None and self.holds(parameter)) and (reason := is_frozen(parameter)):
             return reason
         return None if self.holds(parameter) else NO_OPTIMIZER
+
+
+def is_in_another_fit(reference: Callable[[], Trainer | None] | None, trainer: Trainer) -> bool:
+    """Whether a fit of the Trainer that is referred to weakly goes on, and this is another one."""
+    own = reference and reference()
+    return own is not None and own is not trainer and own.state.status == TrainerStatus.RUNNING
+
+
+def of_a_run_in_a_fit(name: str) -> str:
+    """That a callback of a fit that goes on cannot be in another run."""
+    return (
+        f"{name}: the callback is in the middle of a fit, and another Trainer begins a run with the same object. What "
+        "it knows of the first would be lost. Give the inner Trainer a callback of its own, such as "
+        "copy.deepcopy(callback)."
+    )
 
 
 def _ids_in(optimizers: Iterable[Optimizer]) -> frozenset[int]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.monitor import loggers, messages
-from lightning_sap.callbacks.monitor.curve import Curve, with_verdicts
+from lightning_sap.callbacks.monitor.curve import Curve, figure
 from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
 from lightning_sap.callbacks.monitor.mode import MetricMode
 from lightning_sap.callbacks.monitor.schema import SCHEMA
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
+from lightning_sap.callbacks.training import is_in_another_fit, of_a_run_in_a_fit
 from lightning_sap.functional.scalars import as_plain
 from lightning_sap.report import markdown
 from lightning_sap.rounds.history import RoundRecord
@@ -95,6 +97,7 @@ class PQIMonitor(RoundListener, Callback):
         self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
         self._stage: str | None = None
+        self._trainer: Callable[[], Trainer | None] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -122,18 +125,23 @@ class PQIMonitor(RoundListener, Callback):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if is_in_another_fit(self._trainer, trainer):
+            raise RuntimeError(of_a_run_in_a_fit(self.name))
         self._stage = stage
         if stage == "fit":
+            self._trainer = weakref.ref(trainer)
             self._records = []
             self._begin()
             self._meter.forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stage = None
-        self._curve.metrics.forget_fit()
+        if not is_in_another_fit(self._trainer, trainer):
+            self._stage = self._trainer = None
+            self._curve.metrics.forget_fit()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stage = None
+        if not is_in_another_fit(self._trainer, trainer):
+            self._stage = self._trainer = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if leader(trainer) is not None:
@@ -295,16 +303,7 @@ class PQIMonitor(RoundListener, Callback):
             ModuleNotFoundError: If matplotlib is not installed (``pip install "lightning-sap[plot]"``).
             ValueError: If no epoch has been seen yet, or the kind is unknown.
         """
-        from lightning_sap.plot import plot_layers, plot_rounds
-
-        if kind not in ("rounds", "layers"):
-            raise ValueError(f"kind must be 'rounds' or 'layers', got {kind!r}.")
-        if kind == "layers":
-            return plot_layers(self.rows(), dark=dark)
-        restored = next((record.round for record in self._records if record.restored), None)
-        rows, metric = with_verdicts(self.rows(), self._records, self.monitor)
-        stopped = self.verdict.round if self.verdict else None
-        return plot_rounds(rows, metric, dark=dark, stopped=stopped, restored=restored)
+        return figure(kind, self.rows(), self._records, self.monitor, self.verdict, dark=dark)
 
     def report(self) -> str:
         """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.
@@ -347,4 +346,5 @@ class PQIMonitor(RoundListener, Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
-        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        kept = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return {**kept, "_trainer": None}

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_sap.callbacks.monitor.stopping import Verdict
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.measure import Measure
 from lightning_sap.report import judged_by, judges
@@ -77,6 +78,27 @@ class Curve:
         """Continue from a state."""
         self.rows = copy.deepcopy(state_dict["rows"])
         self.metrics.load_state_dict(state_dict)
+
+
+def figure(
+    kind: str,
+    rows: Sequence[dict[str, Any]],
+    records: Sequence[RoundRecord],
+    monitor: str | None,
+    verdict: Verdict | None,
+    *,
+    dark: bool,
+) -> Any:
+    """A figure of the rows: :meth:`PQIMonitor.plot`."""
+    from lightning_sap.plot import plot_layers, plot_rounds
+
+    if kind not in ("rounds", "layers"):
+        raise ValueError(f"kind must be 'rounds' or 'layers', got {kind!r}.")
+    if kind == "layers":
+        return plot_layers(rows, dark=dark)
+    restored = next((record.round for record in records if record.restored), None)
+    merged, metric = with_verdicts(rows, records, monitor)
+    return plot_rounds(merged, metric, dark=dark, stopped=verdict.round if verdict else None, restored=restored)
 
 
 def with_verdicts(

@@ -33,6 +33,7 @@ from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.session import PruningSession
 from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.callbacks.training import of_a_run_in_a_fit
 from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.policies.base import Policy
 from lightning_sap.rewind import fires_hooks, hook_steps, innermost_optimizers
@@ -126,7 +127,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._fit.is_of_another(trainer):
-            raise RuntimeError(messages.of_a_run_in_a_fit(self.options))
+            raise RuntimeError(of_a_run_in_a_fit(self.options.name))
         if stage != "fit":
             self._fit.enter(Event.OTHER_IS_SET_UP)
             return

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sap.callbacks.pruning.course import Course
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage, after
+from lightning_sap.callbacks.training import is_in_another_fit
 
-RUNNING = TrainerStatus.RUNNING
 IN_FIT = (Stage.WAITING, Stage.TRAINING, Stage.TRAINED)
 
 
@@ -51,8 +50,7 @@ class Fit:
 
     def is_of_another(self, trainer: Trainer) -> bool:
         """Whether another Trainer is in the middle of it; one that an exception ended is not."""
-        own = self.trainer()
-        return own is not None and own is not trainer and self.stage in IN_FIT and own.state.status == RUNNING
+        return self.stage in IN_FIT and is_in_another_fit(self.trainer, trainer)
 
     def enter(self, event: Event) -> None:
         """Go to the stage that follows an event."""

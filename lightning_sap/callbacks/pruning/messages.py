@@ -297,12 +297,3 @@ def counted(number: int, word: str) -> str:
 def listed(names: list[str]) -> str:
     """The first of these names, and how many there are."""
     return ", ".join(names[:8]) + (f", … ({len(names)} parameters)" if len(names) > 8 else "")
-
-
-def of_a_run_in_a_fit(options: Options) -> str:
-    """That a callback of a fit that goes on cannot be in another run."""
-    return (
-        f"{options.name}: the callback is in the middle of a fit, and another Trainer begins a run with the same "
-        "object. What it knows of the first would be lost. Give the inner Trainer a callback of its own, such as "
-        "copy.deepcopy(callback)."
-    )

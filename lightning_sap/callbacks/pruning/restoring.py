@@ -133,7 +133,7 @@ def _check(session: PruningSession, record: RoundRecord, path: str) -> None:
     if identity is None:
         raise ValueError(
             f"Round {record.round} cannot be read: {path!r} is damaged, or holds objects that cannot be read without "
-            "executing code, such as hyperparameters of a class of your own that is a dict or a list. "
+            "executing code, such as hyperparameters of a class of your own that is a list. "
             "Give save_hyperparameters plain values."
         )
     if identity != Identity(record.run, record.round):

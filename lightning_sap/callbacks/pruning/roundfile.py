@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,9 +208,26 @@ def read(path: str, module: nn.Module) -> dict[str, Any]:
 
 def _load(path: str) -> dict[str, Any]:
     """The plain values and tensors of a file."""
-    unknown = [(_absent(name), name) for name in get_unsafe_globals_in_checkpoint(path)]
-    with safe_globals(unknown):  # type: ignore[arg-type]
+    names = get_unsafe_globals_in_checkpoint(path)
+    try:
+        return _load_with(path, [(_absent(name), name) for name in names])
+    except pickle.UnpicklingError:  # PyTorch fills no dict but its own kinds: hyperparameters may be of another
+        return _load_with(path, [(_absent_dict(), name) for name in names])
+
+
+def _load_with(path: str, known: list[tuple[Callable[..., Any], str]]) -> dict[str, Any]:
+    with safe_globals(known):  # type: ignore[arg-type]
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _absent_dict() -> Callable[..., Any]:
+    """A class that makes plain dicts."""
+
+    class AbsentDict:
+        def __new__(cls, *_: Any, **__: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+            return OrderedDict()
+
+    return AbsentDict
 
 
 def _absent(name: str) -> Callable[..., Any]:

@@ -164,7 +164,7 @@ class Schedules:
         ]
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Take up a state where it belongs to the same number of schedules.
+        """Take up a state where it belongs to the same number of schedules; of another, say that it does not.
 
         Raises:
             ValueError: If a schedule's first state has another form than that of the live one; nothing changes then.
@@ -178,6 +178,12 @@ class Schedules:
                 replay.first_groups, replay.calls = saved["groups"], saved["calls"]
                 self._lengths = EpochLengths(**saved["lengths"])
             self._modes = [saved["mode"] for saved in state]
+        elif state and self._replays:
+            rank_zero_warn(
+                f"The checkpoint was saved with {len(state)} learning-rate schedules, and this fit has "
+                f"{len(self._replays)}. Every round starts with the first values of the present ones; if that is not "
+                "what you want, resume with as many schedules as before."
+            )
 
     def _moment(self, trainer: Trainer, span: Span, steps: int, epochs: int, in_epoch: int | None) -> Moment:
         """How much of a round has passed; ``in_epoch`` is None where an epoch just ended."""

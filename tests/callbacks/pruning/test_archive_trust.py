@@ -3,12 +3,14 @@
 import os
 import pickle
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from archiving import Decaying, archived, archiving_half, bytes_of, snapshot, unchanged
 from helpers import Watch, copied, fit, same
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resuming import STATE
 from torch.distributed import checkpoint as shards
@@ -84,6 +86,16 @@ class TestExecution:
         pruner.restore_round(1)
         assert same(module.state_dict(), rounds.states[1])
         assert not Unknown.unpickled
+
+    @pytest.mark.parametrize("value", [AttributeDict(a=AttributeDict(b=1)), defaultdict(list, a=[1])], ids=type)
+    def test_round_with_hyperparameters_that_are_other_dicts_is_read(self, tmp_path, value):
+        class Configured(Decaying):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["hyper_parameters"] = {"config": value}
+
+        module, pruner, rounds, _trainer = archived(tmp_path, Configured())
+        pruner.restore_round(1)
+        assert same(module.state_dict(), rounds.states[1])
 
     def test_round_whose_hyperparameters_execute_something_is_refused(self, tmp_path):
         class Configured(Decaying):

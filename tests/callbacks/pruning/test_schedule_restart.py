@@ -1,5 +1,7 @@
 """lr_schedule='restart': each round replays the schedule from its start, at every optimizer step."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -153,3 +155,48 @@ class TestRestart:
         trace, alone = fit(Two(None), pruning()), fit(Two(None), max_epochs=E)
         assert thirds(trace) == (alone, alone, alone)
         assert len(set(rates(alone))) == 9  # one for every second step and one more for each new epoch in between
+
+
+class Several(Recording):
+    """So many schedules, one optimizer for each layer."""
+
+    def __init__(self, count):
+        super().__init__(None)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(count))
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        loss = sum(layer(batch).square().mean() for layer in self.layers)
+        self.manual_backward(loss)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        optimizers = [sgd(layer.parameters()) for layer in self.layers]
+        return optimizers, [StepLR(optimizer, 100) for optimizer in optimizers]
+
+
+class TestResumedWithAnotherNumberOfSchedules:
+    @pytest.mark.parametrize("after", [1, 2])
+    def test_it_is_said_with_both_numbers(self, tmp_path, after):
+        class Save(Callback):
+            def on_train_epoch_end(self, trainer, module):
+                if trainer.current_epoch == 1:
+                    trainer.save_checkpoint(tmp_path / "file.ckpt")
+
+        class Fewer(Several):
+            def configure_optimizers(self):
+                optimizers, schedules = super().configure_optimizers()
+                return optimizers, schedules[:after]
+
+        fit(Several(2), pruning("keep"), Save())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(Fewer(2), pruning("keep"), ckpt_path=tmp_path / "file.ckpt")
+        said = [str(each.message) for each in caught if "learning-rate schedules" in str(each.message)]
+        assert [text[:79] for text in said] == (
+            ["The checkpoint was saved with 2 learning-rate schedules, and this fit has 1. Eve"[:79]]
+            if after == 1
+            else []
+        )

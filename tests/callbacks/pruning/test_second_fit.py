@@ -22,7 +22,7 @@ from helpers import (
 )
 from torch import nn
 
-from lightning_sap import FixedFraction, PruningCallback
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
 
 class TestSecondFit:
@@ -214,6 +214,23 @@ class TestFitInsideAFit:
         assert same(module.state_dict(), alone.state_dict())
         assert same(pruner.masks, other.masks)
         assert len(pruner.history) == len(other.history) == 4
+
+    @pytest.mark.parametrize("inner", ["fit", "validate"])
+    def test_the_same_monitor_is_refused_and_keeps_what_it_has_seen(self, inner):
+        monitor, said = PQIMonitor(stop_on=None), []
+
+        def nest(trainer, _):
+            if trainer.global_step == 4 and not said:
+                with pytest.raises(RuntimeError, match=r"^pqi: the callback is in the middle of a fit"):
+                    getattr(quiet_trainer(monitor, max_epochs=3), inner)(Net(), loader())
+                said.append(trainer.global_step)
+
+        fit(Net(), half(), monitor, Watch(on_train_batch_end=nest))
+        alone = PQIMonitor(stop_on=None)
+        fit(Net(), half(), alone)
+        assert said
+        assert monitor.rows() == alone.rows()
+        fit(Net(), half(), monitor)  # and the next fit is free
 
     def test_a_callback_of_its_own_is_taken(self):
         pruner, inner = half(), half()
