@@ -234,11 +234,11 @@ class PQIMonitor(RoundListener, Callback):
         self._passed_over = None if judged else record.round
         if judged and rule.detector.round < record.round:
             self._catch_up(pruner, pl_module)
-            notes, self._missed = self._missed, {}
             metric = record.metrics.get(self.monitor or "")
             rule.update(*self._meter.evidence(trainer, pl_module, metric), record.round)
-            notes[record.round] = {"phase": str(self.phase), "reason": self.reason}
             messages.tell_judgement(trainer, self, record.round, before)
+        if judged and rule.detector.round == record.round:  # also where an interrupt came between verdict and answer
+            notes = {**self._missed, record.round: {"phase": str(self.phase), "reason": self.reason}}
         self._add_row(trainer, pl_module, record.last_epoch)
         if record.unit == "step":
             self._curve.note(record.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -70,11 +71,13 @@ class StoppingRule:
         return self.detector.preview(pqi, layers=layers, metric=metric, round=round)
 
     def update(self, pqi: float, layers: Layers, metric: float | None, round: int | None = None) -> Phase:
-        """Take in the round that ends now, of that number; None: the next."""
-        phase = self.detector.update(pqi, layers=layers, metric=metric, round=round)
-        if self.verdict is None and phase in STOPS[self.stop_on]:
-            dated = self.detector.since if phase is Phase.COMPRESSION else self.detector.last_sound
-            self.verdict = Verdict(str(phase), self.detector.round, self.detector.reason, dated)
+        """Take in the round that ends now, of that number; None: the next. An interrupt leaves all of it or nothing."""
+        detector, verdict = copy.deepcopy(self.detector), self.verdict
+        phase = detector.update(pqi, layers=layers, metric=metric, round=round)
+        if verdict is None and phase in STOPS[self.stop_on]:
+            dated = detector.since if phase is Phase.COMPRESSION else detector.last_sound
+            verdict = Verdict(str(phase), detector.round, detector.reason, dated)
+        self.detector, self.verdict = detector, verdict
         return phase
 
     def state_dict(self) -> dict[str, Any]:

@@ -218,7 +218,8 @@ class PruningSession:
                 hand_back_(self, trainer, module, beside)
             return
         check_trained(self, trainer, module, is_over=True)
-        last_epoch, measure = max(state.first_epoch, trainer.current_epoch - 1), self.measure(module)
+        trained = min(trainer.current_epoch - 1, state.epoch - (state.epoch_steps == 0))  # some epochs are cut off
+        last_epoch, measure = max(state.first_epoch, trained), self.measure(module)
         self.end_round(trainer, module, last_epoch, listeners)  # unless it has ended as planned
         record = self.record(trainer, measure, last_epoch)
         taken_back = isinstance(state.answer, TakeBack) or tolerance.holds_another(state)

@@ -15,13 +15,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 import lightning_sap
-from lightning_sap import FixedFraction, PruningCallback, SAPCallback, Tolerance
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, Tolerance
 
 # with OnExceptionCheckpoint Lightning looks for a file to resume from, unasked
 pytestmark = pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 
 PACKAGE = Path(lightning_sap.__file__).parent
-PRUNING = {str(PACKAGE / "callbacks/pruning" / f"{name}.py") for name in ("carrying", "decisions", "kept", "state")}
+FILES = [f"callbacks/pruning/{name}" for name in ("carrying", "decisions", "kept", "state")]
+FILES += ["callbacks/monitor/callback", "callbacks/monitor/stopping", "rounds/phases"]
+PRUNING = {str(PACKAGE / f"{name}.py") for name in FILES}
 EVERY = 48  # of the lines of a pruning, in the tests of every day
 
 
@@ -41,6 +43,7 @@ RUNS = {
     "kept weights": partial(SAPCallback, rounds=2, scope="global", eta_r=0.1),
     "rewound weights": partial(SAPCallback, rounds=2, scope="global", eta_r=0.1, rewind_weights="init"),
     "kept optimizer": partial(SAPCallback, rounds=2, scope="layer", eta_r=0.1, reset_optimizer=False),
+    "verdict": partial(PruningCallback, FixedFraction(0.7), rounds=4, every_n_epochs=1),
     "search": partial(
         PruningCallback, FixedFraction(0.5), rounds=5, every_n_epochs=1, tolerance=Tolerance("score", drop=0.5)
     ),
@@ -73,6 +76,7 @@ def run(name, *callbacks, interrupt=None, ckpt_path=None):
     It is interrupted while epoch 2, 3 or 4 begins or ends.
     """
     module, pruner, began = Scheduled(), RUNS[name](), {}
+    monitors = [PQIMonitor(monitor="score", restore=False)] if name == "verdict" else []
 
     def trace(on):
         return lambda trainer, _: sys.settrace(interrupt if on and trainer.current_epoch in (2, 3, 4) else None)
@@ -86,7 +90,7 @@ def run(name, *callbacks, interrupt=None, ckpt_path=None):
     before = sys.gettrace()
     try:
         fit(
-            module, armed, pruner, disarmed, *callbacks, max_epochs=6, train=DataLoader(Alike(2), 8), val=loader(),
+            module, armed, pruner, *monitors, disarmed, *callbacks, max_epochs=6, train=DataLoader(Alike(2), 8), val=loader(),
             ckpt_path=ckpt_path, enable_checkpointing=True, num_sanity_val_steps=0,
         )  # fmt: skip
     finally:
@@ -120,9 +124,12 @@ def test_a_pruning_that_is_interrupted_is_finished_and_not_done_twice(tmp_path, 
         run(name, OnExceptionCheckpoint(tmp_path, "end"), interrupt=Interrupt(n))
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["lightning_sap/sap"]
     pruner, resumed = run(name, ckpt_path=tmp_path / "end.ckpt")
-    first = min(resumed)
-    assert same(resumed[first][0], began[first][0])
-    if state["round"] < first or state["steps"] == 0:  # else it goes on in mid-round
+    first = min(resumed, default=len(records))  # none begins after a verdict
+    if first == len(records):
+        assert same(pruner.masks, began[first - 1][0])
+    else:
+        assert same(resumed[first][0], began[first][0])
+    if first in resumed and (state["round"] < first or state["steps"] == 0):  # else it goes on in mid-round
         assert same(resumed[first][1], began[first][1])
     assert without_logged(records_of(pruner)[:first]) == without_logged(records[:first])
 
