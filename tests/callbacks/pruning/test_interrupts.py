@@ -90,8 +90,8 @@ def run(name, *callbacks, interrupt=None, ckpt_path=None):
     before = sys.gettrace()
     try:
         fit(
-            module, armed, pruner, *monitors, disarmed, *callbacks, max_epochs=6, train=DataLoader(Alike(2), 8), val=loader(),
-            ckpt_path=ckpt_path, enable_checkpointing=True, num_sanity_val_steps=0,
+            module, armed, pruner, *monitors, disarmed, *callbacks, max_epochs=6, train=DataLoader(Alike(2), 8),
+            val=loader(), ckpt_path=ckpt_path, enable_checkpointing=True, num_sanity_val_steps=0,
         )  # fmt: skip
     finally:
         sys.settrace(before)
