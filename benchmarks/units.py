@@ -7,12 +7,14 @@ are trained, which takes two. ``--quick`` is a short try.
 import argparse
 import statistics
 import time
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import common
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from tolerance_tasks import TASKS, Task, loaders
+from tolerance_tasks import TASKS, Task, loaders, models
 from torch import nn
 
 from lightning_sap import SAPCallback, Tolerance, shrink
@@ -38,8 +40,13 @@ class Found(NamedTuple):
 
 def tasks(images: str) -> dict[str, Task]:
     """The networks that are pruned."""
-    found = {"digits, 16-32": TASKS["digits, CNN"]}
-    return {**found, "images, 8-16-32": TASKS["images, CNN"]} if images else found
+    narrow, images_cnn = TASKS["digits, CNN"], TASKS["images, CNN"]
+    digits = {
+        "digits, 16-32": narrow,
+        "digits, 64-128": replace(narrow, network=partial(models.CNN, (1, 8, 8), 10, hidden=(64, 128))),
+    }
+    wide = replace(images_cnn, network=partial(models.CNN, (3, 32, 32), 10, hidden=(16, 32, 64), lr=0.05))
+    return {**digits, "images, 8-16-32": images_cnn, "images, 16-32-64": wide} if images else digits
 
 
 def train(task: Task, images: str, seed: int, epochs: int, callbacks: list) -> tuple[nn.Module, list[float]]:

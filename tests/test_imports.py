@@ -139,9 +139,10 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/monitor/stopping",
     },
     "callbacks/monitor/messages": {
+        "report",
+        "callbacks/logging",
         "rounds/history",
         "rounds/phases",
-        "report",
         "callbacks/monitor/callback",
         "callbacks/monitor/stopping",
     },
@@ -156,7 +157,7 @@ ARROWS: dict[str, set[str]] = {
         "rounds/protocol",
         "callbacks/training",
     },
-    "callbacks/monitor/mode": {"rounds/metric_names"},
+    "callbacks/monitor/mode": {"callbacks/logging", "rounds/metric_names"},
     "callbacks/monitor/schema": {"schema", "rounds/phases", "callbacks/monitor/stopping", "callbacks/round_metrics"},
     "callbacks/monitor/stopping": {"rounds/history", "rounds/phases"},
     "callbacks/pruning": {"callbacks/pruning/callback", "callbacks/pruning/sap"},
@@ -242,6 +243,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/state",
     },
     "callbacks/pruning/course": {
+        "callbacks/logging",
         "engine/weights",
         "rounds/plan",
         "rounds/protocol",
@@ -280,6 +282,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/pruning/kept_round": {"sharding", "engine/masks", "engine/weights", "rewind"},
     "callbacks/pruning/messages": {
+        "callbacks/logging",
         "engine/groups",
         "engine/masks",
         "engine/weights",
@@ -345,8 +348,9 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/session",
     },
     "callbacks/pruning/schedules": {
-        "rounds/plan",
         "rewind",
+        "callbacks/logging",
+        "rounds/plan",
         "callbacks/pruning/compatibility",
         "callbacks/pruning/lengths",
         "callbacks/pruning/options",
@@ -406,8 +410,9 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/round_metrics",
     },
     "callbacks/pruning/tolerance": {
-        "policies/base",
+        "callbacks/logging",
         "engine/decision",
+        "policies/base",
         "rounds/protocol",
         "rounds/search",
         "callbacks/pruning/messages",
@@ -429,6 +434,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/training",
     },
     "callbacks/pruning/units": {
+        "callbacks/logging",
         "engine/masks",
         "engine/unit_decision",
         "engine/unit_groups",

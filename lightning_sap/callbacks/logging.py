@@ -1,10 +1,25 @@
-"""Values that go to loggers and to other callbacks: at the end of an epoch, and inside it."""
+"""Lines for the terminal, and values that go to loggers and to other callbacks: at an epoch's end, and inside it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+LINES = logging.getLogger("lightning_sap")
+if LINES.level == logging.NOTSET:
+    LINES.setLevel(logging.INFO)
+if not logging.getLogger().hasHandlers():  # as Lightning shows its own lines
+    LINES.addHandler(logging.StreamHandler())
+    LINES.propagate = False
+
+
+@rank_zero_only
+def log_line(line: str) -> None:
+    """Show a line, on rank 0; the logger ``lightning_sap`` filters, formats and sends it elsewhere."""
+    LINES.info(line)
 
 
 def log_epoch(trainer: Trainer, module: LightningModule, values: Mapping[str, float], *, logger: bool) -> None:

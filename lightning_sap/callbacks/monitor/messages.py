@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.report import show
 from lightning_sap.rounds.history import RoundRecord
 
@@ -41,7 +42,7 @@ def warn_of_no_sound_round(name: str, round: int) -> None:
 
 def tell_restored(name: str, record: RoundRecord) -> None:
     """Say which round the module holds again."""
-    rank_zero_info(
+    log_line(
         f"{name}: the module holds round {record.round} again, {record.remaining:.2%} of the weights"
         f"{'' if record.path is None else f': {record.path}'}"
     )
@@ -52,16 +53,16 @@ def tell_judgement(trainer: Trainer, monitor: PQIMonitor, round: int, before: tu
     if monitor.verdict != before[1]:
         least = trainer.min_epochs or 0
         more = f" Training goes on to min_epochs={least}." if trainer.current_epoch + 1 < least else ""
-        rank_zero_info(f"{monitor.name}: {monitor.verdict}{more}")
+        log_line(f"{monitor.name}: {monitor.verdict}{more}")
     elif monitor.verbose and monitor.phase != before[0]:
-        rank_zero_info(f"{monitor.name}: {monitor.phase} after round {round}. {monitor.reason}")
+        log_line(f"{monitor.name}: {monitor.phase} after round {round}. {monitor.reason}")
 
 
 def tell_report(monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
     """Print the report: as a table where rich is installed, else as Markdown; training is over, and may not fail."""
     try:
         if importlib.util.find_spec("rich") is None:
-            rank_zero_info(monitor.report())
+            log_line(monitor.report())
         else:
             show(records, metric=monitor.monitor, verdict=str(monitor.verdict or ""))
     except OSError as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import groupby, pairwise
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.rounds.metric_names import Mode, better
 
 WORDS: dict[Mode, str] = {"max": "larger", "min": "smaller"}
@@ -32,7 +33,7 @@ class MetricMode:
             return
         if self.given is None:
             why = "by its name" if self.by_name else "the default, since its name does not say"
-            rank_zero_info(
+            log_line(
                 f"{name}: {self.monitor!r} counts as better when {WORDS[self.value]} (mode={self.value!r}, {why}). "
                 f"Give mode={OTHER[self.value]!r} if it is better when {WORDS[OTHER[self.value]]}."
             )

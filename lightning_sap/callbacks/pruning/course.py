@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning import messages, tolerance
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
@@ -108,7 +109,7 @@ class Course:
         held = next((record.round for record in state.history if record.restored and wanted), None)
         reached, short = _reached(ending, state, held), _shortfall(options, state, ending)
         missed = "nothing was pruned" if target is None else f"target_remaining={target} is missed"
-        say: Callable[[str], None] = rank_zero_info
+        say: Callable[[str], None] = log_line
         if target is not None and ending.rounds != 0 and _is_met(options, state):
             text = f"{reached}; target_remaining={target} is met{messages.closeness(options, state)}."
         elif target is not None and (ending.cut or held is not None):
@@ -131,7 +132,7 @@ class Course:
 def begin(session: PruningSession, trainer: Trainer, module: LightningModule, schedules: list[str]) -> Course:
     """Say what is going to happen, and warn of what can be known to stand against it."""
     options, state = session.options, session.state
-    rank_zero_info(messages.announcement(options, state, schedules, session.subject.outside, session.archive))
+    log_line(messages.announcement(options, state, schedules, session.subject.outside, session.archive))
     if state.plan.rounds != 0:
         messages.warn_of_lasting(options, session.schedules.lasting())
         messages.warn_of_adapters(options, low_rank_adapters(module, session.weights))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.groups import PrunableTensor, empty_units
@@ -80,9 +81,9 @@ def tell_changes(options: Options, stored: Mapping[str, str]) -> None:
     later = [f"{key}={new[key]} (was {stored[key]})" for key in changed if key not in OF_THE_PLAN]
     never = [f"{key}={stored[key]} (not {new[key]})" for key in changed if key in OF_THE_PLAN]
     if later:
-        rank_zero_info(f"{options.name}: changed since the checkpoint, from the next round on: {', '.join(later)}")
+        log_line(f"{options.name}: changed since the checkpoint, from the next round on: {', '.join(later)}")
     if never:
-        rank_zero_info(f"{options.name}: a run that is resumed keeps the checkpoint's {', '.join(never)}")
+        log_line(f"{options.name}: a run that is resumed keeps the checkpoint's {', '.join(never)}")
 
 
 def _kept(options: Options, plan: RoundPlan) -> str:
@@ -201,9 +202,9 @@ def warn_of_mixed(options: Options, reasons: Sequence[str]) -> None:
 def tell_settled(options: Options, joined: Mapping[str, int], left: Mapping[str, int]) -> None:
     """Say which weights are prunable from now on, and which were not trained; by name their sizes."""
     if joined:
-        rank_zero_info(f"{options.name}: trained for the first time, and prunable from now on: {_sized(joined)}.")
+        log_line(f"{options.name}: trained for the first time, and prunable from now on: {_sized(joined)}.")
     if left:
-        rank_zero_info(
+        log_line(
             f"{options.name}: an optimizer holds these, and they had no gradient in the first round: {_sized(left)}. "
             "They are left out until they have one."
         )

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning.compatibility import accumulation
 from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.pruning.options import Schedule
@@ -107,7 +108,7 @@ class Schedules:
             short = replay.shortfall_of_calls(HORIZON if end is None else end / (plan.length or end))
             if short is not None and wanted == "auto":
                 replay.mode, replay.reason = "keep", f"a round reaches {short[0]:.3g}, and the schedule {short[1]:.3g}"
-                rank_zero_info(f"{type(replay.scheduler).__name__}: keep from now on ({replay.reason})")
+                log_line(f"{type(replay.scheduler).__name__}: keep from now on ({replay.reason})")
             else:
                 _warn_of_shortfall(replay, plan, short, by_module=True)
 

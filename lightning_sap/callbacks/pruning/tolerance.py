@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning import messages
 from lightning_sap.engine.decision import Decision
 from lightning_sap.policies.base import LARGEST_SCALED
@@ -235,7 +236,7 @@ def tell(options: Options, state: PruningState, why: str, cure: str, *, cut: boo
     elif cut and not search.over:
         rank_zero_warn(f"{options.name}: the search was cut off: {reached}, since {why}. {cure}.")
     else:
-        rank_zero_info(f"{options.name}: {reached}.")
+        log_line(f"{options.name}: {reached}.")
 
 
 def against(tolerance: Tolerance, search: Search) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning.messages import listed
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.engine.masks import MaskSet
@@ -37,7 +37,7 @@ def couple(options: Options, module: nn.Module, weights: Collection[str]) -> lis
         )
     named = {name for group in groups for name in group.names}
     if whole := [name for name in weights if name not in named]:
-        rank_zero_info(
+        log_line(
             f"{options.name}: {sum(group.size for group in groups)} units of {listed(sorted(named))} can go. The units "
             f"of {listed(whole)} stay: outputs of the network, or computed together; they lose what reads other units."
         )
