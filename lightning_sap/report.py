@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from lightning_sap.rounds.history import RoundRecord
 
+TEXTUAL = "phase"  # the one column of words
+
 
 def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> str:
     """The rounds as Markdown: a table, why training stopped, what is in the module, and how far from the yardstick.
@@ -23,14 +25,14 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
         >>> dense = RoundRecord(0, 0, 3, 1.0, {}, 0.31, {}, pruned=20, weights=40, phase="regularization")
         >>> print(markdown([dense, RoundRecord(1, 4, 7, 0.5, {}, 0.25, {}, weights=20, phase="regularization")]))
         | round | epochs | weights | remaining | PQ Index | pruned | phase |
-        | --- | --- | --- | --- | --- | --- | --- |
-        | 0 | 0–3 | 40 | 100.00 % | 0.3100 | 20 | regularization |
-        | 1 | 4–7 | 20 | 50.00 % | 0.2500 | – | regularization |
+        | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+        | 0 | 0–3 | 40 | 100.00% | 0.3100 | 20 | regularization |
+        | 1 | 4–7 | 20 | 50.00% | 0.2500 | – | regularization |
         <BLANKLINE>
-        The module holds round 1: 50.00 % of the prunable weights.
+        The module holds round 1: 50.00% of the prunable weights.
     """
     header, *lines = _table(records, metric)
-    rows = [_escaped(header), ["---"] * len(header), *map(_escaped, lines)]
+    rows = [_escaped(header), ["---" if name == TEXTUAL else "---:" for name in header], *map(_escaped, lines)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n\n".join([table, *_closing(records, verdict)])
 
@@ -43,7 +45,9 @@ def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: 
 
     header, *lines = _table(records, metric)  # as Text: in the names of metrics brackets are no markup
     table = Table(
-        *(Column(Text(name)) for name in header), title="Rounds", padding=0
+        *(Column(Text(name), justify="left" if name == TEXTUAL else "right") for name in header),
+        title="Rounds",
+        padding=0,
     )  # so that it fits into 80 columns
     for line in lines:
         table.add_row(*map(Text, line))
@@ -131,4 +135,4 @@ def _span(record: RoundRecord) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return f"{share:.2%}"

@@ -25,30 +25,30 @@ def records(restored=None, saved=()):
 
 TABLE = """\
 | round | epochs | weights | remaining | PQ Index | pruned | phase | val_acc |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| 0 | 0–3 | 2,000 | 100.00 % | 0.3123 | 1,500 | regularization | 0.9877 |
-| 1 | 4–7 | 500 | 25.00 % | 0.2000 | 1,200 | compression | – |
-| 2 | 8–11 | 200 | 10.00 % | 0.1000 | – | – | 0.7877 |
+| ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |
+| 0 | 0–3 | 2,000 | 100.00% | 0.3123 | 1,500 | regularization | 0.9877 |
+| 1 | 4–7 | 500 | 25.00% | 0.2000 | 1,200 | compression | – |
+| 2 | 8–11 | 200 | 10.00% | 0.1000 | – | – | 0.7877 |
 """
 
 
 class TestMarkdown:
     def test_markdown_of_a_run_that_came_to_its_end(self):
         assert markdown(records(), metric="val_acc") == (
-            TABLE + "\nThe module holds round 2: 10.00 % of the prunable weights."
+            TABLE + "\nThe module holds round 2: 10.00% of the prunable weights."
         )
 
     def test_markdown_of_a_run_that_was_stopped_and_restored(self):
         found = markdown(records(restored=1, saved=(0, 1, 2)), metric="val_acc", verdict="Stopped after round 2: why.")
         assert found == TABLE + (
             "\nStopped after round 2: why."
-            "\n\nThe module holds round 1 again: 25.00 % of the prunable weights."
+            "\n\nThe module holds round 1 again: 25.00% of the prunable weights."
             "\n\n3 rounds are saved, that of the module as rounds/sap-round-001.ckpt."
         )
 
     def test_markdown_with_a_metric_that_no_round_knows(self):
         lines = markdown(records(), metric="unknown").splitlines()
-        assert [line.split(" | ")[-1] for line in lines[:5]] == ["unknown |", "--- |", "– |", "– |", "– |"]
+        assert [line.split(" | ")[-1] for line in lines[:5]] == ["unknown |", "---: |", "– |", "– |", "– |"]
 
     def test_markdown_without_a_metric_has_no_column_for_it(self):
         assert markdown(records()).splitlines()[0] == (
@@ -84,14 +84,14 @@ def judged(restored=2, mode="max", last=0.5):
 
 JUDGED = """\
 | round | epochs | weights | remaining | PQ Index | pruned | phase | score |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| 0 | 0–1 | 1,000 | 100.00 % | 0.2500 | – | compression | 0.9 |
-| 1 | 2–3 | 500 | 50.00 % | 0.2500 | – | compression | 0.95 |
-| 2 | 4–5 | 200 | 20.00 % | 0.2500 | – | compression | 0.9425 |
-| 3 | 6–7 | 10 | 1.00 % | 0.2500 | – | taken back | 0.5 |
-| 4 | 8–9 | 100 | 10.00 % | 0.2500 | – | unsound | 0.5 |
+| ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |
+| 0 | 0–1 | 1,000 | 100.00% | 0.2500 | – | compression | 0.9 |
+| 1 | 2–3 | 500 | 50.00% | 0.2500 | – | compression | 0.95 |
+| 2 | 4–5 | 200 | 20.00% | 0.2500 | – | compression | 0.9425 |
+| 3 | 6–7 | 10 | 1.00% | 0.2500 | – | taken back | 0.5 |
+| 4 | 8–9 | 100 | 10.00% | 0.2500 | – | unsound | 0.5 |
 
-The module holds round 2 again: 20.00 % of the prunable weights.
+The module holds round 2 again: 20.00% of the prunable weights.
 
 """
 
@@ -160,10 +160,10 @@ class TestShow:
         show(records(restored=1, saved=(1,)), metric="val_acc", verdict="Stopped after round 2: [why].")
         printed = capsys.readouterr().out
         cells = [re.findall(r"[^\s│┃┏┓┡┩└┘─━┳╇┴]+", line) for line in printed.splitlines()]
-        assert ["1", "4–7", "500", "25.00", "%", "0.2000", "1,200", "compression", "–"] in cells
-        assert ["2", "8–11", "200", "10.00", "%", "0.1000", "–", "–", "0.7877"] in cells
+        assert ["1", "4–7", "500", "25.00%", "0.2000", "1,200", "compression", "–"] in cells
+        assert ["2", "8–11", "200", "10.00%", "0.1000", "–", "–", "0.7877"] in cells
         assert printed.splitlines()[-3:] == [
             "Stopped after round 2: [why].",
-            "The module holds round 1 again: 25.00 % of the prunable weights.",
+            "The module holds round 1 again: 25.00% of the prunable weights.",
             "1 round is saved, that of the module as rounds/sap-round-001.ckpt.",
         ]

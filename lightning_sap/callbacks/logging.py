@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+
+
+class AboveBars(logging.Handler):
+    """Writes to the standard error, above progress bars of tqdm and of rich."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        tqdm.write(self.format(record), file=sys.stderr)  # which rich may have put something in place of
+
 
 LINES = logging.getLogger("lightning_sap")
 if LINES.level == logging.NOTSET:
     LINES.setLevel(logging.INFO)
 if not logging.getLogger().hasHandlers():  # as Lightning shows its own lines
-    LINES.addHandler(logging.StreamHandler())
+    LINES.addHandler(AboveBars())
     LINES.propagate = False
 
 

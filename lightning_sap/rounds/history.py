@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -161,9 +162,13 @@ class History(Sequence[RoundRecord]):
         return [record.row() for record in self._records]
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the rows to a CSV file, whole or not at all; what a round does not know is left empty."""
-        rows, text = self.rows(), io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+        """Write the rows to a CSV file, whole or not at all; what a round does not know is left empty.
+
+        The paths of checkpoints are relative to the folder of the CSV file.
+        """
+        rows, text, folder = self.rows(), io.StringIO(newline=""), os.path.dirname(os.path.abspath(path))
+        rows = [{**row, "path": row["path"] and os.path.relpath(row["path"], folder)} for row in rows]
+        writer = csv.DictWriter(text, list(dict.fromkeys(["round", *(key for row in rows for key in row)])))
         writer.writeheader()
         writer.writerows(rows)
         with replacing(path) as file:

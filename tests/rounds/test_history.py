@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import re
+from dataclasses import replace
 
 import pytest
 from helpers import BATCHES, Net, Watch, fit, loader
@@ -106,10 +107,12 @@ class TestRows:
         assert RoundRecord(3, 6, 7, 0.5, {}, 0.2, {}, metrics={"round": 99.0}).row()["round"] == 3
 
     def test_csv_file_of_a_history_holds_its_rows(self, history, tmp_path):
-        history.append(record(4, 0.05, late=1.0))
+        history.append(replace(record(4, 0.05, late=1.0), path=str(tmp_path / "rounds" / "sap-round-004.ckpt")))
         history.to_csv(tmp_path / "history.csv")
         with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        assert next(iter(rows[0])) == "round"
+        assert [row["path"] for row in rows] == ["", "", "", "", os.path.join("rounds", "sap-round-004.ckpt")]
         assert [row["round"] for row in rows] == ["0", "1", "2", "3", "4"]
         assert [float(row["remaining"]) for row in rows] == [1.0, 0.5, 0.3, 0.1, 0.05]
         assert [row["acc"] for row in rows] == ["0.95", "0.97", "0.965", "0.5", ""]
@@ -134,13 +137,13 @@ class TestRows:
         os.mkfifo(tmp_path / "pipe")
         reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
         history.to_csv(tmp_path / "pipe")
-        assert os.read(reader, 5) == b"acc,l"
+        assert os.read(reader, 9) == b"round,acc"
         os.close(reader)
         assert os.listdir(tmp_path) == ["pipe"]
 
-    def test_csv_file_of_no_rounds_is_empty(self, tmp_path):
+    def test_csv_file_of_no_rounds_has_a_header_alone(self, tmp_path):
         History().to_csv(tmp_path / "history.csv")
-        assert (tmp_path / "history.csv").read_text().strip() == ""
+        assert (tmp_path / "history.csv").read_text().strip() == "round"
 
 
 class TestOfAFit:

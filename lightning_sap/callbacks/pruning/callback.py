@@ -21,6 +21,7 @@ from lightning_sap.callbacks.pruning import (
     course,
     messages,
     planning,
+    progress,
     restoring,
     tolerance,
     units,
@@ -340,6 +341,8 @@ class PruningCallback(Callback):
             return
         with suppress(ValueError):  # of a module that cannot be looked at, which may be the very exception
             self._hold_masks(pl_module)
+        if self._fit.stage is Stage.TRAINING:
+            progress.tell_interrupted(trainer, self.session, exception)
         self._close(Event.RUN_ENDS)
         archive.release(trainer, self.session)
 

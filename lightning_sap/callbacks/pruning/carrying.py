@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sap.callbacks.pruning import averages, compatibility, messages, tolerance, units
+from lightning_sap.callbacks.pruning import averages, compatibility, messages, progress, tolerance, units
 from lightning_sap.callbacks.pruning.decided import DecidedPruning
 from lightning_sap.callbacks.pruning.decisions import decide_next
 from lightning_sap.callbacks.pruning.kept import go_back_, keep_
@@ -40,7 +40,10 @@ def prune_(
     """
     if session.state.pruning is None:
         session.state.pruning = _decide_(session, trainer, module, last_epoch, beside, keeps=keeps)
-    _carry_out_(session, trainer, module, session.state.pruning, beside)
+    before = session.state
+    _carry_out_(session, trainer, module, before.pruning, beside)
+    rates = [float(group["lr"]) for optimizer in trainer.optimizers[:1] for group in optimizer.param_groups[:1]]
+    progress.tell_pruning(session.options, before, session.state, *(rates or [None]))
 
 
 def _decide_(

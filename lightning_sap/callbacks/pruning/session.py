@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import averages, checks, messages, planning, saving, tolerance, units
+from lightning_sap.callbacks.pruning import averages, checks, messages, planning, progress, saving, tolerance, units
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
@@ -136,6 +136,7 @@ class PruningSession:
             checks.check_target(options, state, self.frozen(state))
         state.search = tolerance.resume(options, state)
         self.state = state
+        progress.tell_resumed(options, state)
         messages.tell_changes(options, state.options)
         messages.warn_of_lost(options, state)
 

@@ -57,7 +57,7 @@ class TestCollapse:
         assert [row["metric"] for row in found.monitor.rows()] == pytest.approx(COLLAPSING[:6])
         report = found.monitor.report()
         assert f"Stopped after round 5: collapse. {COLLAPSE.reason}" in report
-        assert "The module holds round 3 again: 54.17 % of the prunable weights." in report
+        assert "The module holds round 3 again: 54.17% of the prunable weights." in report
         assert found.pruner.remaining == pytest.approx(0.5417, abs=1e-4)
         assert f"6 rounds are saved, that of the module as {found.pruner.history[3].path}." in report
         styles = {line.get_linestyle(): line.get_xdata()[0] for line in found.monitor.plot().axes[1].lines[1:]}

@@ -222,7 +222,7 @@ class TestTakeBack:
         assert pruner.remaining == 0.25
         assert pruner.history[-1].taken_back
         assert pruner.history.restored.round == 2
-        assert "The module holds round 2 again: 25.00 %" in markdown(pruner.history)
+        assert "The module holds round 2 again: 25.00%" in markdown(pruner.history)
 
     def test_optimizers_start_anew(self):
         states = []
