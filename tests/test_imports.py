@@ -32,7 +32,7 @@ RINGS = (
 )
 # Packages besides the standard library, torch and NumPy that a ring may import.
 PACKAGES = {
-    "callbacks": {"lightning"},
+    "callbacks": {"lightning", "tqdm"},
     "metric": {"torchmetrics"},
     "plot": {"matplotlib"},
     "report": {"rich"},
