@@ -486,6 +486,8 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/session",
         "callbacks/pruning/state",
     },
+    "callbacks/monitor/loggers": {"rounds/history", "callbacks/monitor/outputs"},
+    "callbacks/monitor/outputs": {"files", "rounds/history"},
 }
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring

@@ -43,6 +43,7 @@ COMMON = {
     "save_rounds": None,
     "dirpath": None,
     "name": "sap",
+    "prog_bar": True,
 }
 REQUIRED = inspect.Parameter.empty
 
@@ -99,7 +100,7 @@ class TestPublicNames:
         assert positional == {"p": None, "q": None}
         assert named == {
             "stop_on": "collapse", "monitor": None, "mode": None, "patience": 2, "restore": True, "verbose": True,
-            "gini": False, "log_layers": False, "name": "pqi",
+            "gini": False, "log_layers": False, "name": "pqi", "prog_bar": False,
         }  # fmt: skip
 
     def test_public_arguments_of_the_functions(self):
@@ -182,4 +183,4 @@ class TestCheckpointKeys:
             "rounds", "length", "first", "end", "unit", "schedules_from", "dense",
         }  # fmt: skip
         assert set(state["masks"]["net.0.weight"]) == {"shape", "bits"}
-        assert set(state["options"]) == {*COMMON, "policy"}
+        assert set(state["options"]) == {*COMMON, "policy"} - {"prog_bar"}

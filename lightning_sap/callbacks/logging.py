@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -33,12 +33,18 @@ def log_line(line: str) -> None:
     LINES.info(line)
 
 
-def log_epoch(trainer: Trainer, module: LightningModule, values: Mapping[str, float], *, logger: bool) -> None:
-    """Log values of the epoch, to the loggers too or to callbacks alone; a Trainer in barebones mode logs nothing."""
-    if not trainer.barebones:
-        to = None if logger else False  # True would warn where there is no logger
+def log_epoch(
+    trainer: Trainer, module: LightningModule, values: Mapping[str, float], *, logger: bool, bar: Container[str] = ()
+) -> None:
+    """Log values of the epoch, to the loggers too or to callbacks alone; a Trainer in barebones mode logs nothing.
+
+    Those whose names are in ``bar`` are shown on the progress bar.
+    """
+    to = None if logger else False  # True would warn where there is no logger
+    for on_bar in () if trainer.barebones else (False, True):
+        part = {key: value for key, value in values.items() if (key in bar) == on_bar}
         # all ranks have the same numbers, and the most of equal numbers is exactly each of them
-        module.log_dict(dict(values), on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
+        module.log_dict(part, prog_bar=on_bar, on_step=False, on_epoch=True, logger=to, sync_dist=True, reduce_fx="max")
 
 
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:

@@ -59,6 +59,7 @@ class PQIMonitor(RoundListener, Callback):
         gini: Log the Gini index too; it sorts a copy of all weights, and cannot be had of sharded ones.
         log_layers: Which parameters are logged one by one: False none, True all, or globs on their names.
         name: Tells two monitors apart, in checkpoints and as the first part of the keys ``pqi/…``.
+        prog_bar: Show ``<name>/global`` on the progress bar.
 
     Raises:
         ValueError: If not ``0 < p < q``, or another option is out of its range; in training, if ``monitor`` is never
@@ -85,14 +86,15 @@ class PQIMonitor(RoundListener, Callback):
         gini: bool = False,
         log_layers: bool | Sequence[str] = False,
         name: str = "pqi",
+        prog_bar: bool = False,
     ) -> None:
         super().__init__()
         if not name or "/" in name:
             raise ValueError(f"name must be a non-empty text without '/', got {name!r}.")
-        self.stop_on = stop_on
-        self._mode = MetricMode(monitor, mode)
+        self.stop_on, self._mode = stop_on, MetricMode(monitor, mode)
         self.monitor, self.mode, self.patience = monitor, self._mode.value, as_plain(patience)
         self.restore, self.verbose, self.name = restore, verbose, name
+        self._bar = [f"{name}/global"] if prog_bar else []
         self._meter = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
         self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
         self._records: list[RoundRecord] = []  # of the latest fit that came to its end
@@ -178,11 +180,11 @@ class PQIMonitor(RoundListener, Callback):
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._curve.metrics.validate(self._moment(trainer))
-            log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=False)
+            log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=False, bar=self._bar)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._add_row(trainer, pl_module, trainer.current_epoch)
-        log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=True)
+        log_epoch(trainer, pl_module, self._values(trainer, pl_module), logger=True, bar=self._bar)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
@@ -277,9 +279,8 @@ class PQIMonitor(RoundListener, Callback):
 
     def _values(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         values, pruner = self._meter.values(trainer, module), leader(trainer)
-        if pruner is not None:
-            values[f"{self.name}/phase"] = float(PHASES.index(self._phase_now(pruner, trainer, module)))
-        return values
+        phase = None if pruner is None else PHASES.index(self._phase_now(pruner, trainer, module))
+        return values if phase is None else {**values, f"{self.name}/phase": float(phase)}
 
     # -- pictures and report ------------------------------------------------------------------------------------------
 
@@ -316,7 +317,7 @@ class PQIMonitor(RoundListener, Callback):
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""
         report = self.report() if self._records else None
-        loggers.show(trainer, self.name, self.plot if self._curve.rows else None, report)
+        loggers.show(trainer, self.name, self.plot if self._curve.rows else None, report, self._records)
         if self.verbose and report is not None and trainer.is_global_zero:
             messages.tell_report(self, self._records)
 
@@ -346,5 +347,4 @@ class PQIMonitor(RoundListener, Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave out the module, which Lightning hangs on every callback as `log`."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return {**kept, "_trainer": None}
+        return {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")} | {"_trainer": None}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
+
+from lightning_sap.callbacks.monitor import outputs
+from lightning_sap.rounds.history import RoundRecord
 
 CHART = "lightning-sap"
 
@@ -37,8 +40,18 @@ def lay_out(trainer: Trainer, monitor: str, layers: Iterable[str]) -> None:
         _try(f"{monitor}: the charts", partial(writer.add_custom_scalars, layout(monitor, layers)))
 
 
-def show(trainer: Trainer, monitor: str, plot: Callable[[Any], Any] | None, report: str | None) -> None:
-    """Put both figures among the images, where matplotlib is installed, and the report among the texts."""
+def show(
+    trainer: Trainer,
+    monitor: str,
+    plot: Callable[[Any], Any] | None,
+    report: str | None,
+    records: Sequence[RoundRecord],
+) -> None:
+    """Put both figures among the images, where matplotlib is installed, and the report among the texts; a collective.
+
+    All of it is written to the run's folder too.
+    """
+    outputs.write(trainer, monitor, plot, report, records)
     step = trainer.global_step
     for writer in writers(trainer):
         if plot is not None and importlib.util.find_spec("matplotlib") is not None:

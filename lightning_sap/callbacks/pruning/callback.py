@@ -271,12 +271,12 @@ class PruningCallback(Callback):
         """For callbacks that look at validation end; the loggers get the values at the end of the epoch."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             values = self._values() | self._named(tolerance.values(self.session, trainer))
-            log_epoch(trainer, pl_module, values, logger=False)
+            log_epoch(trainer, pl_module, values, logger=False, bar=self._on_bar())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End and save the round that ends with the epoch: from a checkpoint of this hook Lightning resumes."""
         self._hold_masks(pl_module)
-        log_epoch(trainer, pl_module, self._values(), logger=True)
+        log_epoch(trainer, pl_module, self._values(), logger=True, bar=self._on_bar())
         if self.ends_round(trainer):
             self._fit.course.see_round(self.options, self.session.state)
             if self.session.state.steps > 0:
@@ -286,6 +286,9 @@ class PruningCallback(Callback):
     def _values(self) -> dict[str, float]:
         state = self.session.state
         return self._named({"round": state.round, "remaining": self.remaining, "pruned": state.count})
+
+    def _on_bar(self) -> list[str]:
+        return [f"{self.options.name}/remaining"] if self.options.prog_bar else []
 
     def _named(self, values: Mapping[str, float]) -> dict[str, float]:
         return {f"{self.options.name}/{key}": float(value) for key, value in values.items()}

@@ -38,12 +38,13 @@ def prune_(
         beside: The runs of the other callbacks that prune.
         keeps: Whether the round is kept, to go back to.
     """
-    if session.state.pruning is None:
-        session.state.pruning = _decide_(session, trainer, module, last_epoch, beside, keeps=keeps)
+    pruning = session.state.pruning
+    if pruning is None:
+        pruning = session.state.pruning = _decide_(session, trainer, module, last_epoch, beside, keeps=keeps)
     before = session.state
-    _carry_out_(session, trainer, module, before.pruning, beside)
+    _carry_out_(session, trainer, module, pruning, beside)
     rates = [float(group["lr"]) for optimizer in trainer.optimizers[:1] for group in optimizer.param_groups[:1]]
-    progress.tell_pruning(session.options, before, session.state, *(rates or [None]))
+    progress.tell_pruning(session.options, before, session.state, rates[0] if rates else None)
 
 
 def _decide_(

@@ -75,6 +75,7 @@ class Options:
             otherwise none.
         dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
         name: Tells two callbacks apart, in checkpoints and in log keys: two in one Trainer need two names.
+        prog_bar: Show ``<name>/remaining`` on the progress bar.
 
     Raises:
         ValueError: If one is out of its range.
@@ -102,6 +103,7 @@ class Options:
     save_rounds: bool | int | None = None
     dirpath: str | Path | None = None
     name: str = "sap"
+    prog_bar: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -133,6 +135,7 @@ class Options:
         _check(
             fits, "name", self.name, f"a text of at most {LONGEST_NAME} bytes without NUL, as files are named after it"
         )
+        _check(isinstance(self.prog_bar, bool), "prog_bar", self.prog_bar, "True or False")
         _check("\0" not in str(self.dirpath or ""), "dirpath", self.dirpath, "a path without NUL")
 
     def _check_structure(self) -> None:
@@ -222,6 +225,7 @@ class Options:
     def plain(self) -> dict[str, str]:
         """The options as texts, to be stored and compared; without addresses, which every process has anew."""
         plain = {**vars(self), "example_inputs": type(self.example_inputs).__name__}  # else all of its numbers
+        del plain["prog_bar"]  # which changes nothing of a run
         texts = {key: value if isinstance(value, str) else repr(value) for key, value in plain.items()}
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 

@@ -2,10 +2,11 @@
 
 import csv
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import BATCHES, PRUNABLE, Net, fit, half, loader
+from helpers import BATCHES, PRUNABLE, Net, Watch, fit, half, loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from monitoring import Expecting, close
 
@@ -134,3 +135,28 @@ class TestFailingWriters:
         ):
             fit(Net(), monitor, half())
         assert "The module holds round 3" in monitor.report()
+
+
+class TestFolder:
+    @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+    def test_report_rounds_and_figures_are_left_whatever_the_logger_is(self, tmp_path, kind):
+        monitor, pruner, logger = PQIMonitor(stop_on=None), half(), kind(tmp_path)
+        fit(Net(), monitor, pruner, logger=logger, **STEPS_PER_LOG)
+        folder = Path(logger.log_dir)
+        assert (folder / "pqi-report.md").read_text(encoding="utf-8") == monitor.report()
+        rows = list(csv.DictReader((folder / "pqi-rounds.csv").read_text(encoding="utf-8").splitlines()))
+        assert [float(row["remaining"]) for row in rows] == [1.0, 0.5, 0.25, 0.125]
+        for figure in ("pqi-rounds.png", "pqi-layers.png"):
+            assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("options", [{"logger": False}, {"fast_dev_run": True, "max_epochs": None}])
+    def test_nothing_is_left_where_nothing_is_logged(self, tmp_path, options):
+        fit(Net(), PQIMonitor(stop_on=None), half(), **{"default_root_dir": tmp_path, **options})
+        assert not [path for path in tmp_path.rglob("*") if path.name.startswith("pqi")]
+
+    def test_a_folder_that_cannot_be_written_is_a_warning(self, tmp_path):
+        in_the_way = Watch(on_train_end=lambda trainer, _: (Path(trainer.log_dir) / "pqi-report.md").mkdir())
+        with pytest.warns(UserWarning, match=r"pqi-report\.md' cannot be written"):
+            trainer = fit(Net(), PQIMonitor(stop_on=None), half(), in_the_way, logger=CSVLogger(tmp_path))
+        assert trainer.current_epoch == 4
+        assert (Path(trainer.log_dir) / "pqi-rounds.csv").exists()

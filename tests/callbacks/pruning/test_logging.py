@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 from torch.optim import SGD
 
-from lightning_sap import FixedFraction, PruningCallback
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
 
 class TestLogging:
@@ -27,6 +27,21 @@ class TestLogging:
         )
         fit(Net(), look, pruner, val=loader())
         assert seen == [None, 1.0, 0.5, 0.25, 0.125]
+
+    @pytest.mark.parametrize(
+        ("pruner", "monitor", "shown"),
+        [
+            ({}, {}, {"sap/remaining": 0.125}),
+            ({"prog_bar": False}, {"prog_bar": True}, {"pqi/global": None}),
+            ({"prog_bar": False}, {}, {}),
+        ],
+    )
+    def test_progress_bar_shows_what_remains_and_the_index_if_asked(self, pruner, monitor, shown):
+        seen = {}
+        look = Watch(on_train_end=lambda trainer, _: seen.update(trainer.progress_bar_metrics))
+        trainer = fit(Net(), half(**pruner), PQIMonitor(stop_on=None, **monitor), look, val=loader())
+        expected = {k: trainer.callback_metrics[k].item() if v is None else v for k, v in shown.items()}
+        assert {key: value for key, value in seen.items() if "/" in key} == expected
 
     @pytest.mark.parametrize("validate", [False, True])
     @pytest.mark.parametrize("first", [False, True])

@@ -349,6 +349,7 @@ trainer:
         save_rounds: 3
         dirpath: rounds/here
         name: first
+        prog_bar: false
     - class_path: lightning_sap.PruningCallback
       init_args:
         policy:
@@ -416,6 +417,7 @@ class TestYAML:
             "save_rounds": 3,
             "dirpath": "rounds/here",
             "name": "first",
+            "prog_bar": False,
         }
 
     def test_yaml_gives_a_policy_by_its_class_path(self, callbacks):
