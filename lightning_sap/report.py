@@ -31,10 +31,10 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
         <BLANKLINE>
         The module holds round 1: 50.00% of the prunable weights.
     """
-    header, *lines = _table(records, metric)
+    header, *lines = table(records, metric)
     rows = [_escaped(header), ["---" if name == TEXTUAL else "---:" for name in header], *map(_escaped, lines)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return "\n\n".join([table, *_closing(records, verdict)])
+    lines_of_table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n\n".join([lines_of_table, *_closing(records, verdict)])
 
 
 def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> None:
@@ -43,15 +43,15 @@ def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: 
     from rich.table import Column, Table
     from rich.text import Text
 
-    header, *lines = _table(records, metric)  # as Text: in the names of metrics brackets are no markup
-    table = Table(
+    header, *lines = table(records, metric)  # as Text: in the names of metrics brackets are no markup
+    grid = Table(
         *(Column(Text(name), justify="left" if name == TEXTUAL else "right") for name in header),
         title="Rounds",
         padding=0,
     )  # so that it fits into 80 columns
     for line in lines:
-        table.add_row(*map(Text, line))
-    get_console().print(table)
+        grid.add_row(*map(Text, line))
+    get_console().print(grid)
     get_console().print("\n".join(_closing(records, verdict)), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -80,8 +80,16 @@ def judges(records: Sequence[RoundRecord], name: str) -> bool:
     return bool(judged) and all(a == b or (a != a and b is not None and b != b) for a, b in judged)  # NaN too
 
 
-def _table(records: Sequence[RoundRecord], metric: str | None) -> list[list[str]]:
-    """The header, then one line for each round."""
+def table(records: Sequence[RoundRecord], metric: str | None = None) -> list[list[str]]:
+    """The header, then one line for each round.
+
+    Raises:
+        ValueError: If there are no records.
+
+    Example:
+        >>> table([RoundRecord(0, 0, 3, 1.0, {}, 0.31, {}, pruned=20, weights=40)])[1]
+        ['0', '0–3', '40', '100.00%', '0.3100', '20', '–']
+    """
     if not records:
         raise ValueError("There is nothing to report yet: no round has ended.")
     columns = {

@@ -115,7 +115,6 @@ ARROWS: dict[str, set[str]] = {
     "callbacks": {"callbacks/monitor", "callbacks/pruning"},
     "callbacks/monitor": {"callbacks/monitor/callback"},
     "callbacks/monitor/callback": {
-        "report",
         "callbacks/logging",
         "callbacks/training",
         "functional/scalars",
@@ -486,7 +485,13 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/session",
         "callbacks/pruning/state",
     },
-    "callbacks/monitor/loggers": {"rounds/history", "callbacks/monitor/outputs"},
+    "callbacks/monitor/loggers": {
+        "report",
+        "rounds/history",
+        "callbacks/monitor/callback",
+        "callbacks/monitor/meter",
+        "callbacks/monitor/outputs",
+    },
     "callbacks/monitor/outputs": {"files", "rounds/history"},
 }
 

@@ -152,13 +152,14 @@ class TestLogKeys:
     def test_log_keys_of_a_pruner_and_a_monitor(self):
         trainer = fit(Net(), SAPCallback(), PQIMonitor(stop_on=None, gini=True, log_layers=["net.3.*"]), val=loader())
         assert {
-            "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "pqi/global", "pqi/layer_mean",
-            "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
+            "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "sap/lr", "pqi/global",
+            "pqi/layer_mean", "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
         } <= set(trainer.callback_metrics)  # fmt: skip
 
     def test_log_keys_of_a_pruner_by_another_name(self):
         trainer = fit(Net(), PruningCallback(FixedFraction(0.5), name="ticket"))
-        assert set(trainer.callback_metrics) == {"train_loss", "ticket/round", "ticket/remaining", "ticket/pruned"}
+        keys = {"ticket/round", "ticket/remaining", "ticket/pruned", "ticket/lr"}
+        assert set(trainer.callback_metrics) == {"train_loss", *keys}
 
 
 class TestCheckpointKeys:

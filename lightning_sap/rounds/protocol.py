@@ -121,6 +121,9 @@ class PrunerView(Protocol):
     def tensors(self, module: nn.Module) -> dict[str, PrunableTensor]:
         """The weights it prunes, live, with their masks."""
 
+    def settings(self) -> dict[str, bool | int | float | str | None]:
+        """Its options by name, as loggers take them; of others than numbers and texts what is printed of them."""
+
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +19,6 @@ from lightning_sap.callbacks.monitor.schema import SCHEMA
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
 from lightning_sap.callbacks.training import is_in_another_fit, of_a_run_in_a_fit
 from lightning_sap.functional.scalars import as_plain
-from lightning_sap.report import markdown
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import Answer, GoOn, PrunerView, RoundEnd, RoundListener, Stop
@@ -106,7 +106,7 @@ class PQIMonitor(RoundListener, Callback):
         """What a run must not lose, at its start."""
         self._curve, self._mode = Curve(self.monitor), MetricMode(self.monitor, self._mode.given)
         self._rule = StoppingRule(self.stop_on, PhaseDetector(self.mode, patience=self.patience))
-        self._missed: dict[int, dict[str, str]] = {}  # phase and reason of rounds that ended before it was there
+        self._missed: dict[int, dict[str, Any]] = {}  # phase and reason of rounds that ended before it was there
         self._passed_over: int | None = None  # the latest round that was unsound or taken back
 
     @property
@@ -155,7 +155,7 @@ class PQIMonitor(RoundListener, Callback):
         self._meter.check(trainer, pl_module)
         if trainer.barebones:
             messages.warn_of_silence(self.name)
-        loggers.lay_out(trainer, self.name, self._meter.layers(trainer, pl_module))
+        loggers.begin(trainer, self, self._meter.layers(trainer, pl_module))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish_row(trainer)
@@ -245,6 +245,7 @@ class PQIMonitor(RoundListener, Callback):
         if record.unit == "step":
             self._curve.note(record.metrics)
             log_now(trainer, self._values(trainer, pl_module))
+        loggers.show(trainer, self, [*event.history, replace(event.record, **notes.get(record.round, {}))])
         if self.verdict is None or not judged:
             return GoOn(notes=notes)
         return Stop(self.verdict.restore if self.restore else None, notes)
@@ -312,13 +313,12 @@ class PQIMonitor(RoundListener, Callback):
         Raises:
             ValueError: If no fit beside a pruner has come to its end.
         """
-        return markdown(self._records, metric=self.monitor, verdict=str(self.verdict or ""))
+        return loggers.report_of(self, self._records)
 
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""
-        report = self.report() if self._records else None
-        loggers.show(trainer, self.name, self.plot if self._curve.rows else None, report, self._records)
-        if self.verbose and report is not None and trainer.is_global_zero:
+        loggers.end(trainer, self, self._records)
+        if self.verbose and self._records and trainer.is_global_zero:
             messages.tell_report(self, self._records)
 
     # -- checkpoints and copies ---------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ class PruningCallback(Callback):
             :class:`Policy`.
         **options: All that :class:`Options` declares.
 
-    Logs every epoch ``<name>/round``, ``<name>/remaining`` (fraction) and ``<name>/pruned`` (weights that the latest
-    pruning took).
+    Logs every epoch ``<name>/round``, ``<name>/remaining`` (fraction), ``<name>/pruned`` (weights that the latest
+    pruning took) and ``<name>/lr`` (learning rate of the first parameter group in the latest step).
 
     Raises:
         ValueError: If an option is out of its range.
@@ -104,6 +104,10 @@ class PruningCallback(Callback):
     def tensors(self, module: nn.Module) -> dict[str, PrunableTensor]:
         """The prunable weights, live, with their masks."""
         return self.session.tensors(module)
+
+    def settings(self) -> dict[str, bool | int | float | str | None]:
+        """Its options as loggers take them."""
+        return self.options.settings()
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
@@ -285,7 +289,8 @@ class PruningCallback(Callback):
 
     def _values(self) -> dict[str, float]:
         state = self.session.state
-        return self._named({"round": state.round, "remaining": self.remaining, "pruned": state.count})
+        rate = {} if state.lr is None else {"lr": float(state.lr)}
+        return self._named({"round": state.round, "remaining": self.remaining, "pruned": state.count, **rate})
 
     def _on_bar(self) -> list[str]:
         return [f"{self.options.name}/remaining"] if self.options.prog_bar else []

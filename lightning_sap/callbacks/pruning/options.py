@@ -28,6 +28,7 @@ C = TypeVar("C", bound=type[Any])
 
 ENTRY = re.compile(r"^    \*\*options: .*\n(?:     .*\n)*", re.MULTILINE)  # stands for all that Options declares
 SAME = {"init": "0"}  # as `rewind_weights`
+SIMPLE = (bool, int, float, str, type(None))  # types that loggers take
 LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
 OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros")  # what counts only where a run begins
 
@@ -228,6 +229,13 @@ class Options:
         del plain["prog_bar"]  # which changes nothing of a run
         texts = {key: value if isinstance(value, str) else repr(value) for key, value in plain.items()}
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
+
+    def settings(self) -> dict[str, bool | int | float | str | None]:
+        """The options as values that loggers take."""
+        plain = self.plain()
+        return {
+            key: value if isinstance(value, SIMPLE) else plain[key] for key, value in vars(self).items() if key in plain
+        }
 
     def changed(self, key: str, stored: Mapping[str, str]) -> bool:
         """Whether an option differs from the one stored; what was not stored did not change."""

@@ -1,7 +1,11 @@
 """What PQIMonitor writes through TensorBoard and CSV loggers."""
 
 import csv
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,9 @@ from monitoring import Expecting, close
 from lightning_sap import PQIMonitor
 
 STEPS_PER_LOG = {"log_every_n_steps": 1}
+SHOWN = [BATCHES * e for e in (1, 2, 3, 4, 4)]  # at each round's end, and when all is over
+
+ARTIFACTS = {"rounds": "png", "layers": "png", "report": "md"}
 
 
 def events(folder):
@@ -30,7 +37,9 @@ class TestTensorBoard:
         folder = tmp_path_factory.mktemp("tensorboard")
         logger = TensorBoardLogger(folder, name="", version="")
         monitor, look = PQIMonitor(stop_on=None, log_layers=True, monitor="val_loss"), Expecting(pruner := half())
-        fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
+        look.folder = folder
+        trainer = fit(Net(), monitor, pruner, look, val=loader(), logger=logger, **STEPS_PER_LOG)
+        look.loss = float(trainer.callback_metrics["val_loss"])
         return events(folder), look
 
     def test_tensorboard_holds_one_value_of_every_epoch(self, found):
@@ -56,6 +65,9 @@ class TestTensorBoard:
         assert {category.title for category in layout.category} == {"lightning-sap"}
         assert charts == {
             "PQ Index": ["pqi/global$", "pqi/layer_mean$", "pqi/global_pruned$"],
+            "Remaining weights": ["sap/remaining$"],
+            "Learning rate": ["sap/lr$"],
+            "val_loss": ["^val_loss$"],
             "PQ Index of the layers": [f"pqi/{name}$" for name in names],
             "Remaining weights of the layers": [f"remaining/{name}$" for name in names],
         }
@@ -66,10 +78,30 @@ class TestTensorBoard:
     def test_tensorboard_images_hold_the_figure(self, found):
         pytest.importorskip("matplotlib")
         file, _ = found
-        (image,) = file.Images("pqi/rounds")
-        assert image.step == 4 * BATCHES
-        assert image.encoded_image_string.startswith(b"\x89PNG")
-        assert min(image.width, image.height) > 300
+        for kind in ("rounds", "layers"):
+            images = file.Images(f"pqi/{kind}")
+            assert [image.step for image in images] == SHOWN
+            assert all(image.encoded_image_string.startswith(b"\x89PNG") for image in images)
+            assert min(images[-1].width, images[-1].height) > 300
+
+    def test_tensorboard_texts_hold_the_rounds_so_far_at_every_rounds_end(self, found):
+        file, _ = found
+        texts = file.Tensors("pqi/report/text_summary")
+        assert [text.step for text in texts] == SHOWN
+        tables = [text.tensor_proto.string_val[0].decode() for text in texts]
+        assert [table.count("%") - 1 for table in tables] == [1, 2, 3, 4, 4]
+
+    def test_tensorboard_compares_runs_by_options_and_what_came_of_them(self, found):
+        _, look = found
+        file = events(look.folder / "pqi")
+        plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+        content = file.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        options = plugin.FromString(content).session_start_info.hparams
+        assert options["policy"].string_value == "FixedFraction(fraction=0.5)"
+        assert options["lr_schedule"].string_value == "auto"
+        assert options["reset_optimizer"].number_value == 1
+        assert [s.value for s in file.Scalars("final/remaining")] == [0.125]
+        assert [s.value for s in file.Scalars("final/val_loss")] == close([look.loss])
 
     def test_tensorboard_images_hold_no_figure_without_matplotlib(self, tmp_path, monkeypatch):
         import lightning_sap.callbacks.monitor.messages as room
@@ -104,6 +136,58 @@ class TestOtherLoggers:
         assert "pqi/global" in (tmp_path / "b" / "metrics.csv").read_text()
 
 
+IN_A_PROCESS = """
+import sys
+from helpers import Net, fit, half, loader
+from lightning.pytorch import loggers
+from lightning_sap import PQIMonitor
+
+kind, folder = sys.argv[1:]
+logger = {
+    "wandb": lambda: loggers.WandbLogger(save_dir=folder, offline=True, project="pruning"),
+    "mlflow": lambda: loggers.MLFlowLogger(tracking_uri=f"file:{folder}", run_name="pruned"),
+    "comet_ml": lambda: loggers.CometLogger(online=False, offline_directory=folder, api_key="none", project="pruning"),
+}[kind]()
+fit(Net(), half(), PQIMonitor(stop_on=None, monitor="val_loss"), val=loader(), logger=logger, log_every_n_steps=1)
+logger.experiment.finish() if kind == "wandb" else logger.experiment.end() if kind == "comet_ml" else None
+"""
+
+
+class TestOtherServices:
+    """With the real packages, where they are installed; without a network, in a process that they may change."""
+
+    @staticmethod
+    def fit(kind, folder):
+        pytest.importorskip(kind)
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        quiet = {"WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true", "PYTHONPATH": os.pathsep.join(paths)}
+        command, merged = [sys.executable, "-c", IN_A_PROCESS, kind, folder], subprocess.STDOUT
+        done = subprocess.run(command, env={**os.environ, **quiet}, check=True, stdout=subprocess.PIPE, stderr=merged)
+        return done.stdout.decode()
+
+    def test_wandb_holds_figures_and_rounds(self, tmp_path):
+        self.fit("wandb", tmp_path)
+        (files,) = tmp_path.glob("wandb/offline-run-*/files/media")
+        assert len(list(files.glob("images/pqi/rounds_*.png"))) == len(list(files.glob("images/pqi/layers_*.png"))) == 5
+        tables = [json.loads(path.read_text()) for path in files.glob("table/pqi/report_*.json")]
+        assert sorted(len(table["data"]) for table in tables) == [1, 2, 3, 4, 4]
+        assert tables[0]["columns"][:4] == ["round", "epochs", "weights", "remaining"]
+
+    def test_mlflow_holds_figures_report_and_options(self, tmp_path):
+        self.fit("mlflow", tmp_path)
+        (policy,) = tmp_path.glob("*/*/params/sap/policy")
+        assert policy.read_text() == "FixedFraction(fraction=0.5)"
+        (remaining,) = tmp_path.glob("*/*/metrics/sap/remaining")
+        assert [line.split()[1] for line in remaining.read_text().splitlines()] == ["1.0", "0.5", "0.25", "0.125"]
+        left = {path.name for path in tmp_path.glob("*/*/artifacts/pqi/*")}
+        assert left == {f"{name}-step-{step}.{end}" for step in SHOWN for name, end in ARTIFACTS.items()}
+
+    def test_comet_takes_figures_report_and_options(self, tmp_path):
+        said = self.fit("comet_ml", tmp_path)
+        assert "The module holds round 3" in said
+        assert "cannot be written" not in said
+
+
 class TestFailingWriters:
     def test_figures_and_report_that_cannot_be_written_end_no_training(self, tmp_path, monkeypatch):
         def full(*_, **__):
@@ -116,12 +200,8 @@ class TestFailingWriters:
             trainer = fit(Net(), monitor, pruner, val=loader(), logger=TensorBoardLogger(tmp_path))
         assert trainer.current_epoch == 4
         told = [str(w.message).partition(" cannot")[0] for w in warned if "TensorBoard" in str(w.message)]
-        assert told == [
-            "pqi: the charts",
-            "pqi: the figure of the rounds",
-            "pqi: the figure of the layers",
-            "pqi: the report",
-        ]
+        shown = ["pqi: the figure of the rounds", "pqi: the figure of the layers", "pqi: the report"]
+        assert told == ["pqi: the charts", *5 * shown]
         assert "The module holds round 3" in monitor.report()
 
     def test_report_that_cannot_be_printed_is_kept(self, monkeypatch):
