@@ -153,7 +153,8 @@ class TestLogKeys:
         trainer = fit(Net(), SAPCallback(), PQIMonitor(stop_on=None, gini=True, log_layers=["net.3.*"]), val=loader())
         assert {
             "train_loss", "val_loss", "sap/round", "sap/remaining", "sap/pruned", "sap/lr", "pqi/global",
-            "pqi/layer_mean", "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight", "remaining/net.3.weight",
+            "pqi/layer_mean", "pqi/global_pruned", "pqi/phase", "gini/global", "pqi/net.3.weight",
+            "remaining/net.3.weight",
         } <= set(trainer.callback_metrics)  # fmt: skip
 
     def test_log_keys_of_a_pruner_by_another_name(self):
