@@ -7,7 +7,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 installed = $(VENV)/.installed-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest check docs benchmarks clean
+.PHONY: help demo test test-all test-oldest check docs links figures dist benchmarks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,17 @@ check: $(call installed,dev)  ## format, lint, types, import rules and the fast 
 
 docs: $(call installed,docs)  ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+links: $(call installed,docs)  ## ask every link of the documentation whether it is there; needs the network
+	$(BIN)/python -m sphinx -W --keep-going -b linkcheck docs docs/_build/links
+
+figures: $(call installed,examples)  ## draw every figure of README and docs again, and the notebook; takes minutes
+	for name in tolerance phases pqi_curve learning_rate; do $(BIN)/python docs/figures/$$name.py || exit 1; done
+	$(BIN)/python docs/notebook.py
+
+dist: $(call installed,dev)  ## build what a release uploads into dist/, and check it as an index does
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
 
 benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
 	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory deploy small_file; do \

@@ -133,7 +133,7 @@ def _figure(rows: Sequence[dict[str, Any]], dark: bool) -> Iterator[Callable[...
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('Plotting needs matplotlib: pip install "lightning-sap[plot]".') from error
+        raise ModuleNotFoundError("Plotting needs matplotlib: pip install matplotlib.") from error
     if not rows:
         raise ValueError("There is nothing to plot yet: no epoch has ended.")
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")

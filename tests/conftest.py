@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def pytest_runtest_setup(item):
         pytest.skip("part of the full matrix: give --full")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("linux") and sys.platform != "linux":
+        pytest.skip("needs Linux")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hasattr(getattr(item, "module", None), "run_ranks"):  # several processes, ended by signals
+            item.add_marker(pytest.mark.linux)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +107,8 @@ def clean_state():
 
 def _watched():
     """Everything a test must leave as it found it."""
-    signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGALRM}  # the last is pytest-timeout's
+    left_alone = ("SIGKILL", "SIGSTOP", "SIGALRM")  # the last is pytest-timeout's; Windows has none of them
+    signals = signal.valid_signals() - {getattr(signal, name, None) for name in left_alone}
     return {
         "environment": {name: value for name, value in os.environ.items() if name != OF_PYTEST},
         "signal handlers": {number: signal.getsignal(number) for number in signals},

@@ -112,7 +112,7 @@ class TestPlotRounds:
             return original(name, *arguments, **options)
 
         monkeypatch.setattr(builtins, "__import__", missing)
-        with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "lightning-sap[plot]"')):
+        with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install matplotlib\."):
             plot_rounds(rows())
 
 

@@ -44,7 +44,7 @@ def shrink(
         The copy, on the same device, in the same mode, with parameters that require gradients as before.
 
     Raises:
-        ModuleNotFoundError: If torch-pruning is not installed: ``pip install "lightning-sap[shrink]"``.
+        ModuleNotFoundError: If torch-pruning is not installed: ``pip install "torch-pruning<2"``.
         ValueError: If the module cannot be traced in time, or if the outputs without its pruned units are not those
             with them; the message names module or layers.
 

@@ -67,7 +67,7 @@ def new_graph(purpose: str) -> Any:
     try:
         from torch_pruning import DependencyGraph
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{purpose} needs torch-pruning: pip install "lightning-sap[shrink]".') from error
+        raise ModuleNotFoundError(f'{purpose} needs torch-pruning: pip install "torch-pruning<2".') from error
     return DependencyGraph()
 
 

@@ -87,7 +87,7 @@ class Schema:
         if state["version"] > self.version:
             raise ValueError(
                 f"{self.what} was written by lightning-sap {state['writer']} (its version is {state['version']}), and "
-                f"this is lightning-sap {__version__}, which reads versions up to {self.version}. Update it: pip "
-                "install --upgrade lightning-sap."
+                f"this is lightning-sap {__version__}, which reads versions up to {self.version}. Install the "
+                "newer lightning-sap from where you have this one."
             )
         return bool(state["version"] == self.version)

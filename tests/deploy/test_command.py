@@ -269,6 +269,7 @@ sys.exit(code)
 
 
 @pytest.mark.slow
+@pytest.mark.linux
 def test_a_large_file_is_read_in_the_memory_of_a_few_tensors(tmp_path):
     weight = torch.randn(1 << 22).masked_fill(torch.rand(1 << 22) < 0.5, 0).reshape(2048, -1)  # 16 MiB
     torch.save({f"{i}.weight": weight.clone() for i in range(20)}, tmp_path / "large.pt")  # 320 MiB

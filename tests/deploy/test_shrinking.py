@@ -326,5 +326,5 @@ class TestRefused:
 
     def test_without_torch_pruning_the_package_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_pruning", None)
-        with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-sap\[shrink\]"'):
+        with pytest.raises(ModuleNotFoundError, match='pip install "torch-pruning<2"'):
             shrink(mlp(), torch.randn(2, 8))

@@ -302,7 +302,7 @@ class PQIMonitor(RoundListener, Callback):
             dark: Light on dark.
 
         Raises:
-            ModuleNotFoundError: If matplotlib is not installed (``pip install "lightning-sap[plot]"``).
+            ModuleNotFoundError: If matplotlib is not installed (``pip install matplotlib``).
             ValueError: If no epoch has been seen yet, or the kind is unknown.
         """
         return figure(kind, self.rows(), self._records, self.monitor, self.verdict, dark=dark)

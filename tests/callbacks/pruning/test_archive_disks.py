@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_sap.callbacks.pruning import roundfile, saving
 
-pytestmark = pytest.mark.slow  # whole fits, many of them
+pytestmark = [pytest.mark.slow, pytest.mark.linux]  # whole fits, many of them; on disks of their own
 FULL = "No space left on device"
 
 

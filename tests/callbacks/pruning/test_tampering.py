@@ -183,7 +183,7 @@ def test_state_of_a_newer_version_says_who_wrote_it(tmp_path):
     path = saved(tmp_path, lambda state: state.update(version=SCHEMA.version + 1, writer="9.8.7", more=[1]))
     text = (
         "was written by lightning-sap 9.8.7 (its version is 2), and this is lightning-sap "
-        f"{__version__}, which reads versions up to 1. Update it: pip install --upgrade lightning-sap."
+        f"{__version__}, which reads versions up to 1. Install the newer lightning-sap from where you have this one."
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         fit(Net(), half(), ckpt_path=path, max_epochs=4)
