@@ -50,6 +50,7 @@ benchmarks: $(call installed,examples)  ## measure everything that the docs quot
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	for name in adaptive_amounts tolerance units; do \
 		$(BIN)/python benchmarks/$$name.py $(if $(IMAGES),--images $(IMAGES)) || exit 1; done
+	$(BIN)/python benchmarks/summary.py
 
 clean:  ## remove what was built, run and cached; .venv stays
 	rm -rf build dist docs/_build lightning_logs checkpoints outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
