@@ -1,5 +1,6 @@
 """The benchmarks behind the numbers of README and docs run, in their quick forms."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -52,6 +53,29 @@ def curves(folder):
     file = folder / "curves.json"
     file.write_text(json.dumps(runs))
     return file
+
+
+@pytest.fixture
+def summary(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("summary")
+    del sys.modules["summary"], sys.modules["common"]
+
+
+def test_the_rows_that_the_docs_begin_with_are_those_of_the_tables(summary):
+    assert (BENCHMARKS / "results" / "summary.md").read_text(encoding="utf-8") == summary.table()
+
+
+def test_the_table_of_the_readme_is_that_of_the_benchmark(summary):
+    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if " epochs | " in line]
+    assert len(rows) == 6
+    for task, fixed, search in rows:
+        found = summary.cell("tolerance", "remaining, median", task, "search").replace("%", " %")
+        assert search.partition(",")[0].strip("*") == found
+        lines = (BENCHMARKS / "results" / "tolerance.md").read_text(encoding="utf-8").splitlines()
+        best = next(line for line in lines if line.startswith(f"| {task} | best fixed")).split("|")[3].strip()
+        assert fixed == {"100.0%": "none"}.get(best, best.replace("%", " %"))
 
 
 @pytest.mark.slow
