@@ -88,3 +88,27 @@ def test_the_tests_named_in_a_table_exist(name, some):
     named = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row)}
     assert some <= named
     assert [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()] == []
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    text = page.read_text(encoding="utf-8")
+    parts = [
+        (page.parent / name).read_text(encoding="utf-8") for name in re.findall(r"^```{include} (\S+)$", text, re.M)
+    ]
+    headings = re.findall(r"^#+ (.+)$", "\n".join([text, *parts]), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_between_the_files_of_the_repository_lead_somewhere():
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    broken, count = [], 0
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            count += 1
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.name}: {link}")
+    assert count > 200
+    assert broken == []

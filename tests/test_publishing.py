@@ -87,7 +87,7 @@ class TestTheWheel:
     @pytest.mark.timeout(1500)
     def test_in_an_empty_environment_is_all_that_is_needed(self, wheel, tmp_path):
         run("-m", "venv", tmp_path / "empty", folder=tmp_path)
-        python = next((tmp_path / "empty").glob("*/python*"))
+        python = tmp_path / "empty" / ("Scripts" if os.name == "nt" else "bin") / "python"
         subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True, timeout=1200, cwd=tmp_path)
         found = subprocess.run([python, "-c", LOOK], check=True, cwd=tmp_path, capture_output=True, text=True)
         assert found.stdout.splitlines()[1] == "[False, True, False, True]"
