@@ -150,6 +150,20 @@ class MaskSet:
             if small[0]:
                 torch._foreach_mul_(*small)
 
+    def masked(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A copy of a tensor of that name, its pruned entries zero; None where none are, or if it has another shape.
+
+        Where gradients are recorded, as with ``create_graph=True``, they flow through what is kept.
+        """
+        if not self._counts.get(name) or tensor.shape != self._shapes[name]:
+            return None
+        pruned = local(self._pruned[name])
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return tensor.masked_fill(pruned, 0.0)
+        copy = tensor.clone()
+        zero_(copy, pruned)
+        return copy
+
     def _factor(self, name: str, tensor: Tensor) -> Tensor | None:
         """What the bits of a small tensor are multiplied by: 0 where it is pruned, else 1; None for a large one."""
         dtype, device, factor = self._factors.get(name, NO_FACTOR)

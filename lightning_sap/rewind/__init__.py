@@ -1,5 +1,6 @@
 """Snapshots and restores: weights, learning-rate schedules, optimizer state."""
 
+from lightning_sap.rewind.gradients import GradientHooks
 from lightning_sap.rewind.kept import base_optimizers, parameters_of
 from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot_zero, zero_pruned_
 from lightning_sap.rewind.replay import HORIZON, Mode, Obstacle, Replay
@@ -9,6 +10,7 @@ from lightning_sap.rewind.weights import live_tensors, place_weights, restore_we
 
 __all__ = [
     "HORIZON",
+    "GradientHooks",
     "Mode",
     "Moment",
     "Obstacle",

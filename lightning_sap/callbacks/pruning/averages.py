@@ -24,6 +24,7 @@ from lightning_sap.rounds.protocol import RoundListener
 from lightning_sap.sharding import is_sharded, local, placed_like, whole
 
 if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.held import HeldWeights
     from lightning_sap.callbacks.pruning.session import PruningSession
 
 
@@ -96,7 +97,7 @@ def follow_(
     bind_(session, module)
 
 
-def bind_(session: PruningSession, module: nn.Module) -> None:
+def bind_(session: HeldWeights, module: nn.Module) -> None:
     """Find the live copies, after the parameters, or what is known of them, changed."""
     live = {**buffers(module), **session.subject.parameters}
     pairs = session.state.copies.items()
@@ -104,7 +105,7 @@ def bind_(session: PruningSession, module: nn.Module) -> None:
     session.subject.copies = [(live[copy], name) for copy, name in pairs if copy in live and name in masked]
 
 
-def mask_(session: PruningSession, *sets: MaskSet) -> None:
+def mask_(session: HeldWeights, *sets: MaskSet) -> None:
     """Zero in the copies what these masks prune in what they follow."""
     pruned = {name: mask for masks in sets for name, mask in masks.pruned.items()}
     with torch.no_grad():

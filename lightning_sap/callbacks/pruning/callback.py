@@ -178,8 +178,7 @@ class PruningCallback(Callback):
             session.state.kept = None
         fit.pending, fit.waits = None, False
         fit.enter(Event.TRAINING_STARTS)
-        session.enforce()
-        session.zero_kept_()
+        session.start_training(trainer, pl_module)
         self._hook(trainer, pl_module)
         if session.state.pqi_after_pruning is None:
             session.state.pqi_after_pruning = session.measure(pl_module).overall
@@ -194,7 +193,7 @@ class PruningCallback(Callback):
             return lambda *arguments: function(*arguments) if module.trainer is fit.trainer() else None
 
         hold, enforce = ours(partial(self._hold_masks, module)), ours(session.enforce)
-        fit.hooks += hook_masks(module, optimizers, enforce, ours(session.meet_gradients), hold)
+        fit.hooks += hook_masks(module, optimizers, enforce, ours(session.meet_step), hold)
         fit.hooks += hook_steps(optimizers, ours(session.count_step))
         fit.hooks += hook_steps(optimizers[:1], ours(session.record_lr))
         fit.hooked = all(map(fires_hooks, innermost_optimizers(optimizers)))
@@ -369,7 +368,7 @@ class PruningCallback(Callback):
         if self._fit.stage is Stage.TRAINING:
             self.session.state.schedules = self.session.schedules.state()
         self._fit.enter(event)
-        self.session.schedules.close()
+        self.session.end_training()
         for hook in self._fit.hooks:
             hook.remove()
         self._fit.hooks = []

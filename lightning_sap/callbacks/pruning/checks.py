@@ -256,6 +256,12 @@ def clips_gradients(trainer: Trainer, module: LightningModule) -> bool:
     return own or bool(trainer.gradient_clip_val)
 
 
+def writes_gradients(module: LightningModule) -> bool:
+    """Whether the module may write gradients by hand, or look at them, before the callbacks can mask them."""
+    hooks = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
+    return not module.automatic_optimization or any(overrides(module, hook) for hook in hooks)
+
+
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether the module has a hook of its own."""
     return getattr(type(module), hook) is not getattr(LightningModule, hook)

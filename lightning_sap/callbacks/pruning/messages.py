@@ -263,6 +263,16 @@ def warn_of_hidden(options: Options, found: Mapping[str, str]) -> None:
         )
 
 
+def warn_of_written(options: Options, names: Sequence[str]) -> None:
+    """Warn of gradients of pruned weights that autograd did not compute of the parameters themselves."""
+    if names:
+        rank_zero_warn(
+            f"{options.name}: the gradients of these were written by hand, and are not zero where the weights are "
+            f"pruned: {listed(list(names))}. They are made zero right before the step, but count in a norm that is "
+            "taken before. If you clip by norm, multiply each by the callback's masks[name] first."
+        )
+
+
 def warn_of_replaced(options: Options, dense: Mapping[str, int], gone: Sequence[str]) -> None:
     """Warn of masks that are given up, as their weights were replaced or are no more."""
     if dense:

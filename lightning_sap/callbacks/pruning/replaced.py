@@ -37,6 +37,7 @@ def look_(session: PruningSession, module: nn.Module) -> None:
     same = _renew_(session, every, affected) if affected else set()
     session.state.trained -= changed - same
     session.subject.see(live, session.state.trained)
+    session.watch_again()
     averages.note_bits_(session, {n: weight.parameter for n, weight in every.items() if n in changed})
     units.renew_(session, module)
     averages.bind_(session, module)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning import averages, checks, messages, planning, progress, saving, tolerance, units
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
+from lightning_sap.callbacks.pruning.held import HeldWeights
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
 from lightning_sap.callbacks.pruning.schedules import Schedules, steps_of_epochs
 from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.state import PruningState
-from lightning_sap.callbacks.pruning.trained import Subject, of_kind, select, settle_
+from lightning_sap.callbacks.pruning.trained import of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
-from lightning_sap.engine.groups import Memory, PrunableTensor
 from lightning_sap.engine.masks import MaskSet
-from lightning_sap.engine.measure import Measure, summary, sums_of
-from lightning_sap.engine.weights import PrunableWeight
-from lightning_sap.policies.importance import check_importance
+from lightning_sap.engine.measure import Measure
 from lightning_sap.rewind import restore_weights_
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBack
@@ -33,30 +31,24 @@ from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBac
 Beside: TypeAlias = "Sequence[PruningSession]"  # the runs of the other callbacks that prune
 
 
-class PruningSession:
-    """The state of a run, and the live weights that it is about; these are neither copied nor pickled."""
+class PruningSession(HeldWeights):
+    """The masks of a run under a Trainer, and when they change."""
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.state = PruningState()
+        super().__init__(options)
         self.metrics = RoundMetrics()
         self.schedules = Schedules()
-        self._importance = check_importance(options.importance)
-        self.weights: dict[str, PrunableWeight] = {}
-        self.subject = Subject()
-        self._memories: dict[str, Memory] = {}
         self.archive: str | None = None  # the folder that rounds are saved in
         self.places: dict[str | None, str] = {}  # by run, the folder that its rounds are in
         self.replaced: set[str | None] = set()  # SHA-256 of files that this run may write over
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a fit."""
-        of_fit = {"weights": {}, "subject": Subject(), "schedules": Schedules(), "metrics": RoundMetrics()}
-        return {**vars(self), **of_fit, "_memories": {}}
+        return {**super().__getstate__(), "schedules": Schedules(), "metrics": RoundMetrics()}
 
     def forget_fit(self) -> None:
         """Let go of the module, and of what was seen of its fit."""
-        self.weights, self.subject, self._memories = {}, Subject(), {}
+        self.let_go()
         self.metrics.forget_fit()
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
@@ -64,10 +56,6 @@ class PruningSession:
     def select(self, trainer: Trainer, module: nn.Module) -> None:
         """Find the prunable weights, in the module's order."""
         self.weights, self.subject = select(self.options, module, trainer)
-
-    def live(self) -> dict[str, Tensor]:
-        """The weights themselves."""
-        return {name: weight.parameter.detach() for name, weight in self.weights.items()}
 
     def frozen(self, state: PruningState) -> list[str]:
         """Those that are not going to be trained, as far as is known before training."""
@@ -78,20 +66,6 @@ class PruningSession:
         """See whether layers were replaced; what is pruned is zero, whatever wrote it."""
         look_(self, module)
         self.enforce()
-
-    def tensors(self, module: nn.Module, masks: MaskSet | None = None) -> dict[str, PrunableTensor]:
-        """The weights with their masks, those given or those in force."""
-        pruned, weights = (masks or self.state.masks).pruned, self.weights or select(self.options, module, None)[0]
-        return {
-            name: PrunableTensor(
-                w.parameter.detach(),
-                pruned.get(name),
-                w.units,
-                self._memories.setdefault(name, Memory()),
-                self._importance,
-            )
-            for name, w in weights.items()
-        }
 
     # -- its beginnings -----------------------------------------------------------------------------------------------
 
@@ -161,11 +135,6 @@ class PruningSession:
         return replace(self.state, schedules=schedules, metrics=metrics, options=self.options.plain()).pack()
 
     # -- its rounds ---------------------------------------------------------------------------------------------------
-
-    def measure(self, module: nn.Module, masks: MaskSet | None = None) -> Measure:
-        """Indices of the weights as they are, under the masks given or in force."""
-        policy = self.options.policy
-        return summary(sums_of(self.tensors(module, masks), policy.p, policy.q), policy.p, policy.q)
 
     def advance(
         self,
@@ -249,38 +218,25 @@ class PruningSession:
 
     # -- its steps ----------------------------------------------------------------------------------------------------
 
-    def enforce(self, *_: Any) -> None:
-        """After each real optimizer step: the pruned weights are zero again."""
-        if not self.state.masks.is_dense:
-            units.mask_(self, self.state.masks, self.state.companions)
-            averages.mask_(self, self.state.masks, self.state.companions)
+    def start_training(self, trainer: Trainer, module: LightningModule) -> None:
+        """The masks hold from now on, in gradients that the module takes into its own hands too."""
+        self.enforce()
+        self.zero_kept_()
+        if checks.writes_gradients(module):
+            known = weakref.ref(trainer)
+            self.watch_gradients(lambda: module.trainer is known())
+
+    def end_training(self) -> None:
+        """Leave schedules and gradients alone."""
+        self.schedules.close()
+        self.leave_gradients()
 
     def zero_kept_(self) -> None:
         """Zero what the optimizers keep for what is pruned."""
         self.schedules.zero_pruned_(units.pruned_parameters(self, self.state))
-
-    def meet_gradients(self) -> None:
-        """Note which weights have gradients, before each step; those of pruned weights are zero then."""
-        self.subject.gradients.note(self.state.trained)
-        self.mask_gradients()
-
-    def mask_gradients(self) -> None:
-        """Pruned weights have no gradient, nor have their biases and norms."""
-        units.mask_gradients(self)
-
-    def count_step(self, *_: Any) -> None:
-        """After each real optimizer step, of any optimizer."""
-        self.state.steps += 1
-        self.state.epoch_steps += 1
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Count its steps, and tell its metrics from earlier ones."""
         if self.state.epoch != trainer.current_epoch:
             self.state.epoch, self.state.epoch_steps = trainer.current_epoch, 0
         self.metrics.begin(trainer)
-
-    def record_lr(self, optimizer: Optimizer, *_: Any) -> None:
-        """Keep the learning rate of this step: schedules move on before the round's record is made."""
-        if optimizer.param_groups:  # a module without optimizers gets one from Lightning that has none
-            rate = optimizer.param_groups[0]["lr"]
-            self.state.lr = rate.clone() if isinstance(rate, Tensor) else rate

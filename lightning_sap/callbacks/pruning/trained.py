@@ -71,6 +71,7 @@ class Subject:
         copies: Averages of prunable weights, and the name of the weight whose mask each shares.
         warned: Names of weights that were warned of.
         groups: For ``structure="unit"`` the units that go together.
+        looked: The round in whose first step gradients were looked at.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Subject:
     copies: list[tuple[Tensor, str]] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     groups: list[UnitGroup] = field(default_factory=list)
+    looked: int = 0
 
     def see(self, parameters: dict[str, nn.Parameter], seen: Iterable[str]) -> None:
         """Take these for the parameters of the module; some had a gradient in this round."""

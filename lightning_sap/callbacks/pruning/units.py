@@ -13,9 +13,10 @@ from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.unit_decision import pruned_units
 from lightning_sap.engine.unit_groups import UnitGroup, flagged, unit_groups
+from lightning_sap.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from lightning_sap.callbacks.pruning.session import PruningSession
+    from lightning_sap.callbacks.pruning.held import HeldWeights
     from lightning_sap.callbacks.pruning.state import PruningState
 
 
@@ -44,13 +45,13 @@ def couple(options: Options, module: nn.Module, weights: Collection[str]) -> lis
     return groups
 
 
-def live(session: PruningSession) -> dict[str, Tensor]:
+def live(session: HeldWeights) -> dict[str, Tensor]:
     """The biases and norms that go with units."""
     parameters = session.subject.parameters
     return {name: parameters[name].detach() for name in session.state.companions.pruned if name in parameters}
 
 
-def companions(session: PruningSession, before: MaskSet, masks: MaskSet) -> MaskSet:
+def companions(session: HeldWeights, before: MaskSet, masks: MaskSet) -> MaskSet:
     """The masks of biases and norms: those before, where there are; dense, but for units that are zero at the start."""
     parameters, groups = session.subject.parameters, session.subject.groups
     tensors = {p.name: parameters[p.name].detach() for group in groups for p in group.companions}
@@ -63,19 +64,19 @@ def companions(session: PruningSession, before: MaskSet, masks: MaskSet) -> Mask
     return MaskSet(known).extended(tensors)
 
 
-def mask_(session: PruningSession, masks: MaskSet, biases: MaskSet) -> None:
+def mask_(session: HeldWeights, masks: MaskSet, biases: MaskSet) -> None:
     """Zero what these masks prune in weights, and in biases and norms."""
     masks.apply_({name: weight.parameter for name, weight in session.weights.items()})
     biases.apply_(live(session))
 
 
-def move_masks_(session: PruningSession) -> None:
+def move_masks_(session: HeldWeights) -> None:
     """The module has been moved: the masks are where it is."""
     state = session.state
     state.masks, state.companions = state.masks.moved(session.live()), state.companions.moved(live(session))
 
 
-def mask_gradients(session: PruningSession) -> None:
+def mask_gradients(session: HeldWeights) -> None:
     """Pruned weights have no gradient, nor have their biases and norms."""
     state, parameters = session.state, session.subject.parameters
     weights = {name: weight.parameter for name, weight in session.weights.items()}
@@ -84,14 +85,25 @@ def mask_gradients(session: PruningSession) -> None:
             masks.apply_({n: p.grad for n in masks.pruned if (p := tensors.get(n)) is not None and p.grad is not None})
 
 
-def pruned_parameters(session: PruningSession, state: PruningState) -> dict[Tensor, Tensor]:
+def unmasked_gradients(session: HeldWeights) -> list[str]:
+    """Pruned weights that have gradients all the same; not asked are sharded and sparse ones."""
+    pruned, found = session.state.masks.pruned, []
+    for name, weight in session.weights.items():
+        gradient = weight.parameter.grad
+        plain = gradient is not None and not gradient.is_sparse and not is_sharded(gradient)
+        if plain and gradient is not None and bool(gradient[pruned[name]].any()):
+            found.append(name)
+    return found
+
+
+def pruned_parameters(session: HeldWeights, state: PruningState) -> dict[Tensor, Tensor]:
     """By parameter where it is pruned, in a state of the run."""
     parameters = session.subject.parameters
     found: dict[Tensor, Tensor] = {w.parameter: state.masks.pruned[name] for name, w in session.weights.items()}
     return found | {parameters[name]: mask for name, mask in state.companions.pruned.items() if name in parameters}
 
 
-def renew_(session: PruningSession, module: nn.Module) -> None:
+def renew_(session: HeldWeights, module: nn.Module) -> None:
     """Look again which units go together, where layers were replaced."""
     if session.options.structure == "unit":
         session.subject.groups = couple(session.options, module, session.weights)

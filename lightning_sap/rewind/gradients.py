@@ -1,0 +1,59 @@
+"""Gradients at their source: changed where autograd computes them, before anyone can look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle, unserializable_hook
+
+
+class GradientHooks:
+    """Changes the gradients that autograd computes of parameters, in ``backward`` and in ``torch.autograd.grad``.
+
+    So what the user makes of them (a projection, a norm, a sum of two losses) is made of the changed ones. Not changed
+    are gradients that autograd computes of something else: those of ``torch.func`` and of the shards of FSDP2.
+
+    Args:
+        change: What becomes of the gradient of the parameter of that name; None: it stays.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> hooks = GradientHooks(lambda name, gradient: gradient * torch.tensor([[1.0, 0.0]]))
+        >>> hooks.watch(dict(layer.named_parameters()))
+        >>> torch.autograd.grad(layer(torch.ones(2)).sum(), layer.weight)[0]
+        tensor([[1., 0.]])
+    """
+
+    def __init__(self, change: Callable[[str, Tensor], Tensor | None]) -> None:
+        self._change = change
+        self._hooks: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
+
+    def watch(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Change the gradients of these parameters, and of no others."""
+        for name, (parameter, hook) in list(self._hooks.items()):
+            if parameters.get(name) is not parameter:
+                hook.remove()
+                del self._hooks[name]
+        for name, parameter in parameters.items():
+            if name not in self._hooks and not is_lazy(parameter) and parameter.is_floating_point():
+                self._hooks[name] = parameter, self._hook(name, parameter)
+
+    def remove(self) -> None:
+        """Leave all gradients as they are."""
+        self.watch({})
+
+    def _hook(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
+        @unserializable_hook  # a module is pickled without its hooks, and that is right
+        def hook(gradient: Tensor) -> Tensor | None:
+            return self._change(name, gradient)
+
+        flag = parameter.requires_grad
+        parameter.requires_grad_()  # PyTorch takes no hook of what is frozen now and may be trained later
+        try:
+            handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+        finally:
+            parameter.requires_grad_(flag)
+        return handle
