@@ -14,6 +14,7 @@ Imports point inward only; from the inside out::
     plot.py, report.py     figures and tables of the rounds
     callbacks/pruning/     prunes while Lightning trains
     callbacks/monitor/     watches, logs, judges the rounds and stops
+    pruner/                prunes in a loop of one's own, without a Trainer
     deploy/                after training: packed files, smaller networks, faster linears
 """
 
@@ -36,6 +37,7 @@ from lightning_sap.version import __version__
 
 if TYPE_CHECKING:
     from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse, shrink, sparse_linears
+    from lightning_sap.pruner import Pruner
 
 __all__ = [
     "Amounts",
@@ -49,6 +51,7 @@ __all__ = [
     "Phase",
     "PhaseDetector",
     "Policy",
+    "Pruner",
     "PruningCallback",
     "RoundEnd",
     "RoundListener",
@@ -74,7 +77,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is needed after training only is imported when it is asked for."""
+    """What is needed after training only, or without a Trainer, is imported when it is asked for."""
+    if name == "Pruner":
+        from lightning_sap.pruner import Pruner
+
+        return Pruner
     if name in __all__:
         from lightning_sap import deploy
 

@@ -26,6 +26,7 @@ RINGS = (
     "plot",
     "report",
     "callbacks",
+    "pruner",
     "deploy",
     "__main__",
     "",
@@ -39,7 +40,7 @@ PACKAGES = {
     "engine": {"torch_pruning"},
     "deploy": {"torch_pruning"},
 }
-LAZY = {"plot", "deploy", "matplotlib", "rich", "torch_pruning"}  # what is imported inside functions only
+LAZY = {"plot", "pruner", "deploy", "matplotlib", "rich", "torch_pruning"}  # what is imported inside functions only
 # What each file imports of the package: exactly these arrows are drawn, and none that nobody uses.
 ARROWS: dict[str, set[str]] = {
     "schema": {"schema/kinds", "schema/versioned"},
@@ -267,12 +268,14 @@ ARROWS: dict[str, set[str]] = {
     "callbacks/pruning/decided": {"engine/masks", "rounds/history", "callbacks/pruning/kept_round"},
     "callbacks/pruning/decisions": {
         "engine/decision",
+        "engine/groups",
         "engine/masks",
         "engine/patterns",
         "engine/unit_decision",
         "rounds/protocol",
         "callbacks/pruning/agreement",
         "callbacks/pruning/checks",
+        "callbacks/pruning/held",
         "callbacks/pruning/messages",
         "callbacks/pruning/session",
         "callbacks/pruning/tolerance",
@@ -483,6 +486,7 @@ ARROWS: dict[str, set[str]] = {
         "metric",
         "callbacks/monitor",
         "callbacks/pruning",
+        "pruner",
         "deploy",
     },
     "callbacks/pruning/progress": {
@@ -514,6 +518,35 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/state",
         "callbacks/pruning/trained",
         "callbacks/pruning/units",
+    },
+    "pruner": {"pruner/pruner"},
+    "pruner/inputs": {"sharding", "rewind", "callbacks/pruning/options"},
+    "pruner/pruner": {
+        "sharding",
+        "policies/base",
+        "engine/copies",
+        "engine/decision",
+        "engine/groups",
+        "engine/masks",
+        "engine/weights",
+        "rounds/history",
+        "rounds/plan",
+        "rounds/protocol",
+        "rewind",
+        "callbacks/pruning/agreement",
+        "callbacks/pruning/averages",
+        "callbacks/pruning/checks",
+        "callbacks/pruning/decisions",
+        "callbacks/pruning/enforcement",
+        "callbacks/pruning/held",
+        "callbacks/pruning/messages",
+        "callbacks/pruning/options",
+        "callbacks/pruning/schema",
+        "callbacks/pruning/state",
+        "callbacks/pruning/trained",
+        "callbacks/pruning/units",
+        "callbacks/training",
+        "pruner/inputs",
     },
 }
 

@@ -69,6 +69,7 @@ class TestPublicNames:
             "Phase",
             "PhaseDetector",
             "Policy",
+            "Pruner",
             "PruningCallback",
             "RoundEnd",
             "RoundListener",
@@ -142,6 +143,15 @@ class TestPublicNames:
     def test_public_names_of_a_pruner(self):
         assert all(isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history"))
         assert arguments(SAPCallback.restore_round) == ({"self": REQUIRED, "round": REQUIRED, "module": None}, {})
+
+    def test_public_names_of_a_pruner_without_a_trainer(self):
+        pruner = lightning_sap.Pruner
+        assert all(isinstance(getattr(pruner, name), property) for name in ("masks", "remaining", "history"))
+        assert all(callable(getattr(pruner, name)) for name in ("detach", "hold_masks", "mask_gradients", "state_dict"))
+        assert arguments(pruner) == ({"policy": REQUIRED}, {})
+        assert arguments(pruner.attach) == ({"self": REQUIRED, "module": REQUIRED}, {})
+        assert arguments(pruner.prune) == ({"self": REQUIRED, "metrics": None}, {})
+        assert arguments(pruner.load_state_dict) == ({"self": REQUIRED, "state": REQUIRED}, {})
 
     def test_public_names_of_a_monitor(self):
         assert all(isinstance(getattr(PQIMonitor, name), property) for name in ("phase", "reason", "verdict"))

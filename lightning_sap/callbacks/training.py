@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -37,9 +37,13 @@ class Training:
     @classmethod
     def of(cls, trainer: Trainer | None, module: nn.Module) -> Training:
         """The training of a module, as its optimizers and layers are now; without a Trainer, its flags tell."""
+        return cls.by([] if trainer is None else trainer.optimizers, module)
+
+    @classmethod
+    def by(cls, optimizers: Sequence[Optimizer], module: nn.Module) -> Training:
+        """The training of a module by these optimizers; without any, its flags tell."""
         names = parameter_names(module)
         averages = frozenset(id(names[name]) for name in parameters_of_averages(module) if name in names)
-        optimizers = [] if trainer is None else trainer.optimizers
         held = _ids_in(each for optimizer in optimizers for each in base_optimizers(optimizer))
         silent = [each for each in innermost_optimizers(optimizers) if not fires_hooks(each)]
         manual = isinstance(module, LightningModule) and not module.automatic_optimization

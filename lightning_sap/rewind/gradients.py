@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 
@@ -38,7 +37,9 @@ class GradientHooks:
                 hook.remove()
                 del self._hooks[name]
         for name, parameter in parameters.items():
-            if name not in self._hooks and not is_lazy(parameter) and parameter.is_floating_point():
+            if isinstance(parameter, nn.UninitializedParameter) or name in self._hooks:
+                continue
+            if parameter.is_floating_point() or parameter.is_complex():
                 self._hooks[name] = parameter, self._hook(name, parameter)
 
     def remove(self) -> None:
@@ -46,7 +47,7 @@ class GradientHooks:
         self.watch({})
 
     def _hook(self, name: str, parameter: nn.Parameter) -> RemovableHandle:
-        @unserializable_hook  # a module is pickled without its hooks, and that is right
+        @unserializable_hook  # type: ignore[untyped-decorator]  # a module is pickled without its hooks, rightly
         def hook(gradient: Tensor) -> Tensor | None:
             return self._change(name, gradient)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +37,17 @@ def check_agreement(trainer: Trainer, tensors: Mapping[str, PrunableTensor]) -> 
     Raises:
         ValueError: If they differ; it names the parameters and the ranks.
     """
-    if not _replicated(trainer, (tensor.weight for tensor in tensors.values())):
-        return
-    mine = _fingerprints(tensors)
-    all_ranks: list[dict[str, Fingerprint]] = [{}] * trainer.world_size
-    torch.distributed.all_gather_object(all_ranks, mine)
+    if _replicated(trainer.world_size, (tensor.weight for tensor in tensors.values())):
+        check_same(tensors)
+
+
+def check_same(tensors: Mapping[str, PrunableTensor]) -> None:
+    """Raise on every rank unless all ranks hold the same weights and masks; a collective.
+
+    Raises:
+        ValueError: If they differ; it names the parameters and the ranks.
+    """
+    all_ranks = of_ranks(_fingerprints(tensors))
     names = dict.fromkeys(name for of_rank in all_ranks for name in of_rank)
     faults = [fault for name in names if (fault := _fault(name, [of_rank.get(name) for of_rank in all_ranks]))]
     if faults:
@@ -53,10 +59,15 @@ def check_agreement(trainer: Trainer, tensors: Mapping[str, PrunableTensor]) -> 
 
 def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, Tensor]) -> Decision:
     """The decision of rank 0, on every rank; a collective where they are replicated."""
-    if not _replicated(trainer, weights.values()):
+    if not _replicated(trainer.world_size, weights.values()):
         return step
+    return of_rank_zero(step, weights, trainer.strategy.broadcast)
+
+
+def of_rank_zero(step: Decision, weights: Mapping[str, Tensor], broadcast: Callable[[Any], Any]) -> Decision:
+    """The decision that a function brings from rank 0."""
     packed = step.before, step.dropped, step.grown, step.masks.pack(), step.companions.pack(), step.finest
-    before, dropped, grown, masks, companions, finest = trainer.strategy.broadcast(packed)
+    before, dropped, grown, masks, companions, finest = broadcast(packed)
     placed = MaskSet.unpack(companions).moved(step.companions.pruned)
     return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights), placed, finest)
 
@@ -81,9 +92,9 @@ def of_ranks(value: Any) -> list[Any]:
     return found
 
 
-def _replicated(trainer: Trainer, weights: Iterable[Tensor]) -> bool:
+def _replicated(processes: int, weights: Iterable[Tensor]) -> bool:
     """Whether several ranks hold the same weights; with sharded ones there is but one decision, from all shards."""
-    several = trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = processes > 1 and torch.distributed.is_available() and torch.distributed.is_initialized()
     return several and not any(map(is_sharded, weights))
 
 

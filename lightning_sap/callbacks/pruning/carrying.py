@@ -123,5 +123,6 @@ def _carry_out_(
         following.first_weights = None  # nothing goes back to them any more
     session.schedules.zero_pruned_(units.pruned_parameters(session, following))
     session.state = following
+    session.mask_gradients()  # those that accumulate over the end of the round
     session.subject.gradients.watch(following.trained)
     session.metrics.end(trainer)

@@ -10,12 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sap.callbacks.pruning import agreement, checks, messages, tolerance
 from lightning_sap.engine.decision import Decision, decide
+from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.patterns import decide_pattern
 from lightning_sap.engine.unit_decision import decide_units
 from lightning_sap.rounds.protocol import Answer, GoOn, RoundEnd, RoundListener, Stop, TakeBack
 
 if TYPE_CHECKING:
+    from lightning_sap.callbacks.pruning.held import HeldWeights
     from lightning_sap.callbacks.pruning.session import PruningSession
 
 
@@ -56,11 +58,25 @@ def decide_next(
     session: PruningSession, trainer: Trainer, module: LightningModule, answer: GoOn | TakeBack
 ) -> Decision:
     """What the next pruning does; nothing is changed; a collective."""
-    options, state = session.options, session.state
-    checks.check_disjoint(options, trainer)
+    checks.check_disjoint(session.options, trainer)
     tensors = session.tensors(module)
-    frozen = [name for name in tensors if name not in state.trained]
+    frozen = [name for name in tensors if name not in session.state.trained]
     agreement.check_agreement(trainer, tensors)
+    decision = decide_of(session, tensors, frozen, answer, session.metrics.of(trainer, session.state.round))
+    if frozen:
+        decision = replace(decision, before=session.measure(module))
+    return agreement.broadcast_decision(trainer, decision, session.live())
+
+
+def decide_of(
+    session: HeldWeights,
+    tensors: Mapping[str, PrunableTensor],
+    frozen: Sequence[str],
+    answer: GoOn | TakeBack,
+    metrics: Mapping[str, float],
+) -> Decision:
+    """What the next pruning does with these weights, of which those that are frozen stay as they are."""
+    options, state = session.options, session.state
     trained = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     sizes = {name: tensor.weight.numel() for name, tensor in trained.items()}
     kept = sum(count for name, count in state.masks.survivors.items() if name in trained)
@@ -75,7 +91,7 @@ def decide_next(
         "round": state.round + 1,
         "limits": limits,
         "history": list(state.history),
-        "metrics": session.metrics.of(trainer, state.round),
+        "metrics": metrics,
     }
     if options.structure == "unit":
         decision = decide_units(trained, session.subject.groups, state.companions, **how)
@@ -85,13 +101,13 @@ def decide_next(
         decision = decide(trained, **how)
     if options.structure != "unit":
         decision = replace(decision, companions=state.companions)
-    if frozen:  # they stay as they are, under their masks
+    if frozen:  # they stay under their masks
         masks = MaskSet({name: decision.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
-        decision = replace(decision, before=session.measure(module), masks=masks)
-    return agreement.broadcast_decision(trainer, decision, session.live())
+        decision = replace(decision, masks=masks)
+    return decision
 
 
-def _target(session: PruningSession, frozen: Sequence[str]) -> int | None:
+def _target(session: HeldWeights, frozen: Sequence[str]) -> int | None:
     """How many of the trained weights are kept at the end; None: that fraction of them, or no target."""
     options, masks = session.options, session.state.masks
     if options.target_remaining is None or options.tolerance is not None or not frozen:

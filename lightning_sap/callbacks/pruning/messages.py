@@ -269,7 +269,24 @@ def warn_of_written(options: Options, names: Sequence[str]) -> None:
         rank_zero_warn(
             f"{options.name}: the gradients of these were written by hand, and are not zero where the weights are "
             f"pruned: {listed(list(names))}. They are made zero right before the step, but count in a norm that is "
-            "taken before. If you clip by norm, multiply each by the callback's masks[name] first."
+            "taken before. If you clip by norm, multiply each by masks[name] first."
+        )
+
+
+def warn_of_silent_steps(options: Options, kinds: Sequence[str]) -> None:
+    """Warn of optimizers that call no hooks at their steps."""
+    rank_zero_warn(
+        f"{options.name}: {', '.join(kinds)} calls no hook at its steps, after which pruned weights move. Call "
+        "hold_masks() after each of them."
+    )
+
+
+def warn_of_masks_left_out(options: Options, names: Sequence[str]) -> None:
+    """Warn of masks for which a module has no weight."""
+    if names:
+        rank_zero_warn(
+            f"{options.name}: the module has no prunable weight of that name and shape for the masks of "
+            f"{listed(list(names))}, which are given up; the masks of all others stay."
         )
 
 

@@ -105,7 +105,14 @@ def candidates(options: Options, module: nn.Module, training: Training) -> dict[
 
 def select(options: Options, module: nn.Module, trainer: Trainer | None) -> tuple[dict[str, PrunableWeight], Subject]:
     """The weights that are prunable when a fit starts: all that may be trained."""
-    training, parameters = Training.of(trainer, module), parameter_names(module)
+    return select_of(options, module, Training.of(trainer, module), couples=trainer is not None)
+
+
+def select_of(
+    options: Options, module: nn.Module, training: Training, *, couples: bool
+) -> tuple[dict[str, PrunableWeight], Subject]:
+    """The weights that are prunable in this training; where asked for, with the units that go together."""
+    parameters = parameter_names(module)
     every = candidates(options, module, training)
     prunable = prunable_weights(module, options.include, options.exclude, untrained=training.untrained)
     found = {name: weight for name, weight in every.items() if name in prunable}
@@ -113,7 +120,7 @@ def select(options: Options, module: nn.Module, trainer: Trainer | None) -> tupl
     checks.check_sharding(options, found)
     outside = {n: w.parameter.numel() for n, w in every.items() if training.untrained(w.parameter) == NO_OPTIMIZER}
     messages.warn_of_left_out(options, left_out(module, options.include, options.exclude, training.untrained))
-    groups = [] if trainer is None else units.couple(options, module, found)
+    groups = units.couple(options, module, found) if couples else []
     return found, Subject(parameters, Gradients(parameters), training, outside, groups=groups)
 
 
