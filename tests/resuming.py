@@ -35,8 +35,8 @@ STATE_KEYS = {
 
 STEPS_OF_A_PRUNING = {
     "decide": "lightning_sap.callbacks.pruning.decisions.decide",
-    "measure": "lightning_sap.callbacks.pruning.session.summary",
-    "rewind weights": "lightning_sap.callbacks.pruning.session.restore_weights_",
+    "measure": "lightning_sap.callbacks.pruning.held.summary",
+    "rewind weights": "lightning_sap.callbacks.pruning.snapshots.restore_weights_",
     "mask": "lightning_sap.callbacks.pruning.carrying._carry_out_",
     "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
     "warn": "lightning_sap.callbacks.pruning.messages.warn_of_empty_units",

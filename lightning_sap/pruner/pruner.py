@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import agreement, averages, checks, messages, units
+from lightning_sap.callbacks.pruning import agreement, averages, checks, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.held import HeldWeights
@@ -35,6 +35,7 @@ from lightning_sap.pruner.inputs import (
     unwrapped,
     unwrapped_optimizer,
 )
+from lightning_sap.pruner.messages import warn_of_masks_left_out, warn_of_silent_steps
 from lightning_sap.rewind import (
     OptimizerMemory,
     cannot_reset,
@@ -43,8 +44,6 @@ from lightning_sap.rewind import (
     innermost_optimizers,
     live_tensors,
     place_weights,
-    restore_weights_,
-    take_weights,
     zero_pruned_,
 )
 from lightning_sap.rounds.history import History, RoundRecord
@@ -171,7 +170,7 @@ class Pruner:
         self._hooks += hook_steps(optimizers, run.count_step) + hook_steps(optimizers[:1], run.record_lr)
         run.watch_gradients()
         if silent := [type(each).__name__ for each in innermost_optimizers(optimizers) if not fires_hooks(each)]:
-            messages.warn_of_silent_steps(self.options, silent)
+            warn_of_silent_steps(self.options, silent)
         return self
 
     def detach(self) -> None:
@@ -262,14 +261,15 @@ class Pruner:
             masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(weights)
         else:
             stays = {n: m for n, m in state.masks.pruned.items() if n in weights and weights[n].shape == m.shape}
-            messages.warn_of_masks_left_out(options, [name for name in state.masks.pruned if name not in stays])
+            warn_of_masks_left_out(options, [name for name in state.masks.pruned if name not in stays])
             masks = MaskSet(stays).matched(weights).like(weights)
         first = state.first_weights
         if first is not None:
             check_tensors("first_weights", first, live_tensors(module))
             first = place_weights(module, first)
         elif options.rewind_weights is not None and state.round == 0:
-            first = take_weights(module)
+            averages.note_bits_(run, {n: p for n, p in run.subject.parameters.items() if averages.is_matrix(p)})
+            first = snapshots.take(run, module)
         companions = units.companions(run, state.companions, masks)
         copies = averaged_copies(module, run.weights)
         run.state = replace(state, masks=masks, companions=companions, copies=copies, first_weights=first)
@@ -292,7 +292,7 @@ class Pruner:
         """Mask and rewind."""
         run = self._run
         if run.state.first_weights is not None:
-            restore_weights_(module, run.state.first_weights)
+            snapshots.restore_(run, module, run.state.first_weights)
             run.enforce()  # weights that come back start from zero
         units.mask_(run, decision.masks, decision.companions)
         averages.mask_(run, decision.masks, decision.companions)

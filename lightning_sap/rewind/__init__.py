@@ -6,7 +6,7 @@ from lightning_sap.rewind.optimizer import OptimizerMemory, cannot_reset, cannot
 from lightning_sap.rewind.replay import HORIZON, Mode, Obstacle, Replay
 from lightning_sap.rewind.steps import fires_hooks, hook_gradients, hook_steps, innermost_optimizers
 from lightning_sap.rewind.ticks import Moment, Ticks
-from lightning_sap.rewind.weights import live_tensors, place_weights, restore_weights_, take_weights
+from lightning_sap.rewind.weights import copy_of, live_tensors, place_weights, restore_weights_, take_weights
 
 __all__ = [
     "HORIZON",
@@ -20,6 +20,7 @@ __all__ = [
     "base_optimizers",
     "cannot_reset",
     "cannot_zero",
+    "copy_of",
     "fires_hooks",
     "hook_gradients",
     "hook_steps",

@@ -12,6 +12,7 @@ from lightning_sap.rewind import restore_weights_, take_weights
 
 def network():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    module.register_buffer("saved", torch.arange(3.0))
     module.register_buffer("not_saved", torch.arange(3.0), persistent=False)
     return module
 
@@ -21,6 +22,7 @@ def train(module):
     for _ in range(3):
         module(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
+    module.saved += 1
     module.not_saved += 1
 
 
@@ -34,7 +36,9 @@ class TestTakeAndRestore:
         restore_weights_(module, snapshot)
         assert same(module.state_dict(), before)
         assert module[1].num_batches_tracked == 0
-        assert module.not_saved.tolist() == [0.0, 1.0, 2.0]
+        assert module.saved.tolist() == [0.0, 1.0, 2.0]
+        assert module.not_saved.tolist() == [1.0, 2.0, 3.0]  # the module's own business, as for a state_dict
+        assert set(snapshot) == set(module.state_dict())
         assert [p.data_ptr() for p in module.parameters()] == addresses
         assert all(p.is_leaf and p.requires_grad for p in module.parameters())
 
@@ -88,9 +92,24 @@ class TestWhatDiffers:
     def test_restore_passes_over_tensors_that_were_removed(self):
         module = network()
         snapshot = take_weights(module)
-        del module.not_saved
+        del module.saved
         restore_weights_(module, snapshot)
         assert same({n: snapshot[n] for n in module.state_dict()}, dict(module.state_dict()))
+
+    def test_named_parameters_are_left_out(self):
+        module = network()
+        snapshot = take_weights(module, without=["0.weight"])
+        assert set(module.state_dict()) - set(snapshot) == {"0.weight"}
+
+    def test_buffers_that_changed_their_shape_are_left_and_named(self):
+        module = network()
+        snapshot = take_weights(module)
+        train(module)
+        module.saved = torch.ones(5)
+        assert restore_weights_(module, snapshot) == ["saved"]
+        assert module.saved.tolist() == [1.0] * 5
+        assert torch.equal(module[0].weight, snapshot["0.weight"])
+        assert restore_weights_(module, take_weights(module)) == []
 
     def test_restore_refuses_a_changed_shape_before_anything_is_written(self):
         module = network()

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 def find_(
     session: PruningSession, trainer: Trainer, module: LightningModule, every: Mapping[str, PrunableWeight]
 ) -> None:
-    """Note, when training begins, the averages and the bits of all weights that may turn out to follow others."""
+    """Note, when training begins, the averages and the bits of all matrices: some may turn out to follow others."""
     state, subject = session.state, session.subject
     state.copies = {**state.copies, **averaged_copies(module, session.weights)}
     candidates = {n: w for n, w in every.items() if id(w.parameter) not in subject.training.averages}
-    note_bits_(session, {name: weight.parameter for name, weight in candidates.items()})
+    matrices = {name: p for name, p in subject.parameters.items() if is_matrix(p) and name not in every}
+    note_bits_(session, {**matrices, **{name: weight.parameter for name, weight in candidates.items()}})
     _note_hidden_(session, trainer, module)
     if state.plan.rounds != 0:
         unmatched = [n for n, w in every.items() if id(w.parameter) in subject.training.averages]
@@ -43,10 +44,10 @@ def find_(
     bind_(session, module)
 
 
-def note_bits_(session: PruningSession, weights: Mapping[str, Tensor]) -> None:
+def note_bits_(session: HeldWeights, weights: Mapping[str, Tensor]) -> None:
     """Remember these weights as they are before they are trained."""
     if session.state.plan.rounds != 0:
-        session.state.first_bits = {**session.state.first_bits, **_bits(weights)}
+        session.state.first_bits = {**session.state.first_bits, **bits_of(weights)}
 
 
 def _note_hidden_(session: PruningSession, trainer: Trainer, module: LightningModule) -> None:
@@ -54,7 +55,7 @@ def _note_hidden_(session: PruningSession, trainer: Trainer, module: LightningMo
     first = session.state.first_bits
     shapes = {tuple(weight.parameter.shape) for weight in session.weights.values()}
     found = _hidden(trainer, module) if first else {}
-    bits = _bits({name: tensor for name, tensor in found.items() if tuple(tensor.shape) in shapes})
+    bits = bits_of({name: tensor for name, tensor in found.items() if tuple(tensor.shape) in shapes})
     equal = {name: number for name, number in bits.items() if number in first.values()}
     session.state.first_bits = {**first, **equal}
 
@@ -84,7 +85,7 @@ def follow_(
     tensors = {**{name: weight.parameter for name, weight in every.items()}, **_hidden(trainer, module)}
     known = {n: tensor for n, tensor in tensors.items() if n in state.first_bits}
     still = {n: tensor for n, tensor in known.items() if n not in session.weights and n not in state.trained}
-    now = _bits(still)
+    now = bits_of(still)
     moved = agreement.union(trainer, [name for name, bits in now.items() if bits != state.first_bits[name]])
     if new := [name for name in still if name in moved and name not in state.copies and name not in subject.warned]:
         found = followers(tensors, new, list(session.weights), state.first_bits)
@@ -113,7 +114,14 @@ def mask_(session: HeldWeights, *sets: MaskSet) -> None:
             zero_(local(copy), local(placed_like(pruned[name], copy)))
 
 
-def _bits(weights: Mapping[str, Tensor]) -> dict[str, int]:
+def is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether it has two dimensions or more, and values that can be compared."""
+    return (
+        not isinstance(parameter, nn.UninitializedParameter) and parameter.dim() > 1 and parameter.is_floating_point()
+    )
+
+
+def bits_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Their fingerprints, of sharded ones those of all rows; a collective where weights are sharded."""
     tensors = {name: weight.detach() for name, weight in weights.items()}
     plain = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sap.callbacks.pruning import averages, messages, units
+from lightning_sap.callbacks.pruning import averages, messages, snapshots, units
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.pruning.trained import Subject, select
@@ -99,6 +99,7 @@ class HeldWeights:
     def meet_gradients(self) -> None:
         """Note which weights have gradients, before each step; those of pruned weights are zero then."""
         self.subject.gradients.note(self.state.trained)
+        snapshots.add_thawed(self)
         self.mask_gradients()
 
     def meet_step(self) -> None:

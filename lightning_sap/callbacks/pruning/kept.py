@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_sap.callbacks.pruning import compatibility
+from lightning_sap.callbacks.pruning import compatibility, snapshots
 from lightning_sap.callbacks.pruning.kept_round import KeptRound
 from lightning_sap.rewind import take_weights
 
@@ -22,15 +22,16 @@ def take_first_(session: PruningSession, module: LightningModule, epochs: int) -
     state, wanted = session.state, session.options.snapshot_epoch
     is_first_round = state.round == 0 and state.plan.rounds != 0
     if is_first_round and wanted is not None and epochs - state.first_epoch >= wanted and not state.first_weights:
-        state.first_weights = take_weights(module)
+        state.first_weights = snapshots.take(session, module)
 
 
 def keep_(session: PruningSession, trainer: Trainer, module: LightningModule) -> None:
     """Keep the round as it is now, with the averages that other callbacks make of it."""
-    averages: list[dict[str, Tensor]] = []
-    compatibility.in_averages_(trainer, module, lambda: averages.append(take_weights(module)))
-    state = session.state
-    state.kept = KeptRound(state.round, take_weights(module), state.masks, averages, state.companions)
+    state, averages = session.state, list[dict[str, Tensor]]()
+    weights = snapshots.take(session, module)
+    still = session.subject.still.keys() - weights.keys()
+    compatibility.in_averages_(trainer, module, lambda: averages.append(take_weights(module, still)))
+    state.kept = KeptRound(state.round, weights, state.masks, averages, state.companions)
 
 
 def go_back_(

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_sap.callbacks.pruning import archive, compatibility, folders, roundfile
+from lightning_sap.callbacks.pruning import archive, compatibility, folders, roundfile, snapshots
 from lightning_sap.callbacks.pruning.agreement import of_ranks
 from lightning_sap.callbacks.pruning.checks import state_key
 from lightning_sap.callbacks.pruning.roundfile import Digest, Identity
@@ -47,7 +47,7 @@ def restore_(
     checkpoint = _agree(record, lambda: _read(path, module))
     states = _agree(record, lambda: [_state(other, checkpoint, module) for other in sessions])
     placed = _agree(record, lambda: _placed(module, checkpoint))
-    restore_weights_(module, placed)
+    snapshots.warn_of_left_buffers(session.options, restore_weights_(module, placed))
     if fit is not None:
         compatibility.in_averages_(*fit, partial(_write_, fit[1], checkpoint))
     for other, state in zip(sessions, states, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning.lengths import EpochLengths
 from lightning_sap.callbacks.round_metrics import METRICS
@@ -167,6 +167,8 @@ def check_tensors(key: str, tensors: Mapping[str, Tensor], live: Mapping[str, Te
     for name, tensor in tensors.items():
         if name in live:
             own = live[name]
-            fits = tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+            # a buffer of an observer has nothing, or one number, until its first batch
+            grows = tensor.numel() <= 1 and not isinstance(own, nn.Parameter)
+            fits = (grows or tensor.shape == own.shape) and tensor.is_floating_point() == own.is_floating_point()
             words = f"a tensor like that of the module, of {own.dtype} and shape {tuple(own.shape)}"
             SCHEMA.must(fits, f"{key}[{name!r}]", tensor, words)

@@ -10,7 +10,17 @@ from typing import Any, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning import averages, checks, messages, planning, progress, saving, tolerance, units
+from lightning_sap.callbacks.pruning import (
+    averages,
+    checks,
+    messages,
+    planning,
+    progress,
+    saving,
+    snapshots,
+    tolerance,
+    units,
+)
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
 from lightning_sap.callbacks.pruning.held import HeldWeights
@@ -24,7 +34,6 @@ from lightning_sap.callbacks.pruning.trained import of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure
-from lightning_sap.rewind import restore_weights_
 from lightning_sap.rounds.history import RoundRecord
 from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBack
 
@@ -125,6 +134,7 @@ class PruningSession(HeldWeights):
         self.weights, self.state = weights, state
         state.companions = units.companions(self, state.companions, MaskSet({}))
         self.subject.gradients.watch(state.trained)
+        snapshots.watch(self)
         averages.bind_(self, module)
         self.metrics.load_state_dict(state.metrics)
 
@@ -208,7 +218,7 @@ class PruningSession(HeldWeights):
 
     def restore_(self, module: LightningModule, weights: dict[str, Tensor], beside: Beside) -> None:
         """Write weights and buffers into the module, under the masks in force."""
-        restore_weights_(module, weights)
+        snapshots.restore_(self, module, weights)
         for session in (*beside, self):  # what is pruned now stays pruned, returning weights start from zero
             session.enforce()
 

@@ -72,6 +72,7 @@ class Subject:
         warned: Names of weights that were warned of.
         groups: For ``structure="unit"`` the units that go together.
         looked: The round in whose first step gradients were looked at.
+        still: Frozen parameters that were left out of the copies to go back to.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -82,11 +83,13 @@ class Subject:
     warned: set[str] = field(default_factory=set)
     groups: list[UnitGroup] = field(default_factory=list)
     looked: int = 0
+    still: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def see(self, parameters: dict[str, nn.Parameter], seen: Iterable[str]) -> None:
         """Take these for the parameters of the module; some had a gradient in this round."""
         self.parameters, self.gradients = parameters, Gradients(parameters)
         self.gradients.watch(seen)
+        self.still = {name: p for name, p in self.still.items() if parameters.get(name) is p}
 
 
 def of_kind(options: Options, module: nn.Module) -> dict[str, PrunableWeight]:
