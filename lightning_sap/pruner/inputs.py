@@ -72,6 +72,12 @@ def check_kind(module: nn.Module) -> None:
         )
 
 
+def check_shapes(module: nn.Module) -> None:
+    """Raise for layers that have not seen a batch."""
+    if lazy := [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]:
+        raise ValueError(f"{lazy} have no shape before the first batch. Pass a batch through the module before attach.")
+
+
 def check_fresh(optimizers: Sequence[Optimizer]) -> None:
     """Raise for optimizers that have taken steps: what they keep before the first is not known any more."""
     for optimizer in optimizers:

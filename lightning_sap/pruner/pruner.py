@@ -32,6 +32,7 @@ from lightning_sap.pruner.inputs import (
     check_kind,
     check_names,
     check_options,
+    check_shapes,
     unwrapped,
     unwrapped_optimizer,
 )
@@ -155,6 +156,7 @@ class Pruner:
         self.detach()
         run, inner = self._run, unwrapped(module)
         check_kind(module)
+        check_shapes(inner)
         optimizers = tuple(unwrapped_optimizer(each) for each in optimizers)
         if self.options.reset_optimizer:
             check_fresh(optimizers)

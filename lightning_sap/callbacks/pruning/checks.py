@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_sap.callbacks.pruning.options import Options
@@ -63,6 +63,21 @@ def check_pattern(
             f"{options.name}: structure={options.structure!r} does not fit these weights, which stay dense, since "
             f"{of}. Leave them out with exclude={list(others)!r}."
         )
+
+
+def check_lazy(options: Options, names: Sequence[str]) -> None:
+    """Say when parameters without a shape are pruned; raise where that would be too late."""
+    if not names:
+        return
+    if options.structure == "unit":
+        raise ValueError(
+            f"structure='unit' needs the shapes of all layers, and {names} have none before the first batch. Pass a "
+            "batch through the module before fit."
+        )
+    rank_zero_info(
+        f"{options.name}: {', '.join(names)} have no shape before the first batch. Those that are prunable join when "
+        "the first round ends. To see them in the plan, pass a batch through the module before fit."
+    )
 
 
 def check_sharding(options: Options, weights: dict[str, PrunableWeight]) -> None:

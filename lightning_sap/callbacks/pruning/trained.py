@@ -116,10 +116,14 @@ def select_of(
 ) -> tuple[dict[str, PrunableWeight], Subject]:
     """The weights that are prunable in this training; where asked for, with the units that go together."""
     parameters = parameter_names(module)
-    every = candidates(options, module, training)
-    prunable = prunable_weights(module, options.include, options.exclude, untrained=training.untrained)
+    lazy = [name for name, parameter in parameters.items() if isinstance(parameter, nn.UninitializedParameter)]
+    if couples:
+        checks.check_lazy(options, lazy)
+    every, untrained = candidates(options, module, training), training.untrained
+    prunable = prunable_weights(module, options.include, options.exclude, may_be_none=bool(lazy), untrained=untrained)
     found = {name: weight for name, weight in every.items() if name in prunable}
-    checks.check_pattern(options, prunable, found)
+    if prunable:
+        checks.check_pattern(options, prunable, found)
     checks.check_sharding(options, found)
     outside = {n: w.parameter.numel() for n, w in every.items() if training.untrained(w.parameter) == NO_OPTIMIZER}
     messages.warn_of_left_out(options, left_out(module, options.include, options.exclude, training.untrained))

@@ -13,6 +13,7 @@ from helpers import (
     all_masked_are_zero,
     fit,
     half,
+    loader,
     mlp,
     same,
     seeded,
@@ -21,7 +22,7 @@ from helpers import (
 )
 from torch import nn
 
-from lightning_sap import PQIMonitor
+from lightning_sap import FixedFraction, PQIMonitor, Pruner
 
 
 class WithCausalMask(Net):
@@ -104,6 +105,43 @@ def test_lazy_layer_cannot_be_rewound_to_init():
     pruner = half(rewind_weights=1)
     fit(Net(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))), pruner)
     assert pruner.remaining == 0.125
+
+
+def all_lazy():
+    return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+
+
+class TestLazyNetworks:
+    def test_a_network_of_lazy_layers_alone_is_pruned_from_the_first_rounds_end(self, caplog):
+        module, pruner, monitor, clean = Net(all_lazy()), half(), PQIMonitor(stop_on=None), []
+        look = Watch(on_train_batch_end=lambda t, m: clean.append(all_masked_are_zero(t, m)))
+        fit(module, pruner, monitor, look, val=loader())
+        assert survivors(pruner) == {"net.0.weight": 6, "net.3.weight": 3}
+        assert [record.pruned for record in pruner.history] == [36, 18, 9, None]
+        assert clean == [True] * (4 * BATCHES)
+        assert "sap: net.0.weight, net.0.bias, net.1.weight, net.1.bias, net.3.weight" in caplog.text
+        assert "Those that are prunable join when the first round ends." in caplog.text
+
+    def test_a_target_is_met(self):
+        pruner = half(target_remaining=0.25, scope="global")
+        fit(Net(all_lazy()), pruner)
+        assert pruner.remaining == 0.25
+
+    def test_a_pattern_is_met(self):
+        pruner = half(structure="2:4", every_n_epochs=None, include="net.3.*")
+        fit(Net(all_lazy()), pruner)
+        assert survivors(pruner) == {"net.3.weight": 12}
+
+    def test_whole_units_need_a_batch_first(self):
+        with pytest.raises(ValueError, match=r"^structure='unit' needs the shapes .* Pass a batch through the module"):
+            fit(Net(all_lazy()), half(structure="unit"))
+
+    def test_a_pruner_without_a_trainer_needs_a_batch_first(self):
+        net = all_lazy()
+        with pytest.raises(ValueError, match=r"Pass a batch through the module before attach\.$"):
+            Pruner(FixedFraction(0.5)).attach(net)
+        net(torch.ones(2, 6))
+        assert list(Pruner(FixedFraction(0.5)).attach(net).masks) == ["0.weight", "3.weight"]
 
 
 def test_weight_that_is_a_strided_view_is_pruned():
