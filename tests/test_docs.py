@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sap import FixedFraction, PruningCallback
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -67,6 +69,23 @@ def test_snippets_run(page):
     for code, is_run in blocks(page):
         if is_run:
             exec(code, names)
+
+
+def test_the_loop_over_a_file_finds_the_weights_of_a_compiled_network():
+    module, pruner = MyModel(), PruningCallback(FixedFraction(0.5))
+    module.net = torch.compile(module.net, backend="eager")
+    trainer = Trainer(
+        max_epochs=4, callbacks=[pruner], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, loader(64))
+    trainer.save_checkpoint("compiled.ckpt")
+    names = {"torch": torch, "file": torch.load("compiled.ckpt", weights_only=True)}
+    assert "net._orig_mod.0.weight" in names["file"]["state_dict"]
+    text = (ROOT / "docs" / "sparse_model.md").read_text(encoding="utf-8")
+    (block,) = [match[2] for match in BLOCK.finditer(text) if 'packed["bits"]' in match[2]]
+    exec(block, names)
+    assert {name: int(mask.sum()) for name, mask in names["masks"].items()} == {"net.0.weight": 64, "net.2.weight": 16}
 
 
 def test_every_fence_is_found():
