@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import agreement, averages, checks, messages, snapshots, units
+from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.held import HeldWeights
@@ -163,6 +163,7 @@ class Pruner:
             messages.warn_of_lasting(self.options, list(filter(None, map(cannot_reset, optimizers))))
         reshard(inner)
         run.weights, run.subject = select_of(self.options, inner, Training.by(optimizers, inner), couples=True)
+        run.subject.keepers = declared.keepers(inner)
         self._module, self._optimizers = inner, list(optimizers)
         self._fresh = [OptimizerMemory(each) for each in optimizers] if self.options.reset_optimizer else []
         several = inner is not module and agreement.place()[1] > 1

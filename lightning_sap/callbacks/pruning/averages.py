@@ -1,6 +1,7 @@
 """Averaged copies inside the module: each shares the mask of what it averages, or is warned of.
 
-They are parameters, or buffers. What is kept in plain attributes is the user's: it is warned of, and never written to.
+They are parameters, or buffers. What is kept in plain attributes is the user's: it is warned of, and not written to
+unless it is given by name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_sap.callbacks.pruning import agreement, messages
+from lightning_sap.callbacks.pruning import agreement, declared, messages
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.engine.copies import averaged_copies, followers
@@ -54,14 +55,15 @@ def _note_hidden_(session: PruningSession, trainer: Trainer, module: LightningMo
     """Remember what is no parameter, and equal to a weight before training: it may turn out to follow it."""
     first = session.state.first_bits
     shapes = {tuple(weight.parameter.shape) for weight in session.weights.values()}
-    found = _hidden(trainer, module) if first else {}
+    found = _hidden(session, trainer, module) if first else {}
     bits = bits_of({name: tensor for name, tensor in found.items() if tuple(tensor.shape) in shapes})
     equal = {name: number for name, number in bits.items() if number in first.values()}
     session.state.first_bits = {**first, **equal}
 
 
-def _hidden(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """What is no parameter of the module, or kept by another callback of the user's."""
+def _hidden(session: PruningSession, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """What is no parameter of the module, or kept by another callback of the user's, and not given by name."""
+    given = {id(tensor) for _, tensor in declared.averaged(session)}
     averaging = of_kind(trainer, "WeightAveraging")  # whose averages are masked with the module
 
     def is_known(callback: Any) -> bool:
@@ -74,7 +76,7 @@ def _hidden(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
             name = type(callback).__name__
             alike = sum(key.partition("[")[0] == name for key in holders)
             holders[f"{name}[{alike}]" if alike else name] = callback
-    return hidden_tensors(module, holders)
+    return {n: tensor for n, tensor in hidden_tensors(module, holders).items() if id(tensor) not in given}
 
 
 def follow_(
@@ -82,7 +84,7 @@ def follow_(
 ) -> None:
     """Find the weights that changed in training and were not trained; a collective."""
     state, subject = session.state, session.subject
-    tensors = {**{name: weight.parameter for name, weight in every.items()}, **_hidden(trainer, module)}
+    tensors = {**{name: weight.parameter for name, weight in every.items()}, **_hidden(session, trainer, module)}
     known = {n: tensor for n, tensor in tensors.items() if n in state.first_bits}
     still = {n: tensor for n, tensor in known.items() if n not in session.weights and n not in state.trained}
     now = bits_of(still)
@@ -109,8 +111,9 @@ def bind_(session: HeldWeights, module: nn.Module) -> None:
 def mask_(session: HeldWeights, *sets: MaskSet) -> None:
     """Zero in the copies what these masks prune in what they follow."""
     pruned = {name: mask for masks in sets for name, mask in masks.pruned.items()}
+    given = ((tensor, name) for name, tensor in declared.averaged(session) if name in pruned)
     with torch.no_grad():
-        for copy, name in session.subject.copies:
+        for copy, name in (*session.subject.copies, *given):
             zero_(local(copy), local(placed_like(pruned[name], copy)))
 
 

@@ -258,8 +258,8 @@ def warn_of_hidden(options: Options, found: Mapping[str, str]) -> None:
         rank_zero_warn(
             f"{options.name}: these began as copies of pruned weights, changed since, and are no parameters or buffers "
             f"of the module: {listed(pairs)}. They stay dense. If they are averages that you are going to use, make "
-            "them a submodule (self.average = AveragedModel(net)), which shares the masks, or multiply each by the "
-            "callback's masks[name]."
+            "them a submodule (self.average = AveragedModel(net)), or give them by a method averaged_weights(), so "
+            "that they share the masks; or multiply each by the callback's masks[name]."
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_sap.callbacks.pruning import (
     averages,
     checks,
+    declared,
     messages,
     planning,
     progress,
@@ -65,6 +66,7 @@ class PruningSession(HeldWeights):
     def select(self, trainer: Trainer, module: nn.Module) -> None:
         """Find the prunable weights, in the module's order."""
         self.weights, self.subject = select(self.options, module, trainer)
+        self.subject.keepers = declared.keepers(module, trainer.callbacks)  # type: ignore[attr-defined]
 
     def frozen(self, state: PruningState) -> list[str]:
         """Those that are not going to be trained, as far as is known before training."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Subject:
         training: What the optimizers hold of them.
         outside: By name the sizes of the weights that no optimizer holds.
         copies: Averages of prunable weights, and the name of the weight whose mask each shares.
+        keepers: What gives averages by the names of what they average.
         warned: Names of weights that were warned of.
         groups: For ``structure="unit"`` the units that go together.
         looked: The round in whose first step gradients were looked at.
@@ -80,6 +81,7 @@ class Subject:
     training: Training = field(default_factory=Training)
     outside: dict[str, int] = field(default_factory=dict)
     copies: list[tuple[Tensor, str]] = field(default_factory=list)
+    keepers: list[Any] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     groups: list[UnitGroup] = field(default_factory=list)
     looked: int = 0
