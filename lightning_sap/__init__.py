@@ -37,6 +37,7 @@ from lightning_sap.version import __version__
 
 if TYPE_CHECKING:
     from lightning_sap.deploy import load_sparse, quantize_survivors, save_sparse, shrink, sparse_linears
+    from lightning_sap.engine.used import effective_weights
     from lightning_sap.pruner import Pruner
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "TakeBack",
     "Tolerance",
     "__version__",
+    "effective_weights",
     "gini_index",
     "load_sparse",
     "pq_index",
@@ -78,6 +80,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What is needed after training only, or without a Trainer, is imported when it is asked for."""
+    if name == "effective_weights":
+        from lightning_sap.engine.used import effective_weights
+
+        return effective_weights
     if name == "Pruner":
         from lightning_sap.pruner import Pruner
 

@@ -77,6 +77,7 @@ class TestPublicNames:
             "SAPCallback",
             "SparsityInformed",
             "Standing",
+            "effective_weights",
             "gini_index",
             "load_sparse",
             "pq_index",
@@ -121,6 +122,7 @@ class TestPublicNames:
         assert arguments(lightning_sap.quantize_survivors) == ({"source": REQUIRED}, {})
         module = {"module": REQUIRED, "example_inputs": REQUIRED}
         assert arguments(lightning_sap.sparse_linears) == (module, {})
+        assert arguments(lightning_sap.effective_weights) == (module, {})
         assert arguments(lightning_sap.shrink) == (module, {"exclude": (), "time_limit": 40.0})
 
     def test_public_arguments_of_policies_and_the_metric(self):

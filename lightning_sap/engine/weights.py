@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_sap.engine.effective import is_full_size, keeps_zeros
+from lightning_sap.engine.used import layer_keeps_zeros
 from lightning_sap.sharding import reshard
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -246,9 +247,11 @@ def _obstacle(parameter: nn.Parameter, untrained: Untrained) -> str | None:
 
 
 def _parametrization_obstacle(owners: Sequence[Owner]) -> str | None:
-    """Why a parametrized tensor cannot be pruned; of a tied one, where any of its parametrizations forbids it."""
+    """Why a tensor of which its layer makes another cannot be pruned; of a tied one, where any layer forbids it."""
     lists = [(o.module, o.name.rpartition(".")[2]) for o in owners if isinstance(o.module, ParametrizationList)]
-    return None if all(keeps_zeros(parametrizations, own_name) for parametrizations, own_name in lists) else LOSES_ZEROS
+    others = [layer_keeps_zeros(o.module, o.own_name) for o in owners if not isinstance(o.module, ParametrizationList)]
+    kept = all(keeps_zeros(parametrizations, own_name) for parametrizations, own_name in lists)
+    return None if kept and False not in others else LOSES_ZEROS
 
 
 def _is_weight(owner: Owner, root: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, messages, snapshots, units
+from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, layers, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.held import HeldWeights
@@ -169,6 +169,7 @@ class Pruner:
         several = inner is not module and agreement.place()[1] > 1
         self._replicated = several and not any(is_sharded(weight) for weight in run.live().values())
         self._take_up(inner)
+        layers.tell(self.options, inner, run.weights)
         self._hooks = hook_masks(inner, optimizers, run.enforce, run.meet_step, self.hold_masks)
         self._hooks += hook_steps(optimizers, run.count_step) + hook_steps(optimizers[:1], run.record_lr)
         run.watch_gradients()

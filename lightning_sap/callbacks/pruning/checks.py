@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schema import check_answer
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -74,7 +75,7 @@ def check_lazy(options: Options, names: Sequence[str]) -> None:
             f"structure='unit' needs the shapes of all layers, and {names} have none before the first batch. Pass a "
             "batch through the module before fit."
         )
-    rank_zero_info(
+    log_line(
         f"{options.name}: {', '.join(names)} have no shape before the first batch. Those that are prunable join when "
         "the first round ends. To see them in the plan, pass a batch through the module before fit."
     )

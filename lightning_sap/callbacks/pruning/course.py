@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.logging import log_line
-from lightning_sap.callbacks.pruning import messages, tolerance
+from lightning_sap.callbacks.pruning import layers, messages, tolerance
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -136,6 +136,7 @@ def begin(session: PruningSession, trainer: Trainer, module: LightningModule, sc
     if state.plan.rounds != 0:
         messages.warn_of_lasting(options, session.schedules.lasting())
         messages.warn_of_adapters(options, low_rank_adapters(module, session.weights))
+        layers.tell(options, module, session.weights)
         _warn_of_patience(options, state, trainer)
         if session.subject.training.held is None:
             messages.warn_of_no_optimizer(options)

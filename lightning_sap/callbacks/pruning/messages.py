@@ -159,7 +159,14 @@ def warn_of_left_out(options: Options, reasons: Mapping[str, str]) -> None:
             f"{options.name}: these are complex, and are not pruned: {listed(complex_ones)}. Hold real and imaginary "
             f"parts as two real parameters to prune them, or leave them out with exclude={complex_ones!r}."
         )
-    hosts = {name: name.partition("parametrizations.") for name, reason in reasons.items() if reason == LOSES_ZEROS}
+    losing = [name for name, reason in reasons.items() if reason == LOSES_ZEROS]
+    if own := [name for name in losing if "parametrizations." not in name]:
+        rank_zero_warn(
+            f"{options.name}: these layers make another weight of the parameter in their forward, as weight "
+            f"standardization does; a zero in it is none there, and they are not pruned: {listed(own)}. Leave them out "
+            f"with exclude={own!r}, or take layers that compute with the parameter."
+        )
+    hosts = {name: name.partition("parametrizations.") for name in losing if name not in own}
     if hosts:
         cures = "; ".join(
             f"parametrize.remove_parametrizations(module.get_submodule({host.rstrip('.')!r}), {rest.split('.')[0]!r})"
