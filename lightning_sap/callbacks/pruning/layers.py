@@ -29,7 +29,7 @@ def tell(options: Options, module: nn.Module, weights: Collection[str]) -> None:
         )
     if unknown := _unknown(module, weights):
         log_line(
-            f"{options.name}: {listed(unknown)} have a forward of their own that takes other inputs than one tensor, so "
+            f"{options.name}: {listed(unknown)} have a forward of their own that takes other inputs than a tensor, so "
             f"that it is not known whether it computes with the zeros of the weight. {MEASURE} measures it."
         )
 

@@ -55,7 +55,7 @@ def test_a_layer_that_cannot_be_asked_is_named(caplog):
             return self.net[0](batch, batch).square().mean()
 
     fit(Masked(Partial(3, 8, 3)), half(), train=IMAGES)
-    assert "sap: net.0 have a forward of their own that takes other inputs than one tensor" in caplog.text
+    assert "sap: net.0 have a forward of their own that takes other inputs than a tensor" in caplog.text
 
 
 def test_a_loop_without_a_trainer_hears_the_same():
