@@ -6,6 +6,7 @@ Blocks find these names, and an empty working directory: `MyModel`, a LightningM
 run where that package is installed. `test_tutorial.py` runs the tutorial.
 """
 
+import logging
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,18 @@ class MyModel(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)]
 
 
+@pytest.fixture(autouse=True)
+def lines_as_before():
+    """A page shows how to silence the package's lines: later tests hear them again."""
+    lines = logging.getLogger("lightning_sap")
+    level, handlers = lines.level, list(lines.handlers)
+    yield
+    lines.setLevel(level)
+    for handler in set(lines.handlers) - set(handlers):
+        lines.removeHandler(handler)
+        handler.close()
+
+
 def loader(size):
     inputs = torch.randn(size, 16)
     return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), 32)
@@ -83,7 +96,7 @@ def test_the_loop_over_a_file_finds_the_weights_of_a_compiled_network():
     names = {"torch": torch, "file": torch.load("compiled.ckpt", weights_only=True)}
     assert "net._orig_mod.0.weight" in names["file"]["state_dict"]
     text = (ROOT / "docs" / "sparse_model.md").read_text(encoding="utf-8")
-    (block,) = [match[2] for match in BLOCK.finditer(text) if 'packed["bits"]' in match[2]]
+    (block,) = [match[3] for match in BLOCK.finditer(text) if 'packed["bits"]' in match[3]]
     exec(block, names)
     assert {name: int(mask.sum()) for name, mask in names["masks"].items()} == {"net.0.weight": 64, "net.2.weight": 16}
 
