@@ -71,16 +71,16 @@ def fraction_count(w, fraction):
     return floor(fraction * np.size(w)) if np.any(w) else 0
 
 
-def drop_smallest(weights, masks, group, count, spare=None):
+def drop_smallest(weights, masks, group, count, spare=None, held=()):
     """Clear the `count` smallest magnitudes of a group in `masks`; of equals, the one named first goes first.
 
-    Where a name has nothing more to spare, the next smallest go instead.
+    Where a name has nothing more to spare, or a position is held, the next smallest go instead.
     """
     positions = [(name, i) for name, i in group if masks[name].flat[i]]
     order = np.argsort([abs(float(weights[name].flat[i])) for name, i in positions], kind="stable")
     left = dict(spare or {})
     for name, i in (positions[k] for k in order):
-        if count > 0 and left.get(name, 1) > 0:
+        if count > 0 and left.get(name, 1) > 0 and (name, i) not in held:
             masks[name].flat[i] = False
             count -= 1
             if name in left:
@@ -148,27 +148,43 @@ def groups_of(weights, scope, units=None):
 
 
 def prune_masks(
-    weights, masks=None, *, amount, scope, units=None, floors=None, least=0, most=None, growth=lambda pruned: 0
+    weights,
+    masks=None,
+    *,
+    amount,
+    scope,
+    units=None,
+    floors=None,
+    least=0,
+    most=None,
+    growth=lambda pruned: 0,
+    sets=(),
+    stay=0,
 ):
     """New masks. `amount` turns the surviving weights of a group into a count; `units` gives (unit, weight) arrays.
 
     `floors` is how many of each name stay, and `least` and `most` are by how many the kept become fewer in all;
-    `growth` turns the number of pruned weights of a group into how many of them come back.
+    `growth` turns the number of pruned weights of a group into how many of them come back. `sets` are disjoint sets of
+    (name, flat index), of which the `stay` largest are kept always, of equals the later ones.
     """
     masks = {name: np.ones(w.shape, bool) if masks is None else np.array(masks[name]) for name, w in weights.items()}
     groups = [group for group in groups_of(weights, scope, units) if group]
     surviving = [[weights[name].flat[i] for name, i in group if masks[name].flat[i]] for group in groups]
     counts = [amount(np.array(of_group, dtype=np.float64)) for of_group in surviving]
-    spare = {name: max(0, int(mask.sum()) - (floors or {}).get(name, 0)) for name, mask in masks.items()}
-    sets = [(len(list(of_name)), spare[name]) for name, of_name in groupby(groups, lambda group: group[0][0])]
+    alive = [[position for position in of if masks[position[0]].flat[position[1]]] for of in sets]
+    held = {position for of in alive for position in sorted(of, key=lambda p: abs(weights[p[0]].flat[p[1]]))[-stay:]}
+    always = {name: sum(n == name for n, _ in held) for name in masks}
+    spare = {n: max(0, int(mask.sum()) - max((floors or {}).get(n, 0), always[n])) for n, mask in masks.items()}
+    of_names = [(len(list(of_name)), spare[name]) for name, of_name in groupby(groups, lambda group: group[0][0])]
     if scope == "global":
-        sets = [(1, sum(spare.values()))]
+        of_names = [(1, sum(spare.values()))]
     kept = [len(of_group) for of_group in surviving]
     pruned = [len(group) - n for group, n in zip(groups, kept, strict=True)]
-    drops, grows = limited_amounts(counts, [growth(n) for n in pruned], kept, pruned, sets, least, most)
+    free = [n - sum(position in held for position in group) for group, n in zip(groups, kept, strict=True)]
+    drops, grows = limited_amounts(counts, [growth(n) for n in pruned], free, pruned, of_names, least, most)
     was_pruned = [[(name, i) for name, i in group if not masks[name].flat[i]] for group in groups]
     for group, drop in zip(groups, drops, strict=True):
-        drop_smallest(weights, masks, group, drop, spare if scope == "global" else None)
+        drop_smallest(weights, masks, group, drop, spare if scope == "global" else None, held)
     for group, grow in zip(was_pruned, grows, strict=True):
         for name, i in group[:grow]:
             masks[name].flat[i] = True

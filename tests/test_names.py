@@ -36,10 +36,13 @@ COMMON = {
     "lr_schedule": "auto",
     "reset_optimizer": True,
     "target_remaining": None,
+    "target_of": "prunable",
     "min_remaining": 0.0,
+    "min_per_unit": 0,
     "include": None,
     "exclude": None,
     "keep_zeros": False,
+    "masks": None,
     "save_rounds": None,
     "dirpath": None,
     "name": "sap",
@@ -143,7 +146,10 @@ class TestPublicNames:
         assert all(callable(getattr(History, name)) for name in ("rows", "to_csv"))
 
     def test_public_names_of_a_pruner(self):
-        assert all(isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history"))
+        assert all(
+            isinstance(getattr(SAPCallback, name), property) for name in ("masks", "remaining", "history", "earlier")
+        )
+        assert arguments(SAPCallback.plan) == ({"self": REQUIRED, "module": None}, {})
         assert arguments(SAPCallback.restore_round) == ({"self": REQUIRED, "round": REQUIRED, "module": None}, {})
 
     def test_public_names_of_a_pruner_without_a_trainer(self):
@@ -191,7 +197,7 @@ class TestCheckpointKeys:
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
             "history", "metrics", "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained",
-            "replaced", "first_bits", "copies", "companions", "finest", "version", "writer",
+            "replaced", "first_bits", "copies", "companions", "finest", "others", "version", "writer",
         }  # fmt: skip
         assert set(state["plan"]) == {
             "rounds", "length", "first", "end", "unit", "schedules_from", "dense",

@@ -22,7 +22,7 @@ def main():
         for theme in ("light", "dark"):
             figure = monitor.plot(kind, dark=theme == "dark")
             figure.savefig(Path(__file__).with_name(f"{kind}_{theme}.png"), dpi=110)
-    sys.stdout.write(monitor.report())
+    sys.stdout.write("\n\n".join(monitor.report().split("\n\n")[:-2]))  # without the plan, which comes last
 
 
 if __name__ == "__main__":

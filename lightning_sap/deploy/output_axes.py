@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_sap.engine.weights import groups_on_axis_1
+from lightning_sap.engine.matrices import groups_on_axis_1
 
 
 def output_axes(module: nn.Module) -> dict[str, int]:

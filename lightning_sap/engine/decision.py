@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_sap.engine.floors import Room, room_of
 from lightning_sap.engine.groups import PrunableTensor, Scope, check_scope, held_by, scores_of
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
@@ -48,6 +49,7 @@ class Decision:
         masks: The masks after it.
         companions: The masks after it of biases and norms that go with whole units.
         finest: Of a decision on whole units, how many weights one more would take; 0 where none can go.
+        short: By how many weights fewer are pruned than was asked for, since of each row or output unit some stay.
     """
 
     before: Measure
@@ -56,6 +58,7 @@ class Decision:
     masks: MaskSet
     companions: MaskSet = field(default_factory=lambda: MaskSet({}))
     finest: int = 0
+    short: int = 0
 
     @property
     def count(self) -> int:
@@ -153,8 +156,8 @@ def decide(
     """
     if not tensors:
         return Decision(summary({}, policy.p, policy.q), {}, {}, MaskSet({}))
-    limits, scores = limits or Limits(), scores_of(tensors)
-    sums = sums_of(tensors, policy.p, policy.q, by_unit=scope == "neuron", scores=scores)
+    limits, scores, shards = limits or Limits(), scores_of(tensors), held_by(tensors)
+    sums = sums_of(tensors, policy.p, policy.q, scope=scope, scores=scores)
     before = summary(sums, policy.p, policy.q)
     check_finite(before, tensors)
     groups = concatenate(list(sums.values()))
@@ -164,11 +167,10 @@ def decide(
     standing = Standing(
         round=round, pruned=sizes - groups.count, names=names, history=history, metrics=dict(metrics or {})
     )
-    spare = {name: max(0, count - limits.floors.get(name, 0)) for name, count in before.survivors.items()}
-    of_groups = _spare_of_groups(sums, spare, scope)
-    drop, grow = _limited(ask(policy, groups, standing), groups.count, standing.pruned, of_groups, limits)
-    here, shards = {name: tensor.local() for name, tensor in tensors.items()}, held_by(tensors)
-    picked = _pick(here, scores, drop, scope, spare, sums, shards)
+    here = {name: tensor.local() for name, tensor in tensors.items()}
+    room, asked = room_of(here, scores, scope, shards), ask(policy, groups, standing)
+    (drop, grow), spare, short = _within(room, asked, groups.count, standing, before, sums, scope, limits)
+    picked = _pick(here, scores, room.excluded, drop, scope, spare, sums, shards)
     growth = _growth_of_tensors(grow, tensors, before, sums, scope)
     for name, tensor in here.items():
         if tensor.pruned is not None:
@@ -179,7 +181,7 @@ def decide(
     masks = MaskSet({name: shard_like(mask, tensors[name].weight) for name, mask in picked.items()})
     grown = {name: int(counts.sum()) for name, counts in growth.items()}
     dropped = {name: n - masks.survivors[name] + grown[name] for name, n in before.survivors.items()}
-    return Decision(before, dropped, grown, masks)
+    return Decision(before, dropped, grown, masks, short=short)
 
 
 def _check_mappings(weights: Mapping[str, Any], **others: Mapping[str, Any] | None) -> None:
@@ -215,6 +217,30 @@ def _spare_of_groups(sums: Mapping[str, PowerSums], spare: Mapping[str, int], sc
     return [(len(part.count), spare[name]) for name, part in sums.items()]
 
 
+def _within(
+    room: Room,
+    asked: Amounts,
+    kept: Tensor,
+    standing: Standing,
+    before: Measure,
+    sums: Mapping[str, PowerSums],
+    scope: Scope,
+    limits: Limits,
+) -> tuple[Amounts, dict[str, int], int]:
+    """The amounts of the groups within limits and room, what each tensor can spare, and how many the room is short."""
+
+    def within(held: Mapping[str, int], free: Tensor) -> tuple[Amounts, dict[str, int]]:
+        least = {name: max(limits.floors.get(name, 0), held.get(name, 0)) for name in before.survivors}
+        spare = {name: max(0, count - least[name]) for name, count in before.survivors.items()}
+        return _limited(asked, free, standing.pruned, _spare_of_groups(sums, spare, scope), limits), spare
+
+    freely, spare = within({}, kept)
+    if room.of_groups is None:
+        return freely, spare, 0
+    amounts, spare = within(room.held, kept - room.of_groups)
+    return amounts, spare, int(freely.drop.sum() - amounts.drop.sum())
+
+
 def _limited(wanted: Amounts, kept: Tensor, pruned: Tensor, spare: list[tuple[int, int]], limits: Limits) -> Amounts:
     """Amounts of the groups, cut to what there is and to the limits; cuts and additions in proportion to them.
 
@@ -247,6 +273,7 @@ def _limited_drop(counts: Tensor, kept: Tensor, spare: list[tuple[int, int]], le
 def _pick(
     tensors: Mapping[str, PrunableTensor],
     scores: Mapping[str, Tensor],
+    excluded: Mapping[str, Tensor | None],
     counts: Tensor,
     scope: Scope,
     spare: Mapping[str, int],
@@ -255,26 +282,29 @@ def _pick(
 ) -> dict[str, Tensor]:
     """Which of the kept weights held by this process go."""
     if scope == "global":
-        pruned = [tensor.pruned for tensor in tensors.values()]
-        rooms = list(spare.values())
-        return dict(zip(tensors, smallest(list(scores.values()), pruned, int(counts), rooms, shards), strict=True))
-    if scope == "layer":
-        of_layer = zip(tensors.items(), counts.tolist(), strict=True)
-        return {name: smallest([scores[name]], [tensor.pruned], c, [c], shards)[0] for (name, tensor), c in of_layer}
-    counts = counts.to(next(iter(scores.values())).device)  # at once, for each transfer waits for the device
-    of_units = torch.split(counts, [len(part.count) for part in sums.values()])
-    return {
-        name: _pick_of_rows(tensor, scores[name], tensor.pruned, c, shards)
-        for (name, tensor), c in zip(tensors.items(), of_units, strict=True)
-    }
+        barred, rooms = list(excluded.values()), list(spare.values())
+        return dict(zip(tensors, smallest(list(scores.values()), barred, int(counts), rooms, shards), strict=True))
+    if any(tensor.is_apart(scope) for tensor in tensors.values()):
+        counts = counts.to(next(iter(scores.values())).device)  # at once, for each transfer waits for the device
+    of_tensors = zip(tensors.items(), torch.split(counts, [len(part.count) for part in sums.values()]), strict=True)
+    return {name: _pick_of(tensor, scores[name], excluded[name], c, scope, shards) for (name, tensor), c in of_tensors}
 
 
-def _pick_of_rows(
-    tensor: PrunableTensor, scores: Tensor, excluded: Tensor | None, counts: Tensor, shards: Shards
+def _pick_of(
+    tensor: PrunableTensor,
+    scores: Tensor,
+    excluded: Tensor | None,
+    counts: Tensor,
+    scope: Scope,
+    shards: Shards,
 ) -> Tensor:
-    rows = tensor.rows(scores)
-    excluded = None if excluded is None else tensor.rows(excluded)
-    return tensor.from_rows(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))))
+    """The smallest of each group of a tensor, so many of them."""
+    if not tensor.is_apart(scope):
+        count = int(counts)
+        return smallest([scores], [excluded], count, [count], shards)[0]
+    rows = tensor.groups(scores, scope)
+    excluded = None if excluded is None else tensor.groups(excluded, scope)
+    return tensor.from_groups(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))), scope)
 
 
 def _growth_of_tensors(
@@ -292,7 +322,4 @@ def _growth_of_tensors(
 def _first(tensor: PrunableTensor, excluded: Tensor, counts: Tensor, scope: Scope, shards: Shards) -> Tensor:
     """Where a tensor's, or each unit's, first weights are, but for those excluded: of equal scores the lower go."""
     equal = torch.zeros((), dtype=torch.float16, device=excluded.device).expand(excluded.shape)
-    if scope == "neuron":
-        return _pick_of_rows(tensor, equal, excluded, counts, shards)
-    count = int(counts)
-    return smallest([equal], [excluded], count, [count], shards)[0]
+    return _pick_of(tensor, equal, excluded, counts, scope, shards)

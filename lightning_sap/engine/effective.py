@@ -16,9 +16,24 @@ from lightning_sap.sharding import whole
 SCATTERING = (0x9E3779B1, 0x85EBCA6B)  # factors that spread the bits of a position over all bits
 
 
-def is_full_size(parametrizations: ParametrizationList, parameter: nn.Parameter) -> bool:
-    """False for a smaller part of a parametrization, such as the norms of weight_norm: a zero there is a whole unit."""
-    return _effective(parametrizations, _tensors(parametrizations)).shape == parameter.shape
+def is_magnitude(parametrizations: ParametrizationList, own_name: str) -> bool:
+    """Whether a parametrized tensor only scales a weight, as the norms of weight_norm do: a zero in it is a whole unit.
+
+    It is smaller than the weight, or another tensor of the weight's shape is normalised: to scale that changes nothing.
+
+    Example:
+        >>> from torch.nn.utils import parametrizations
+        >>> thin = parametrizations.weight_norm(nn.Linear(1, 8)).parametrizations.weight  # both parts are (8, 1)
+        >>> is_magnitude(thin, "original0"), is_magnitude(thin, "original1")
+        (True, False)
+    """
+    tensors = _tensors(parametrizations)
+    weight = _effective(parametrizations, tensors)
+    if tensors[own_name].shape != weight.shape:
+        return True
+    others = [name for name, tensor in tensors.items() if name != own_name and tensor.shape == weight.shape]
+    scaled = (_effective(parametrizations, {**tensors, name: 2 * tensors[name]}) for name in others)
+    return any(torch.allclose(of_scaled, weight, equal_nan=True) for of_scaled in scaled)
 
 
 def keeps_zeros(parametrizations: ParametrizationList, own_name: str) -> bool:
@@ -50,6 +65,47 @@ def keeps_zeros(parametrizations: ParametrizationList, own_name: str) -> bool:
     return True
 
 
+def normalised_by(parametrizations: ParametrizationList, own_name: str) -> tuple[int, ...] | None:
+    """The axes whose indices tell apart what a parametrization divides by a norm of its own; None: it divides nothing.
+
+    It is tried in a copy: where the entries at the first index of an axis are zero, the weight or its gradient is not
+    finite if they hold a whole set. ``()``: the whole tensor is one set.
+
+    Example:
+        >>> from torch.nn.utils import parametrizations
+        >>> rows = parametrizations.weight_norm(nn.Linear(4, 3)).parametrizations.weight
+        >>> columns = parametrizations.weight_norm(nn.Linear(4, 3), dim=1).parametrizations.weight
+        >>> spectral = parametrizations.spectral_norm(nn.Linear(4, 3)).parametrizations.weight
+        >>> normalised_by(rows, "original1"), normalised_by(columns, "original1"), normalised_by(spectral, "original")
+        ((0,), (1,), ())
+    """
+    tensors = _tensors(parametrizations)
+    tensors = {name: tensor.where(tensor != 0, 1) for name, tensor in tensors.items()}
+    values = tensors[own_name]
+    if _is_finite(parametrizations, tensors, own_name, torch.zeros_like(values)):
+        return None
+    without = [
+        values.index_fill(axis, torch.zeros(1, dtype=torch.int64).to(values.device), 0.0)
+        for axis in range(values.dim())
+    ]
+    found = [axis for axis, part in enumerate(without) if not _is_finite(parametrizations, tensors, own_name, part)]
+    return tuple(found)
+
+
+def _is_finite(
+    parametrizations: ParametrizationList, tensors: Mapping[str, Tensor], own_name: str, values: Tensor
+) -> bool:
+    """Whether the weight and its gradient are, with these values of one tensor."""
+    values = values.clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            weight = _effective(parametrizations, {**tensors, own_name: values})
+            (gradient,) = torch.autograd.grad(weight.square().sum() + weight.sum(), values, materialize_grads=True)
+    except (RuntimeError, ValueError):  # it takes no such values
+        return True
+    return bool(weight.isfinite().all() and gradient.isfinite().all())
+
+
 def _tensors(parametrizations: ParametrizationList) -> dict[str, Tensor]:
     return {name: whole(parameter.detach()) for name, parameter in parametrizations.named_parameters()}
 
@@ -63,7 +119,7 @@ def _effective(parametrizations: ParametrizationList, tensors: Mapping[str, Tens
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
+        with torch.set_grad_enabled(any(tensor.requires_grad for tensor in tensors.values())):
             weight: Tensor = functional_call(parametrizations, dict(tensors), ())
     finally:
         for module, mode in modes:

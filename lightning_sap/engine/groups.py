@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sap.engine.effective import pruned_by_torch
+from lightning_sap.engine.floors import Floor
+from lightning_sap.engine.matrices import PLAIN, Layout
 from lightning_sap.engine.weights import Untrained, is_frozen, prunable_weights
 from lightning_sap.functional.pqi import DTYPES, PowerSums
 from lightning_sap.policies.base import Importance
@@ -52,6 +54,8 @@ class PrunableTensor(NamedTuple):
         units: View of a tensor of that shape as ``(units, weights of a unit)``; None: axis 0 is the unit.
         memory: Where its power sums are kept, so that they are not taken twice; None: nowhere.
         importance: What scores the weights.
+        floors: How many weights of which sets always stay.
+        layout: How its matrix, or several of them, lies in it.
     """
 
     weight: Tensor
@@ -59,6 +63,8 @@ class PrunableTensor(NamedTuple):
     units: Callable[[Tensor], Tensor] | None = None
     memory: Memory | None = None
     importance: Importance = Magnitude()
+    floors: tuple[Floor, ...] = ()
+    layout: Layout = PLAIN
 
     def local(self) -> PrunableTensor:
         """What this process holds of it."""
@@ -78,6 +84,20 @@ class PrunableTensor(NamedTuple):
         return (
             torch.empty_like(rows).view(-1).scatter(0, position.reshape(-1), rows.reshape(-1)).view(self.weight.shape)
         )
+
+    def is_apart(self, scope: Scope) -> bool:
+        """Whether in a scope it is divided into groups: into output units, or a stack into its matrices."""
+        return scope == "neuron" or (scope == "layer" and self.layout.stacked)
+
+    def groups(self, tensor: Tensor, scope: Scope) -> Tensor:
+        """A tensor of the weight's shape as ``(groups, weights of a group)``."""
+        if scope == "neuron":
+            return self.rows(tensor)
+        return tensor.flatten(1) if self.is_apart(scope) else tensor.reshape(1, -1)
+
+    def from_groups(self, groups: Tensor, scope: Scope) -> Tensor:
+        """Undo :meth:`groups`."""
+        return self.from_rows(groups) if scope == "neuron" else groups.reshape(self.weight.shape)
 
 
 def scores_of(tensors: Mapping[str, PrunableTensor]) -> dict[str, Tensor]:
@@ -114,7 +134,10 @@ def dense_tensors(module: nn.Module, untrained: Untrained = is_frozen) -> dict[s
         id(getattr(parts[path], f"{name}_orig")): getattr(parts[path], f"{name}_mask") == 0
         for path, name in pruned_by_torch(module)
     }
-    return {n: PrunableTensor(w.parameter.detach(), pruned.get(id(w.parameter)), w.units) for n, w in weights.items()}
+    return {
+        n: PrunableTensor(w.parameter.detach(), pruned.get(id(w.parameter)), w.units, layout=w.layout)
+        for n, w in weights.items()
+    }
 
 
 def empty_units(tensors: Mapping[str, PrunableTensor]) -> dict[str, tuple[int, int]]:

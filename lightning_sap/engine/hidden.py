@@ -44,9 +44,15 @@ def hidden_tensors(module: nn.Module, holders: Mapping[str, object] | None = Non
     roots: dict[str, object] = {path: part for path, part in module.named_modules()}
     for path, root in {**roots, **(holders or {})}.items():
         for key, value in list(getattr(root, "__dict__", {}).items()):
-            if key not in REGISTERED:
+            if key not in REGISTERED and not _is_computed(root, key):
                 found.update(_search(_clean(f"{path}.{key}"), value, seen, DEPTH))
     return found
+
+
+def _is_computed(root: object, key: str) -> bool:
+    """Whether it is what a layer computes from its parameter at each forward, as the old weight_norm keeps it."""
+    own = root._parameters if isinstance(root, nn.Module) else {}
+    return f"{key}_v" in own or f"{key}_orig" in own
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_sap.engine.groups import PrunableTensor, held_by, scores_of
+from lightning_sap.engine.groups import PrunableTensor, Scope, held_by, scores_of
 from lightning_sap.functional.fingerprint import fingerprints
 from lightning_sap.functional.pqi import PowerSums, concatenate, index_of, merge, power_sums, total
 from lightning_sap.policies.importance import Magnitude
@@ -51,21 +51,22 @@ def sums_of(
     p: float,
     q: float,
     *,
-    by_unit: bool = False,
+    scope: Scope = "global",
     scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, PowerSums]:
-    """Power sums of the scores of kept weights: of each tensor, shape ``(1,)``, or ``(units,)``; on the CPU.
+    """Power sums of the scores of kept weights: of each tensor, shape ``(1,)``, or of its groups; on the CPU.
 
     Args:
         tensors: The weights; of sharded ones all shards are summed.
         p: Order of the smaller norm.
         q: Order of the larger norm.
-        by_unit: Whether every output unit has its own sums.
+        scope: ``"neuron"``: every output unit has its own sums; ``"layer"``: every matrix of a stack has.
         scores: Those of the weights that this process holds; None: they are asked for.
     """
     shards, orders = held_by(tensors), (p, q)
     scores = scores_of(tensors) if scores is None else scores
-    remembering = {} if by_unit else {name: tensor for name, tensor in tensors.items() if tensor.memory is not None}
+    apart = {name for name, tensor in tensors.items() if tensor.is_apart(scope)}
+    remembering = {n: tensor for n, tensor in tensors.items() if tensor.memory is not None and n not in apart}
     here = fingerprints([scores[name] for name in remembering])
     bits = shards.sum(torch.tensor(here, dtype=torch.int64)).tolist()
     known = {}
@@ -73,22 +74,23 @@ def sums_of(
         if tensor.memory and (sums := tensor.memory.recall(orders, tensor.pruned, now)):
             known[name] = sums
     fresh = {
-        name: _sums_here(tensor.local(), scores[name], p, q, by_unit)
+        name: _sums_here(tensor.local(), scores[name], p, q, scope)
         for name, tensor in tensors.items()
         if name not in known
     }
-    fresh = over_shards(on_cpu(fresh), shards, p, q, by_unit)
+    fresh = over_shards(on_cpu(fresh), shards, p, q, apart)
     for (name, tensor), now in zip(remembering.items(), bits, strict=True):
         if tensor.memory and name in fresh:
             tensor.memory.keep(orders, tensor.pruned, now, fresh[name])
     return {name: known.get(name) or fresh[name] for name in tensors}
 
 
-def _sums_here(tensor: PrunableTensor, scores: Tensor, p: float, q: float, by_unit: bool) -> PowerSums:
+def _sums_here(tensor: PrunableTensor, scores: Tensor, p: float, q: float, scope: Scope) -> PowerSums:
     mask = None if tensor.pruned is None else ~tensor.pruned
-    if not by_unit:
+    if not tensor.is_apart(scope):
         return concatenate([power_sums(scores, p, q, mask=mask)])
-    return power_sums(tensor.rows(scores), p, q, mask=None if mask is None else tensor.rows(mask), dim=1)
+    rows = tensor.groups(scores, scope)
+    return power_sums(rows, p, q, mask=None if mask is None else tensor.groups(mask, scope), dim=1)
 
 
 def summary(sums: Mapping[str, PowerSums], p: float, q: float) -> Measure:
@@ -115,8 +117,10 @@ def on_cpu(sums: dict[str, PowerSums]) -> dict[str, PowerSums]:
     }
 
 
-def over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, by_unit: bool) -> dict[str, PowerSums]:
-    """Power sums with those of other processes: units one process after the other, whole tensors added."""
+def over_shards(
+    sums: dict[str, PowerSums], shards: Shards, p: float, q: float, apart: Collection[str]
+) -> dict[str, PowerSums]:
+    """Power sums with those of other processes: of what is apart one process after the other, of the rest added."""
     if shards.mesh is None or not sums:
         return sums
     lengths = shards.gather(torch.tensor([len(part.count) for part in sums.values()]))
@@ -126,4 +130,4 @@ def over_shards(sums: dict[str, PowerSums], shards: Shards, p: float, q: float, 
         for length, of_rank in zip(lengths, zip(*fields, strict=True), strict=True)
     ]
     of_names = zip(sums, zip(*of_ranks, strict=True), strict=True)
-    return {name: concatenate(parts) if by_unit else merge(parts, p, q) for name, parts in of_names}
+    return {name: concatenate(parts) if name in apart else merge(parts, p, q) for name, parts in of_names}

@@ -2,63 +2,89 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_sap.engine.effective import is_full_size, keeps_zeros
+from lightning_sap.engine.effective import is_magnitude, keeps_zeros
+from lightning_sap.engine.floors import Floor
+from lightning_sap.engine.matrices import MAGNITUDE, PLAIN, Layout, layout_of, why_no_matrix
+from lightning_sap.engine.normalised import normalised_axes, shared_axes
+from lightning_sap.engine.selection import Owner, Selection, Selector, check_patterns, matches, names_of, resolved, told
 from lightning_sap.engine.used import layer_keeps_zeros
 from lightning_sap.sharding import reshard
 
-Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
-Selector: TypeAlias = str | type[nn.Module] | Predicate
-Selection: TypeAlias = Selector | Sequence[Selector] | None
 Untrained: TypeAlias = Callable[[nn.Parameter], str | None]  # why a parameter is not trained; None if it is
 
 COMPILE_PREFIX = "_orig_mod."  # what torch.compile puts into the names of the module it wraps
 COMPLEX = "it is complex"  # why a parameter cannot be pruned
 FROZEN = "it is frozen"
+NOT_INCLUDED = "include does not match it"
 LOSES_ZEROS = "a zero in it is none in the weight that its layer uses"
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LORA = re.compile(r"(^|\.)lora_", re.IGNORECASE)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """One place where a parameter stands in a module."""
-
-    name: str
-    own_name: str
-    module: nn.Module
-    ancestors: tuple[nn.Module, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class PrunableWeight:
-    """A prunable parameter: its name, the live tensor, and in how many groups its units lie on axis 1; 0: on axis 0."""
+    """A prunable parameter.
+
+    Attributes:
+        name: Its name.
+        parameter: The live tensor.
+        layout: How its matrix lies in it.
+        normalised: The axes whose indices tell apart what its layer divides by a norm; None: it divides nothing.
+    """
 
     name: str
     parameter: nn.Parameter
-    transposed_groups: int = 0
+    layout: Layout = PLAIN
+    normalised: tuple[int, ...] | None = None
+
+    @property
+    def transposed_groups(self) -> int:
+        """In how many groups its units lie on axis 1; 0: they do not."""
+        return self.layout.groups
 
     @property
     def units(self) -> Callable[[Tensor], Tensor] | None:
         """How a tensor of its shape becomes ``(output units, weights of a unit)``; None where axis 0 is the unit."""
+        if self.layout.stacked:
+            return self._of_stack
         return self._transposed if self.transposed_groups else None
+
+    def floors(self, min_per_unit: int) -> tuple[Floor, ...]:
+        """What always stays of it: one weight of each set that is divided by its norm, and so many of each unit."""
+        normalised = () if self.normalised is None else (Floor(1, self.normalised),)
+        return (*normalised, *((Floor(min_per_unit),) if min_per_unit else ()))
+
+    def _of_stack(self, tensor: Tensor) -> Tensor:
+        """Units of several matrices: a matrix, and an output of it."""
+        return (tensor.transpose(1, 2) if self.layout.inputs_first else tensor).flatten(0, 1)
 
     def _transposed(self, tensor: Tensor) -> Tensor:
         """Units of ``(in, out/groups, …)``: a group and an index on axis 1."""
         grouped = tensor.reshape(self.transposed_groups, -1, *tensor.shape[1:]).transpose(1, 2)
         return grouped.reshape(self.transposed_groups * tensor.shape[1], -1)
+
+
+@dataclass
+class Verdicts:
+    """What is selected of a module.
+
+    Attributes:
+        found: What can be pruned.
+        refused: By name why what was selected cannot be.
+        others: By name why the rest was not selected.
+    """
+
+    found: dict[str, PrunableWeight] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def is_frozen(parameter: nn.Parameter) -> str | None:
@@ -96,10 +122,10 @@ def prunable_weights(
         >>> list(prunable_weights(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2), nn.LayerNorm(2))))
         ['1.weight']
     """
-    found, obstacles = _select(module, include, exclude, untrained)
-    if not (found or may_be_none):
-        raise ValueError(_nothing_to_prune(module, include, exclude, obstacles))
-    return found
+    verdicts = verdicts_of(module, include, exclude, untrained)
+    if not (verdicts.found or may_be_none):
+        raise ValueError(_nothing_to_prune(module, include, exclude, verdicts.refused))
+    return verdicts.found
 
 
 def left_out(
@@ -122,36 +148,72 @@ def left_out(
         >>> left_out(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2)))
         {'0.parametrizations.weight.original': 'a zero in it is none in the weight that its layer uses'}
     """
-    _, obstacles = _select(module, include, exclude, untrained)
-    return {name: reason for name, reason in obstacles.items() if reason in (COMPLEX, LOSES_ZEROS)}
+    refused = verdicts_of(module, include, exclude, untrained).refused
+    return {name: reason for name, reason in refused.items() if reason in (COMPLEX, LOSES_ZEROS)}
 
 
-def _select(
-    module: nn.Module, include: Selection, exclude: Selection, untrained: Untrained
-) -> tuple[dict[str, PrunableWeight], dict[str, str]]:
-    """What is selected: that which can be pruned, and by name why the rest cannot."""
+def verdicts_of(
+    module: nn.Module, include: Selection = None, exclude: Selection = None, untrained: Untrained = is_frozen
+) -> Verdicts:
+    """What is selected of a module, and of each other parameter why it is not.
+
+    Args:
+        module: The module.
+        include: As for :func:`prunable_weights`.
+        exclude: As for :func:`prunable_weights`.
+        untrained: As for :func:`prunable_weights`.
+
+    Example:
+        >>> verdicts_of(nn.Sequential(nn.Linear(4, 2, bias=False), nn.Embedding(3, 2)), exclude="0.*").others
+        {'0.weight': "exclude='0.*'", '1.weight': 'it is an embedding'}
+    """
     parameters = _owners_of_parameters(module)
-    names = [name for _, owners in parameters.values() for owner in owners for name in _names(owner)]
+    names = [name for _, owners in parameters.values() for owner in owners for name in names_of(owner)]
     prunable = [
-        n for p, owners in parameters.values() if not _obstacle(p, untrained) for o in owners for n in _names(o)
+        n for p, owners in parameters.values() if not _obstacle(p, untrained) for o in owners for n in names_of(o)
     ]
-    included, excluded = _resolved(include, names), _resolved(exclude, names)
-    check_patterns([s for s in included + excluded if isinstance(s, str)], names, prunable)
-    found, obstacles = {}, {}
+    included, excluded = None if include is None else resolved(include, names, module), resolved(exclude, names, module)
+    check_patterns([s for s in [*(included or []), *excluded] if isinstance(s, str)], names, prunable)
+    verdicts = Verdicts()
     for parameter, places in parameters.values():
-        obstacle = _obstacle(parameter, untrained)
-        owners = places if obstacle else [owner for owner in places if _is_full_size(owner, parameter)]
+        _judge(verdicts, module, parameter, places, _obstacle(parameter, untrained), included, excluded)
+    return verdicts
+
+
+def _judge(
+    verdicts: Verdicts,
+    module: nn.Module,
+    parameter: nn.Parameter,
+    places: list[Owner],
+    obstacle: str | None,
+    included: list[Selector] | None,
+    excluded: list[Selector],
+) -> None:
+    """Add what becomes of one parameter; an obstacle stands against it whatever its name."""
+    owners = places if obstacle else [owner for owner in places if not _scales_only(owner)]
+    if included is not None and obstacle not in (None, COMPLEX):
         # predicates may count on what can be pruned: floating point, two dimensions
-        asked = included if obstacle in (None, COMPLEX) else [s for s in included if isinstance(s, str | type)]
-        chosen = [o for o in owners if _matches(o, parameter, asked) or (include is None and _is_weight(o, module))]
-        if not chosen or any(_matches(owner, parameter, excluded) for owner in owners):
-            continue
-        name = owners[0].name
-        if obstacle := obstacle or _parametrization_obstacle(owners):
-            obstacles[name] = obstacle
-        else:
-            found[name] = PrunableWeight(name, parameter, groups_on_axis_1(_host(chosen[0], module)))
-    return found, obstacles
+        included = [selector for selector in included if isinstance(selector, str | type)]
+    why = {owner.name: _why_not(owner, module, parameter, included) for owner in owners}
+    chosen = [owner for owner in owners if why[owner.name] is None]
+    out = [selector for selector in excluded if any(matches(owner, parameter, [selector]) for owner in owners)]
+    if not chosen or out:
+        reason = f"exclude={told(out[0])}" if out and not obstacle else next(iter(why.values()), MAGNITUDE)
+        verdicts.others[places[0].name] = obstacle or reason or NOT_INCLUDED
+        return
+    name, host = owners[0].name, _host(chosen[0], module)
+    if obstacle := obstacle or _parametrization_obstacle(owners):
+        verdicts.refused[name] = obstacle
+        return
+    axes = shared_axes([normalised_axes(o.module, o.name.rpartition(".")[2], parameter.dim()) for o in owners])
+    verdicts.found[name] = PrunableWeight(name, parameter, layout_of(host, chosen[0].own_name, parameter), axes)
+
+
+def _why_not(owner: Owner, root: nn.Module, parameter: nn.Parameter, included: list[Selector] | None) -> str | None:
+    """Why a parameter is not selected in one of its places; None if it is."""
+    if included is not None:
+        return None if matches(owner, parameter, included) else NOT_INCLUDED
+    return why_no_matrix(_host(owner, root), owner.own_name, parameter)
 
 
 def parameter_names(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -219,16 +281,8 @@ def _host(owner: Owner, root: nn.Module) -> nn.Module:
     return owner.ancestors[2] if len(owner.ancestors) > 2 else root
 
 
-def groups_on_axis_1(host: nn.Module) -> int:
-    """In how many groups the output units of a module's weight lie on axis 1; 0: they lie on axis 0."""
-    if isinstance(host, TRANSPOSED):
-        return int(host.groups)
-    transformers = sys.modules.get("transformers.pytorch_utils")  # a model with its layers has imported it
-    return int(transformers is not None and isinstance(host, transformers.Conv1D))
-
-
-def _is_full_size(owner: Owner, parameter: nn.Parameter) -> bool:
-    return not isinstance(owner.module, ParametrizationList) or is_full_size(owner.module, parameter)
+def _scales_only(owner: Owner) -> bool:
+    return isinstance(owner.module, ParametrizationList) and is_magnitude(owner.module, owner.name.rpartition(".")[2])
 
 
 def _obstacle(parameter: nn.Parameter, untrained: Untrained) -> str | None:
@@ -252,81 +306,6 @@ def _parametrization_obstacle(owners: Sequence[Owner]) -> str | None:
     others = [layer_keeps_zeros(o.module, o.own_name) for o in owners if not isinstance(o.module, ParametrizationList)]
     kept = all(keeps_zeros(parametrizations, own_name) for parametrizations, own_name in lists)
     return None if kept and False not in others else LOSES_ZEROS
-
-
-def _is_weight(owner: Owner, root: nn.Module) -> bool:
-    name, other = owner.own_name, owner.own_name.removesuffix("_g") + "_v"
-    is_magnitude = name.endswith("_g") and hasattr(owner.module, other)  # of torch.nn.utils.weight_norm
-    return "weight" in name and not is_magnitude and not isinstance(_host(owner, root), EMBEDDINGS)
-
-
-def _names(owner: Owner) -> list[str]:
-    """The parameter's name, and for a parametrized tensor also the name it had before."""
-    if isinstance(owner.module, ParametrizationList):
-        host = owner.name.rpartition("parametrizations.")[0]
-        return [owner.name, host + owner.own_name]
-    return [owner.name]
-
-
-def _matches(owner: Owner, parameter: nn.Parameter, selectors: Sequence[Selector]) -> bool:
-    for selector in selectors:
-        if isinstance(selector, str):
-            if any(fnmatchcase(name, selector) for name in _names(owner)):
-                return True
-        elif isinstance(selector, type):
-            if any(isinstance(m, selector) for m in owner.ancestors):
-                return True
-        elif selector(owner.name, owner.module, parameter):
-            return True
-    return False
-
-
-def check_selection(name: str, selection: Selection) -> None:
-    """Raise unless it is made of globs, module types and predicates."""
-    for selector in _as_list(selection):
-        is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
-        is_predicate = callable(selector) and not isinstance(selector, type | nn.Module)
-        if not (isinstance(selector, str) or is_type or is_predicate):
-            raise TypeError(
-                f"{name} must be one or a list of parameter-name globs such as 'encoder.*', module types such as "
-                f"nn.Linear, and predicates (name, module, parameter) -> bool; got {selector!r}."
-            )
-
-
-def _as_list(selection: Selection) -> list[Selector]:
-    if selection is None:
-        return []
-    if isinstance(selection, str | type) or callable(selection) or not isinstance(selection, Iterable):
-        return [selection]
-    return list(selection)
-
-
-def _resolved(selection: Selection, names: Sequence[str]) -> list[Selector]:
-    """The selectors, a dotted path of a module type as that type where it is no pattern of a name."""
-    return [
-        _module_type(selector) or selector
-        if isinstance(selector, str) and not any(fnmatchcase(name, selector) for name in names)
-        else selector
-        for selector in _as_list(selection)
-    ]
-
-
-def _module_type(path: str) -> type[nn.Module] | None:
-    """The module type of a dotted path such as ``torch.nn.Linear``, as YAML gives it; nothing is imported for it."""
-    home, _, name = path.rpartition(".")
-    kind = getattr(sys.modules.get(home), name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
-
-
-def check_patterns(patterns: Sequence[str], names: Sequence[str], offered: Sequence[str] | None = None) -> None:
-    """Raise unless each glob matches one of the names; the closest of those offered (None: of the names) are told."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            closest = difflib.get_close_matches(pattern, names if offered is None else offered, n=5, cutoff=0.0)
-            raise ValueError(
-                f"The pattern {pattern!r} matches no parameter. Patterns are globs on whole parameter names "
-                f"(say '*.fc.*'); the closest names are {closest}."
-            )
 
 
 def _nothing_to_prune(module: nn.Module, include: Selection, exclude: Selection, obstacles: Mapping[str, str]) -> str:

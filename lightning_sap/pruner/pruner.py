@@ -15,7 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, layers, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
+from lightning_sap.callbacks.pruning.first_masks import afresh
+from lightning_sap.callbacks.pruning.given_masks import check_given
 from lightning_sap.callbacks.pruning.held import HeldWeights
+from lightning_sap.callbacks.pruning.inventory import others_of
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schema import check_tensors
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -23,6 +26,7 @@ from lightning_sap.callbacks.pruning.trained import select_of
 from lightning_sap.callbacks.training import Training
 from lightning_sap.engine.copies import averaged_copies
 from lightning_sap.engine.decision import Decision
+from lightning_sap.engine.floors import fewest
 from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import parameter_names
@@ -64,8 +68,9 @@ class Pruner:
         policy: How many weights a group loses: :class:`SparsityInformed`, :class:`FixedFraction` or your own
             :class:`Policy`; it is told the number of the pruning, from 1 on.
         **options: Those of :class:`PruningCallback` that need no Trainer: ``scope``, ``structure``, ``example_inputs``,
-            ``importance``, ``include``, ``exclude``, ``keep_zeros``, ``min_remaining``, ``reset_optimizer``,
-            ``rewind_weights`` (None or ``"init"``), ``rounds`` and ``target_remaining`` (beside ``rounds``), ``name``.
+            ``importance``, ``include``, ``exclude``, ``keep_zeros``, ``masks``, ``min_remaining``, ``min_per_unit``,
+            ``reset_optimizer``, ``rewind_weights`` (None or ``"init"``), ``rounds``, ``target_remaining`` (beside
+            ``rounds``) and ``target_of``, ``name``.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -91,6 +96,7 @@ class Pruner:
 
     def __init__(self, policy: Policy, **options: Any) -> None:
         check_names(options)
+        check_given(options.get("masks"))
         self._run = HeldWeights(check_options(Options(policy, **options)))
         self._run.state.plan = RoundPlan(self.options.rounds, 1, unit="step")
         self._detached()
@@ -209,6 +215,7 @@ class Pruner:
         tensors = run.tensors(module)
         decision = self._decide(tensors, metrics)
         after = run.measure(module, decision.masks)
+        messages.warn_of_short(self.options, decision)
         if self.options.structure != "unit":
             messages.warn_of_empty_units(self.options, tensors, decision.masks)
         record = replace(
@@ -262,7 +269,7 @@ class Pruner:
         run, options = self._run, self.options
         state, weights = run.state, run.live()
         if state.masks.total == 0:
-            masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(weights)
+            masks = afresh(options, run.weights)
         else:
             stays = {n: m for n, m in state.masks.pruned.items() if n in weights and weights[n].shape == m.shape}
             warn_of_masks_left_out(options, [name for name in state.masks.pruned if name not in stays])
@@ -277,7 +284,8 @@ class Pruner:
         companions = units.companions(run, state.companions, masks)
         copies = averaged_copies(module, run.weights)
         run.state = replace(state, masks=masks, companions=companions, copies=copies, first_weights=first)
-        checks.check_target(options, run.state, ())
+        run.state.others = others_of(run, masks.pruned)
+        checks.check_target(options, run.state, (), fewest(run.tensors(module)))
         averages.bind_(run, module)
         self.hold_masks()
 

@@ -27,15 +27,19 @@ from lightning_sap import (
     SparsityInformed,
 )
 from lightning_sap.engine.decision import Limits, decide
+from lightning_sap.engine.floors import Floor, fewest
 from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.patterns import Pattern, decide_pattern
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
 RUNS = {
     "neuron": {"scope": "neuron", "eta_r": 0.3},
     "layer": {"scope": "layer", "rewind_weights": 1, "target_remaining": 0.3, "min_remaining": 0.1},
     "global": {"scope": "global", "rewind_weights": "init"},
+    "unit floors": {"scope": "global", "min_per_unit": 1, "eta_r": 0.3},
 }
+FLOORS = [(), (Floor(1),), (Floor(1, (1,)),), (Floor(2, ()), Floor(2)), (Floor(1, (0,)), Floor(1, (1,)))]
 CLIPPED = {"gradient_clip_val": 0.05}  # by the norm of the gradients of the weights that survive
 RESUMED = {"scope": "global", "rewind_weights": "init", "eta_r": 0.3}
 
@@ -221,7 +225,8 @@ def decisions():
     """For many small cases, what is wrong with the decision on shards beside the one on whole weights."""
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2,))
-    return [fault for case in range(90) if (fault := fault_of_decision(case, mesh))]
+    faults = [fault for case in range(130) if (fault := fault_of_decision(case, mesh))]
+    return faults + [fault for fault in [fault_of_pattern(mesh)] if fault]
 
 
 def fault_of_decision(case, mesh):
@@ -236,10 +241,11 @@ def fault_of_decision(case, mesh):
         # few magnitudes, and so ties on both sides of the cut and of the border between the processes
         weight = (torch.randint(-3, 4, shape) / 4).to(torch.bfloat16 if case % 5 else torch.float32)
         pruned = (torch.rand(shape) < 0.2) if case % 7 else None
-        plain[name] = PrunableTensor(weight, pruned, importance=importance)
+        held = FLOORS[case % len(FLOORS)] if case >= 90 else ()
+        plain[name] = PrunableTensor(weight, pruned, importance=importance, floors=held)
         placed = distribute_tensor(weight, mesh, [Shard(0)])
         placed_mask = None if pruned is None else placed_like(pruned, placed)
-        sharded[name] = PrunableTensor(placed, placed_mask, importance=importance)
+        sharded[name] = PrunableTensor(placed, placed_mask, importance=importance, floors=held)
     floors = {name: int(piece.weight.numel() * (case % 4) / 5) for name, piece in plain.items()}
     most = int(torch.randint(0, 60, ()))
     limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)
@@ -250,10 +256,21 @@ def fault_of_decision(case, mesh):
         for pieces, step in ((plain, one), (sharded, many))
     ]
     same = same and dead[0] == dead[1]
-    same = same and (one.dropped, one.grown) == (many.dropped, many.grown) and come_back_alike(plain, one, many)
+    same = same and (one.dropped, one.grown, one.short) == (many.dropped, many.grown, many.short)
+    same = same and fewest(plain) == fewest(sharded) and come_back_alike(plain, one, many)
     if not same or one.before.survivors != many.before.survivors:
         return f"case {case}: {one} {many}"
     return None
+
+
+def fault_of_pattern(mesh):
+    """The same of a pattern over columns that are normalised, of which the first would be empty."""
+    weight = torch.cat([torch.zeros(5, 2), torch.rand(5, 2)], 1)
+    pieces = [
+        PrunableTensor(w, floors=(Floor(1, (1,)),)) for w in (weight, distribute_tensor(weight, mesh, [Shard(0)]))
+    ]
+    one, many = (decide_pattern({"w": piece}, Pattern(2, 4), 0.5, 1.0).masks.kept["w"] for piece in pieces)
+    return None if torch.equal(whole(many), one) and one.any(0).all() else f"{one} {whole(many)}"
 
 
 def come_back_alike(plain, one, many):

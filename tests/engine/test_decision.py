@@ -111,7 +111,7 @@ class TestMeasure:
         assert prune_masks({}, policy=FixedFraction(0.5)) == {}
 
     def test_measure_by_unit_gives_its_sums(self):
-        sums = sums_of(pieces(), 0.5, 1.0, by_unit=True)
+        sums = sums_of(pieces(), 0.5, 1.0, scope="neuron")
         assert [part.count.tolist() for part in sums.values()] == [[2, 2], [3, 3]]
 
     def test_measure_of_a_module_without_a_pruner(self):

@@ -49,7 +49,7 @@ class TestMemory:
         assert sums_of(pieces, 1.0, 2.0)["w"].sum_q.tolist() == [30.0]
         masked = {"w": pieces["w"]._replace(pruned=torch.tensor([[True, False], [False, True]]))}
         assert sums_of(masked, 1.0, 2.0)["w"].sum_p.tolist() == [5.0]
-        assert sums_of(masked, 1.0, 2.0, by_unit=True)["w"].sum_p.tolist() == [2.0, 3.0]
+        assert sums_of(masked, 1.0, 2.0, scope="neuron")["w"].sum_p.tolist() == [2.0, 3.0]
         assert len(taken) == 4
 
     def test_every_weight_is_measured_without_a_memory(self, taken):

@@ -15,7 +15,10 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 def tensors_of(module, pruned=None):
     weights = prunable_weights(module)
-    return {n: PrunableTensor(w.parameter.detach(), (pruned or {}).get(n), w.units) for n, w in weights.items()}
+    return {
+        n: PrunableTensor(w.parameter.detach(), (pruned or {}).get(n), w.units, layout=w.layout)
+        for n, w in weights.items()
+    }
 
 
 def kept(module, name="2:4", pruned=None):

@@ -17,12 +17,20 @@ def names(module, include=None, exclude=None):
     return list(prunable_weights(module, include, exclude))
 
 
+class Table(nn.Module):
+    """A weight and a bias of two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.zeros(4, 4))
+
+
 def block():
     return nn.Sequential(
         nn.Embedding(7, 4),  # 0
         nn.Conv1d(4, 4, 3),  # 1
         nn.BatchNorm1d(4),  # 2
-        nn.LayerNorm((4, 4)),  # 3: its weight has two dimensions
+        Table(),  # 3
         nn.Linear(4, 2),  # 4
     )
 
@@ -140,7 +148,7 @@ class TestIncludeAndExclude:
             (None, ["4.weight", "1*"], ["3.weight"]),
             (nn.Linear, None, ["4.weight"]),
             ([nn.Embedding, nn.Linear], None, ["0.weight", "4.weight"]),
-            (None, nn.LayerNorm, ["1.weight", "4.weight"]),
+            (None, Table, ["1.weight", "4.weight"]),
             (None, nn.modules.conv._ConvNd, ["3.weight", "4.weight"]),
             ([nn.Embedding, "4.*"], None, ["0.weight", "4.weight"]),
             (nn.Sequential, None, ["0.weight", "1.weight", "3.weight", "3.bias", "4.weight"]),

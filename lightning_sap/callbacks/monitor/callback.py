@@ -97,7 +97,7 @@ class PQIMonitor(RoundListener, Callback):
         self._bar = [f"{name}/global"] if prog_bar else []
         self._meter = IndexMeter(p, q, gini=gini, log_layers=log_layers, name=name)
         self.p, self.q, self.gini, self.log_layers = self._meter.p, self._meter.q, gini, self._meter.log_layers
-        self._records: list[RoundRecord] = []  # of the latest fit that came to its end
+        self._plan, self._records = "", list[RoundRecord]()  # of the latest fit that came to its end
         self._stage: str | None = None
         self._trainer: Callable[[], Trainer | None] | None = None
         self._begin()
@@ -132,7 +132,7 @@ class PQIMonitor(RoundListener, Callback):
         self._stage = stage
         if stage == "fit":
             self._trainer = weakref.ref(trainer)
-            self._records = []
+            self._plan, self._records = "", []
             self._begin()
             self._meter.forget()
 
@@ -266,9 +266,9 @@ class PQIMonitor(RoundListener, Callback):
 
     def on_run_end(self, trainer: Trainer, pl_module: LightningModule, history: Sequence[RoundRecord]) -> None:
         """Show what happened, now that the module holds what it is going to keep."""
-        if leader(trainer) is None:
+        if (pruner := leader(trainer)) is None:
             return
-        self._records = list(history)
+        self._records, self._plan = list(history), pruner.plan().markdown()
         held = next((record for record in history if record.restored), None)
         if held is not None:
             messages.tell_restored(self.name, held)
@@ -308,12 +308,12 @@ class PQIMonitor(RoundListener, Callback):
         return figure(kind, self.rows(), self._records, self.monitor, self.verdict, dark=dark)
 
     def report(self) -> str:
-        """The rounds of the latest fit as Markdown: sizes, indices, phases, why it stopped and what was kept.
+        """The rounds of the latest fit as Markdown, why it stopped and what was kept; then the plan of each parameter.
 
         Raises:
             ValueError: If no fit beside a pruner has come to its end.
         """
-        return loggers.report_of(self, self._records)
+        return loggers.report_of(self, self._records) + (f"\n\n{self._plan}" if self._plan else "")
 
     def _show(self, trainer: Trainer) -> None:
         """Figures and report, to TensorBoard and to the terminal."""

@@ -86,7 +86,7 @@ def show(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) 
 def end(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
     """Show what is final, write it to the run's folder, and the options beside it to compare runs by; a collective."""
     show(trainer, monitor, records)
-    report = report_of(monitor, records) if records else None
+    report = monitor.report() if records else None
     outputs.write(trainer, monitor.name, monitor.plot if monitor.rows() else None, report, records)
     pruner, held = leader(trainer), next((r for r in records if r.restored), records[-1] if records else None)
     if pruner is None or held is None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sap.callbacks.training import Training
 from lightning_sap.engine.groups import PrunableTensor, dense_tensors
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
-from lightning_sap.engine.weights import check_patterns
+from lightning_sap.engine.selection import check_patterns
 from lightning_sap.functional.pqi import check_orders, gini_index
 from lightning_sap.functional.scalars import as_plain
 from lightning_sap.rounds.phases import Layers

@@ -66,10 +66,10 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
 
 def of_rank_zero(step: Decision, weights: Mapping[str, Tensor], broadcast: Callable[[Any], Any]) -> Decision:
     """The decision that a function brings from rank 0."""
-    packed = step.before, step.dropped, step.grown, step.masks.pack(), step.companions.pack(), step.finest
-    before, dropped, grown, masks, companions, finest = broadcast(packed)
+    packed = step.before, step.dropped, step.grown, step.masks.pack(), step.companions.pack(), step.finest, step.short
+    before, dropped, grown, masks, companions, finest, short = broadcast(packed)
     placed = MaskSet.unpack(companions).moved(step.companions.pruned)
-    return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights), placed, finest)
+    return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights), placed, finest, short)
 
 
 def union(trainer: Trainer, names: Iterable[str]) -> set[str]:

@@ -19,6 +19,7 @@ from lightning_sap.callbacks.pruning import (
     checks,
     compatibility,
     course,
+    inventory,
     messages,
     planning,
     progress,
@@ -28,6 +29,8 @@ from lightning_sap.callbacks.pruning import (
 )
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.fit import Fit
+from lightning_sap.callbacks.pruning.given_masks import check_given
+from lightning_sap.callbacks.pruning.inventory import Plan
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
 from lightning_sap.callbacks.pruning.options import Options, check_names, takes_options
 from lightning_sap.callbacks.pruning.schedules import Schedules
@@ -76,6 +79,7 @@ class PruningCallback(Callback):
     def __init__(self, policy: Policy, **options: Any) -> None:
         super().__init__()
         check_names(self, options)
+        check_given(options.get("masks"))
         self.options = Options(policy, **options)
         self.session = PruningSession(self.options)
         self._fit = Fit()
@@ -96,6 +100,36 @@ class PruningCallback(Callback):
     def history(self) -> History:
         """One record for each round that ended."""
         return self.session.state.history
+
+    @property
+    def earlier(self) -> tuple[History, ...]:
+        """The histories of the fits before the latest one, oldest first; checkpoints do not hold them."""
+        return self.session.earlier
+
+    def plan(self, module: nn.Module | None = None) -> Plan:
+        """What is pruned of each parameter of a module, and what is left out and why, with both shares.
+
+        Args:
+            module: The module; None: that of the latest fit. Outside of a fit what requires gradients is trained.
+
+        Returns:
+            The plan: ``print`` shows it, ``markdown()`` gives it as a table. A fit with a logger writes it into the
+            Trainer's ``log_dir`` as ``<name>-plan.md``, at its start and at its end.
+
+        Raises:
+            ValueError: If there was no fit and no module is given.
+
+        Example:
+            >>> from torch import nn
+            >>> from lightning_sap import SAPCallback
+            >>> print(SAPCallback().plan(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))))
+            20 weights are prunable (100.0% remain), 44.4% of the 45 that are trained (100.0% remain)
+              0.weight            20  left out: it is an embedding
+              1.weight            20  pruned: a group
+              1.bias               5  left out: it has fewer than two dimensions
+        """
+        fitted, trainer = self._fit.module(), self._fit.trainer()
+        return inventory.plan_for(self.session, module, (fitted, trainer) if self.session.weights else (None, None))
 
     def orders(self) -> tuple[float, float]:
         """Orders p and q of the policy's index."""
@@ -322,6 +356,7 @@ class PruningCallback(Callback):
         if leads := self._leads(trainer):
             self._put_back()
         self._fit.course.tell(self.options, self.session.state)
+        inventory.tell(self.session, trainer, pl_module, is_over=True)
         if self._fit.waits and self.prunes():
             messages.warn_of_no_training(self.options, trainer)
         if leads:

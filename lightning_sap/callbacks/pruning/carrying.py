@@ -70,6 +70,7 @@ def _decide_(
     decision = decide_next(session, trainer, module, answer)
     after = session.measure(module, decision.masks)
     if state.search is None:  # else it may be taken back
+        messages.warn_of_short(session.options, decision)
         messages.warn_of_empty_units(session.options, session.tensors(module), decision.masks)
     record = replace(
         state.undone or session.record(trainer, decision.before, last_epoch),

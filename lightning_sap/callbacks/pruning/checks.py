@@ -56,7 +56,9 @@ def check_pattern(
     if options.pattern is None:
         return
     others = {name: tuple(weight.parameter.shape) for name, weight in prunable.items() if name not in fitting}
-    of = f"the number of inputs is no multiple of {options.pattern.of}: {others}"
+    normed = any(prunable[name].normalised is not None for name in others)
+    empty = ", or an input that is divided by its norm would be left without a weight" if normed else ""
+    of = f"the number of inputs is no multiple of {options.pattern.of}{empty}: {others}"
     if not fitting:
         raise ValueError(f"structure={options.structure!r} fits no prunable weight: {of}. Give another n:m.")
     if others:
@@ -170,23 +172,31 @@ def check_changes(
         )
 
 
-def check_target(options: Options, state: PruningState, frozen: Collection[str]) -> None:
-    """Raise if the target cannot be met exactly by what is left of the run."""
+def check_target(
+    options: Options, state: PruningState, frozen: Collection[str], stay: Mapping[str, int] | None = None
+) -> None:
+    """Raise if the target cannot be met exactly by what is left of the run; of each weight so many stay always."""
     if options.target_remaining is None or not state.plan.rounds:
         return
     kept, sizes = state.masks.survivors, {name: mask.numel() for name, mask in state.masks.pruned.items()}
-    target, total = options.target(sizes), sum(kept.values())
+    target, total = options.target(sizes, state.others), sum(kept.values())
     held, trained = sum(kept[name] for name in frozen), {n: size for n, size in sizes.items() if n not in frozen}
-    least = max(min(1, total - held), sum(options.floors(trained).values()))
+    floors, one = options.floors(trained), min(1, total - held)
+    least = max(one, sum(floors.values()))
+    always = max(one, sum(max(n, (stay or {}).get(name, 0)) for name, n in floors.items()))
     found = {
         f"{held} of frozen parameters stay": bool(frozen) and held + least > target,
+        f"{held + always} stay at least: one in each row that is divided by its norm, and min_per_unit="
+        f"{options.min_per_unit} in each output unit": always > least and held + always > target,
+        f"{held + least} stay at least": options.target_of == "model" and held + least > target,
         f"only {total} survive already": total < target,
         "there are no prunings left": state.prunings_left() == 0 and total != target,
     }
     if reasons := [reason for reason, holds in found.items() if holds]:
+        beside = f" beside {state.others} that are trained and left out" if options.target_of == "model" else ""
         raise ValueError(
             f"target_remaining={options.target_remaining} cannot be met: that is {target} of {sum(sizes.values())} "
-            f"weights, and {reasons[0]}. Give another target_remaining or None."
+            f"weights{beside}, and {reasons[0]}. Give another target_remaining or None."
         )
 
 

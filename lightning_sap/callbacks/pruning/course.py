@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.logging import log_line
-from lightning_sap.callbacks.pruning import layers, messages, tolerance
+from lightning_sap.callbacks.pruning import inventory, layers, messages, tolerance
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -132,7 +132,8 @@ class Course:
 def begin(session: PruningSession, trainer: Trainer, module: LightningModule, schedules: list[str]) -> Course:
     """Say what is going to happen, and warn of what can be known to stand against it."""
     options, state = session.options, session.state
-    log_line(messages.announcement(options, state, schedules, session.subject.outside, session.archive))
+    plan = inventory.tell(session, trainer, module)
+    log_line(messages.announcement(options, state, schedules, session.subject.outside, session.archive, plan))
     if state.plan.rounds != 0:
         messages.warn_of_lasting(options, session.schedules.lasting())
         messages.warn_of_adapters(options, low_rank_adapters(module, session.weights))

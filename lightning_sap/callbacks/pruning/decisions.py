@@ -110,9 +110,11 @@ def decide_of(
 def _target(session: HeldWeights, frozen: Sequence[str]) -> int | None:
     """How many of the trained weights are kept at the end; None: that fraction of them, or no target."""
     options, masks = session.options, session.state.masks
-    if options.target_remaining is None or options.tolerance is not None or not frozen:
+    if options.target_remaining is None or options.tolerance is not None:
         return None
-    whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()})
+    whole = options.target({name: mask.numel() for name, mask in masks.pruned.items()}, session.state.others)
+    if not frozen:
+        return whole
     left = whole - sum(masks.survivors[name] for name in frozen)
     trained = {name: mask.numel() for name, mask in masks.pruned.items() if name not in frozen}
     if left >= max(1, sum(options.floors(trained).values())):

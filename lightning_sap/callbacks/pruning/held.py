@@ -57,6 +57,8 @@ class HeldWeights:
                 w.units,
                 self._memories.setdefault(name, Memory()),
                 self._importance,
+                w.floors(self.options.min_per_unit),
+                w.layout,
             )
             for name, w in weights.items()
         }

@@ -8,8 +8,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.logging import log_line
+from lightning_sap.callbacks.pruning.inventory import Plan
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.engine.decision import Decision
 from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
@@ -23,6 +25,7 @@ def announcement(
     schedules: list[str],
     outside: Mapping[str, int] | None = None,
     archive: str | None = None,
+    inventory: Plan | None = None,
 ) -> str:
     """What a run is going to do, in one line for each question."""
     plan, masks = state.plan, state.masks
@@ -31,13 +34,29 @@ def announcement(
     lines = [
         f"{options.name}: {rounds} in rounds of {counted(plan.length, plan.unit)} from {plan.unit} {plan.first}, "
         f"{_dense(plan)}{_amounts(options)}, weights {rewind}, {options.policy}",
-        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain) in {listed(list(masks.pruned))}",
+        f"  prunable: {masks.total:,} weights ({masks.remaining:.1%} remain){_of_all(inventory)} in "
+        f"{listed(list(masks.pruned))}",
+        *_left_out(inventory),
         *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
         *([] if archive is None else [f"  archive: {_kept(options, plan)} in {archive}"]),
     ]
     return "\n".join(lines)
+
+
+def _of_all(inventory: Plan | None) -> str:
+    """How much of all that is trained is prunable."""
+    if inventory is None:
+        return ""
+    share, rest = inventory.prunable / max(1, inventory.trained), inventory.remaining_of_trained
+    return f", {share:.1%} of the {inventory.trained:,} that are trained ({rest:.1%} remain),"
+
+
+def _left_out(inventory: Plan | None) -> list[str]:
+    """The largest trained parameters that are left out, and why."""
+    left = [] if inventory is None else [f"{row.name} ({row.how})" for row in inventory.largest_left_out]
+    return [f"  left out: {'; '.join(left)}; plan() of the callback has them all"] if left else []
 
 
 def _amounts(options: Options) -> str:
@@ -50,7 +69,7 @@ def _amounts(options: Options) -> str:
 
 def above_target(options: Options, state: PruningState) -> int:
     """By how many weights more than the target are left; below 0 where fewer are."""
-    aim = options.target({name: mask.numel() for name, mask in state.masks.pruned.items()})
+    aim = options.target({name: mask.numel() for name, mask in state.masks.pruned.items()}, state.others)
     return sum(state.masks.survivors.values()) - aim
 
 
@@ -111,7 +130,18 @@ def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor],
     if news:
         rank_zero_warn(
             f"{options.name}: after pruning {masks.remaining:.2%} remain, and {'; '.join(news)}. Give min_remaining "
-            f"(now {options.min_remaining}) to keep a fraction of every parameter, or exclude these."
+            f"(now {options.min_remaining}) to keep a fraction of every parameter, min_per_unit=1 to keep a weight in "
+            "every output unit, or exclude these."
+        )
+
+
+def warn_of_short(options: Options, decision: Decision) -> None:
+    """Warn of a pruning that takes less than was asked for, since some weights always stay."""
+    if decision.short > 0:
+        rank_zero_warn(
+            f"{options.name}: {decision.count:,} weights are pruned where {decision.count + decision.short:,} were "
+            "asked: each row that its layer divides by its norm keeps a weight, and each output unit "
+            f"{options.min_per_unit} (min_per_unit). Ask for less, exclude narrow layers, or lower min_per_unit."
         )
 
 
@@ -125,11 +155,6 @@ def warn_of_lost(options: Options, state: PruningState) -> None:
             f"{missed}. For all of them it takes {WORDS[plan.unit].limit}={state.end_needed()} or more, and steps to "
             "match."
         )
-
-
-def warn_of_another_module(options: Options) -> None:
-    """Warn that the masks of an earlier fit do not belong to the module."""
-    rank_zero_warn(f"{options.name}: this module is not the one that was pruned before; starting afresh.")
 
 
 def warn_of_frozen(options: Options, frozen: Sequence[str]) -> None:

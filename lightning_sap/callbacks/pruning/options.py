@@ -15,7 +15,7 @@ import torch
 from lightning_sap.engine.decision import Limits
 from lightning_sap.engine.groups import Scope, check_scope
 from lightning_sap.engine.patterns import Pattern
-from lightning_sap.engine.weights import Selection, check_selection
+from lightning_sap.engine.selection import Selection, check_selection
 from lightning_sap.functional.amount import ceil, floor
 from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
 from lightning_sap.policies.base import Importance, Policy, check_policy
@@ -30,7 +30,7 @@ ENTRY = re.compile(r"^    \*\*options: .*\n(?:     .*\n)*", re.MULTILINE)  # sta
 SAME = {"init": "0"}  # as `rewind_weights`
 SIMPLE = (bool, int, float, str, type(None))  # types that loggers take
 LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
-OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros")  # what counts only where a run begins
+OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros", "masks")  # what counts where a run begins
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,21 @@ class Options:
             between the first two.
         reset_optimizer: Forget momenta and other optimizer state at each pruning.
         target_remaining: Fraction of the prunable weights that survives at the end, met exactly; None: no target.
+        target_of: Of what it is a fraction: ``"prunable"`` of the prunable weights; ``"model"`` of all that are
+            trained, those included that are left out and all stay.
         min_remaining: Fraction of its weights that every parameter keeps.
+        min_per_unit: Number of weights that every output unit keeps, whatever the scope; one that has fewer keeps all.
+            A row that its layer divides by its norm, as weight norm does, always keeps one.
         include: Parameter-name globs, module types (in YAML by their dotted paths, such as ``torch.nn.Linear``) or
             predicates ``(name, module, parameter) -> bool``: only what they match is prunable. None: the trained
             weights of two or more dimensions without embeddings. Trained is what an optimizer holds and has gradients.
         exclude: The same; what they match is not prunable.
-        keep_zeros: Weights that are exactly zero when fit starts count as pruned.
+        keep_zeros: Weights that are exactly zero when fit starts count as pruned; a parameter of zeros alone, such as a
+            head that starts at zero, is dense.
+        masks: Masks to start under: a mapping from names to bool tensors, True where a weight is kept; a path to a
+            checkpoint, a round, a file of :func:`save_sparse` or a saved mapping; a history whose rounds were saved; or
+            another callback. Weights without one start dense. Masks of an earlier fit of the callback that still hold
+            come first. None: all start dense.
         save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
             latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
             otherwise none.
@@ -97,10 +106,13 @@ class Options:
     lr_schedule: Schedule = "auto"
     reset_optimizer: bool = True
     target_remaining: float | None = None
+    target_of: Literal["prunable", "model"] = "prunable"
     min_remaining: float = 0.0
+    min_per_unit: int = 0
     include: Selection = None
     exclude: Selection = None
     keep_zeros: bool = False
+    masks: Any = field(default=None, compare=False)
     save_rounds: bool | int | None = None
     dirpath: str | Path | None = None
     name: str = "sap"
@@ -121,6 +133,8 @@ class Options:
         check_importance(self.importance)
         check_selection("include", self.include)
         check_selection("exclude", self.exclude)
+        if self.masks is not None and self.keep_zeros:
+            raise ValueError("masks and keep_zeros=True both say what is pruned at the start. Give one of them.")
         self._check_tolerance()
         self._check_rounds()
         self._check_remaining()
@@ -159,6 +173,7 @@ class Options:
             "rounds": self.rounds not in (None, 0, 1),
             "target_remaining": self.target_remaining not in (None, pattern.remaining),
             "min_remaining": is_real(self.min_remaining) and self.min_remaining > pattern.remaining,
+            "min_per_unit": is_whole(self.min_per_unit, 0) and self.min_per_unit > pattern.kept,
             "policy": self.policy.regrows,
         }
         for name in (name for name, holds in contradictions.items() if holds):
@@ -173,6 +188,11 @@ class Options:
             raise ValueError(
                 "structure='unit' contradicts scope='neuron', in which a unit alone is measured. Give scope='layer' "
                 "(the units of a layer are one vector), 'global', or structure='weight'."
+            )
+        if self.min_per_unit:
+            raise ValueError(
+                f"structure='unit' contradicts min_per_unit={self.min_per_unit!r}: whole units go. Leave it out, or "
+                "give structure='weight'."
             )
         if self.policy.regrows:
             raise ValueError(
@@ -202,7 +222,9 @@ class Options:
         fits = target is None or (is_real(target) and 0 < target <= 1)
         _check(fits, "target_remaining", target, "None or a fraction in (0, 1]")
         _check(is_real(least) and 0 <= least < 1, "min_remaining", least, "a fraction in [0, 1)")
-        if target is not None and least > target:
+        _check(is_whole(self.min_per_unit, 0), "min_per_unit", self.min_per_unit, "a whole number of at least 0")
+        _check(self.target_of in ("prunable", "model"), "target_of", self.target_of, "'prunable' or 'model'")
+        if target is not None and self.target_of == "prunable" and least > target:
             raise ValueError(
                 f"min_remaining={least} is above target_remaining={target}: the target could not be reached. Lower "
                 "min_remaining or raise target_remaining."
@@ -225,7 +247,8 @@ class Options:
 
     def plain(self) -> dict[str, str]:
         """The options as texts, to be stored and compared; without addresses, which every process has anew."""
-        plain = {**vars(self), "example_inputs": type(self.example_inputs).__name__}  # else all of its numbers
+        given = {name: type(getattr(self, name)).__name__ for name in ("example_inputs", "masks")}  # else all numbers
+        plain = {**vars(self), **given}
         del plain["prog_bar"]  # which changes nothing of a run
         texts = {key: value if isinstance(value, str) else repr(value) for key, value in plain.items()}
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
@@ -246,9 +269,10 @@ class Options:
         """Fewest weights that must survive in each parameter."""
         return {name: int(ceil(_exact(self.min_remaining * n))) for name, n in sizes.items()}
 
-    def target(self, sizes: Mapping[str, int]) -> int:
-        """How many weights survive at the end, where there is a target."""
-        return round((self.target_remaining or 0.0) * sum(sizes.values()))
+    def target(self, sizes: Mapping[str, int], others: int = 0) -> int:
+        """How many weights of these sizes survive at the end, where there is a target; others are trained and stay."""
+        others = others if self.target_of == "model" else 0
+        return round((self.target_remaining or 0.0) * (sum(sizes.values()) + others)) - others
 
     def limits(self, sizes: dict[str, int], kept: int, prunings_left: int | None, target: int | None = None) -> Limits:
         """What the next pruning must keep to, from the sizes of the parameters, their survivors and prunings left.

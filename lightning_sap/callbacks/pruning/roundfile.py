@@ -173,10 +173,15 @@ def _digest(path: str) -> Digest:
         return Digest(file.tell(), found.hexdigest())
 
 
+def values_of(path: str) -> dict[str, Any]:
+    """The plain values and tensors of a checkpoint, of one in shards without its weights; nothing is executed."""
+    return _load(os.path.join(path, METADATA) if os.path.isdir(path) else path)
+
+
 def identity_of(path: str, key: str) -> Identity | None:
     """Which round a file says that it is, by the state under that key; None if it says nothing, or cannot be read."""
     try:
-        return identity_in(_load(os.path.join(path, METADATA) if os.path.isdir(path) else path), key)
+        return identity_in(values_of(path), key)
     except Exception:  # whatever can be wrong with a file that may be anything
         return None
 

@@ -72,7 +72,7 @@ SCHEDULE = Fields.needing(
     mode=OneOf(("restart", "squeeze", "keep")),
     lengths=Fields.of(EpochLengths, OF_LENGTHS),
 )
-NUMBERS = ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest")
+NUMBERS = ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest", "others")
 RECORD = Fields.of(RoundRecord, OF_RECORDS)
 PRUNING = Fields.needing(
     masks=PACKED, companions=PACKED, count=Whole(), finest=Whole(), pqi=INDEX, record=RECORD, rewinds=FLAG, last=FLAG
@@ -127,7 +127,8 @@ SCHEMA = Schema(
             "companions": PACKED,
             "plan": Fields.of(RoundPlan, {"length": SIZE, "dense": Maybe(SIZE)}),
             **dict.fromkeys(
-                ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest"), Whole()
+                ("round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps", "count", "finest", "others"),
+                Whole(),
             ),
             "trained": Series(TEXT),
             "replaced": Series(TEXT),

@@ -24,7 +24,9 @@ from lightning_sap.callbacks.pruning import (
 )
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
+from lightning_sap.callbacks.pruning.first_masks import start
 from lightning_sap.callbacks.pruning.held import HeldWeights
+from lightning_sap.callbacks.pruning.inventory import Plan, others_of
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.replaced import check_trained, look_
@@ -33,9 +35,10 @@ from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.pruning.trained import of_kind, select, settle_
 from lightning_sap.callbacks.round_metrics import RoundMetrics
+from lightning_sap.engine.floors import fewest
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure
-from lightning_sap.rounds.history import RoundRecord
+from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.protocol import RoundEnd, RoundListener, Stop, TakeBack
 
 Beside: TypeAlias = "Sequence[PruningSession]"  # the runs of the other callbacks that prune
@@ -50,6 +53,8 @@ class PruningSession(HeldWeights):
         self.schedules = Schedules()
         self.archive: str | None = None  # the folder that rounds are saved in
         self.places: dict[str | None, str] = {}  # by run, the folder that its rounds are in
+        self.inventory: Plan | None = None  # what is pruned and what is left out, as it was made last
+        self.earlier: tuple[History, ...] = ()  # the rounds of earlier fits
         self.replaced: set[str | None] = set()  # SHA-256 of files that this run may write over
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,27 +87,25 @@ class PruningSession(HeldWeights):
 
     def begin(self, trainer: Trainer, module: LightningModule, schedules_from: int) -> None:
         """Plan the rounds and start them, under the masks of an earlier fit where they belong to this module."""
-        options, masks, found = self.options, self.state.masks, dict(self.weights)
+        options = self.options
         plan = planning.begin(trainer, options, schedules_from)
         every = of_kind(options, module)  # what was pruned once and is not trained now: its masks hold all the same
-        self.weights = {name: w for name, w in every.items() if name in self.weights or name in masks.pruned}
-        known, companions = self.state.copies, self.state.companions
-        if masks.is_dense or not masks.holds_for(self.live()):
-            if not masks.is_dense:
-                messages.warn_of_another_module(options)
-            self.weights, known, companions = found, {}, MaskSet({})
-            masks = (MaskSet.from_zeros if options.keep_zeros else MaskSet.dense)(self.live())
+        self.weights, masks, goes_on = start(self, every)
+        before = self.state if goes_on else PruningState()
         weights = self.live()
         masks = masks.extended(weights).like(weights)
+        if self.state.history:
+            self.earlier = (*self.earlier, self.state.history)
         state = PruningState(
             masks,
             plan,
-            units.companions(self, companions, masks),
+            units.companions(self, before.companions, masks),
             first_epoch=trainer.current_epoch,
             first_step=trainer.global_step,
-            copies=known,
+            copies=before.copies,
         )
-        checks.check_target(options, state, self.frozen(state))
+        state.others = others_of(self, masks.pruned)
+        checks.check_target(options, state, self.frozen(state), fewest(self.tensors(module, masks)))
         state.search = tolerance.begin(options, state)
         self.state, self.metrics = state, RoundMetrics()
         averages.find_(self, trainer, module, every)
@@ -117,8 +120,11 @@ class PruningSession(HeldWeights):
             state.first_weights = None
         self.replaced = state.reopen()
         state.plan = planning.with_new_end(trainer, state)
-        if options.changed("target_remaining", state.options) or options.changed("min_remaining", state.options):
-            checks.check_target(options, state, self.frozen(state))
+        if any(
+            options.changed(key, state.options)
+            for key in ("target_remaining", "target_of", "min_remaining", "min_per_unit")
+        ):
+            checks.check_target(options, state, self.frozen(state), fewest(self.tensors(module, state.masks)))
         state.search = tolerance.resume(options, state)
         self.state = state
         progress.tell_resumed(options, state)
@@ -134,6 +140,7 @@ class PruningSession(HeldWeights):
         state = PruningState.live(packed, module, {name: w.parameter.detach() for name, w in weights.items()})
         self.schedules.load(state.schedules)
         self.weights, self.state = weights, state
+        state.others = others_of(self, masks)
         state.companions = units.companions(self, state.companions, MaskSet({}))
         self.subject.gradients.watch(state.trained)
         snapshots.watch(self)

@@ -31,6 +31,7 @@ class PruningState:
         plan: How many rounds, and how long.
         companions: Which entries of biases and norms go with whole units; they are not counted as weights.
         finest: How many weights one more unit would have taken in the latest pruning of whole units.
+        others: How many weights are trained and not prunable, as far as is known.
         round: Number of the round that goes on: so many prunings lie before it.
         first_epoch: Epoch in which it started.
         first_step: Optimizer steps of the Trainer before it.
@@ -66,6 +67,7 @@ class PruningState:
     plan: RoundPlan = field(default_factory=lambda: RoundPlan(0, 1))
     companions: MaskSet = field(default_factory=lambda: MaskSet({}))
     finest: int = 0
+    others: int = 0
     round: int = 0
     first_epoch: int = 0
     first_step: int = 0

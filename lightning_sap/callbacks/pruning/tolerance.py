@@ -66,7 +66,7 @@ def begin(options: Options, state: PruningState) -> Search | None:
     if options.tolerance is None or state.plan.rounds == 0:
         return None
     sizes = {name: mask.numel() for name, mask in state.masks.pruned.items()}
-    target = 0 if options.target_remaining is None else options.target(sizes)
+    target = 0 if options.target_remaining is None else max(0, options.target(sizes, state.others))
     weights = sum(state.masks.survivors.values())
     return Search(weights=weights, dense=weights, target=target)
 

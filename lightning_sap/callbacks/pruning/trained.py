@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning import agreement, averages, checks, messages, units
+from lightning_sap.callbacks.pruning.inventory import others_of
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.training import NO_OPTIMIZER, Training
 from lightning_sap.engine.unit_groups import UnitGroup
@@ -153,6 +154,7 @@ def settle_(session: PruningSession, trainer: Trainer, module: LightningModule) 
         session.weights = {name: every[name] for name in subject.parameters if name in chosen}
         checks.check_sharding(session.options, session.weights)
         state.masks = state.masks.matched(session.live())
+        state.others = others_of(session, [*state.masks.pruned, *left])
         if state.kept is not None:
             state.kept = replace(state.kept, masks=state.kept.masks.matched(session.live()))
         messages.tell_settled(

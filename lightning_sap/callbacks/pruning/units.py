@@ -55,7 +55,7 @@ def companions(session: HeldWeights, before: MaskSet, masks: MaskSet) -> MaskSet
     """The masks of biases and norms: those before, where there are; dense, but for units that are zero at the start."""
     parameters, groups = session.subject.parameters, session.subject.groups
     tensors = {p.name: parameters[p.name].detach() for group in groups for p in group.companions}
-    known = {name: mask for name, mask in before.pruned.items() if name in parameters}
+    known = {n: mask for n, mask in before.pruned.items() if n in parameters and parameters[n].shape == mask.shape}
     if session.options.keep_zeros and not known and not masks.is_dense:
         zeros = {**masks.pruned, **MaskSet.from_zeros(tensors).pruned}
         gone = [(group, pruned_units(group, zeros)) for group in groups]

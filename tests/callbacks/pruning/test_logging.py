@@ -95,7 +95,8 @@ class TestLogging:
         assert said == [
             "sap: 3 prunings in rounds of 1 epoch from epoch 0, scope global, weights rewound to 'init', "
             "FixedFraction(fraction=0.5)\n"
-            "  prunable: 72 weights (100.0% remain) in net.0.weight, net.3.weight",
+            "  prunable: 72 weights (100.0% remain), 72.7% of the 99 that are trained (100.0% remain), in "
+            "net.0.weight, net.3.weight",
             "sap: 12.50% of 72 weights remain after 3 prunings. For a sparser network give more rounds (rounds, "
             "max_epochs) or a target_remaining.",
         ]

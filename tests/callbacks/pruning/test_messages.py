@@ -11,7 +11,10 @@ from torch.optim import SGD
 from lightning_sap import FixedFraction, PruningCallback, SAPCallback
 from lightning_sap.policies.base import Policy
 
-FIX = "Give min_remaining (now 0.0) to keep a fraction of every parameter, or exclude these."
+FIX = (
+    "Give min_remaining (now 0.0) to keep a fraction of every parameter, min_per_unit=1 to keep a weight in every "
+    "output unit, or exclude these."
+)
 
 
 class Counts(Policy):

@@ -117,7 +117,9 @@ class TestRanges:
     @pytest.mark.parametrize("wrong", [3, nn.Linear(2, 2), [nn.Linear, 0.5], int, [None]])
     @pytest.mark.parametrize("option", ["include", "exclude"])
     def test_include_and_exclude_of_a_wrong_type_are_refused(self, option, wrong):
-        message = f"{option} must be one or a list of parameter-name globs such as 'encoder.*', module types such as"
+        message = (
+            f"{option} must be one or a list of parameter-name globs such as 'encoder.*', words such as 'output', "
+        )
         with pytest.raises(TypeError, match=re.escape(message)):
             SAPCallback(**{option: wrong})
 
@@ -343,6 +345,7 @@ trainer:
         reset_optimizer: false
         target_remaining: 0.2
         min_remaining: 0.05
+        min_per_unit: 1
         include: "net.0.*"
         exclude: ["*.bias", "net.3.*"]
         keep_zeros: true
@@ -410,10 +413,13 @@ class TestYAML:
             "lr_schedule": "squeeze",
             "reset_optimizer": False,
             "target_remaining": 0.2,
+            "target_of": "prunable",
             "min_remaining": 0.05,
+            "min_per_unit": 1,
             "include": "net.0.*",
             "exclude": ["*.bias", "net.3.*"],
             "keep_zeros": True,
+            "masks": None,
             "save_rounds": 3,
             "dirpath": "rounds/here",
             "name": "first",
