@@ -561,6 +561,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/monitor/loggers": {
         "rounds/history",
+        "rounds/protocol",
         "report",
         "callbacks/monitor/callback",
         "callbacks/monitor/meter",

@@ -124,9 +124,6 @@ class PrunerView(Protocol):
     def settings(self) -> dict[str, bool | int | float | str | None]:
         """Its options by name, as loggers take them; of others than numbers and texts what is printed of them."""
 
-    def plan(self) -> Any:
-        """What it prunes of each parameter, and what it leaves out and why; ``markdown()`` gives it as a table."""
-
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""
 

@@ -268,7 +268,7 @@ class PQIMonitor(RoundListener, Callback):
         """Show what happened, now that the module holds what it is going to keep."""
         if (pruner := leader(trainer)) is None:
             return
-        self._records, self._plan = list(history), pruner.plan().markdown()
+        self._records, self._plan = list(history), loggers.plan_of(pruner)
         held = next((record for record in history if record.restored), None)
         if held is not None:
             messages.tell_restored(self.name, held)

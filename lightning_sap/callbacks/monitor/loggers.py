@@ -17,6 +17,7 @@ from lightning_sap.callbacks.monitor import outputs
 from lightning_sap.callbacks.monitor.meter import leader
 from lightning_sap.report import markdown, table
 from lightning_sap.rounds.history import RoundRecord
+from lightning_sap.rounds.protocol import PrunerView
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.monitor.callback import PQIMonitor
@@ -98,6 +99,12 @@ def end(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -
     for writer in writers(trainer):
         add = partial(writer.add_hparams, settings, found, run_name=monitor.name, global_step=trainer.global_step)
         _try(f"{monitor.name}: the options", "TensorBoard", add)
+
+
+def plan_of(pruner: PrunerView) -> str:
+    """What a pruner prunes of each parameter and leaves out, as Markdown; nothing where it does not say so."""
+    plan = getattr(pruner, "plan", None)
+    return str(plan().markdown()) if callable(plan) else ""
 
 
 def report_of(monitor: PQIMonitor, records: Sequence[RoundRecord]) -> str:
