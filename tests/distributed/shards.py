@@ -30,6 +30,7 @@ from lightning_sap.engine.decision import Limits, decide
 from lightning_sap.engine.floors import Floor, fewest
 from lightning_sap.engine.groups import PrunableTensor, empty_units
 from lightning_sap.engine.masks import MaskSet
+from lightning_sap.engine.matrices import Layout
 from lightning_sap.engine.patterns import Pattern, decide_pattern
 from lightning_sap.sharding import check_placements, placed_like, shard_like, whole
 
@@ -241,11 +242,13 @@ def fault_of_decision(case, mesh):
         # few magnitudes, and so ties on both sides of the cut and of the border between the processes
         weight = (torch.randint(-3, 4, shape) / 4).to(torch.bfloat16 if case % 5 else torch.float32)
         pruned = (torch.rand(shape) < 0.2) if case % 7 else None
-        held = FLOORS[case % len(FLOORS)] if case >= 90 else ()
-        plain[name] = PrunableTensor(weight, pruned, importance=importance, floors=held)
+        how = {"importance": importance, "floors": FLOORS[case % len(FLOORS)] if case >= 90 else ()}
+        if case >= 110 and len(shape) == 3:  # experts, each a group in scope "layer"
+            how |= {"layout": Layout(stacked=True), "units": lambda tensor: tensor.flatten(0, 1)}
+        plain[name] = PrunableTensor(weight, pruned, **how)
         placed = distribute_tensor(weight, mesh, [Shard(0)])
         placed_mask = None if pruned is None else placed_like(pruned, placed)
-        sharded[name] = PrunableTensor(placed, placed_mask, importance=importance, floors=held)
+        sharded[name] = PrunableTensor(placed, placed_mask, **how)
     floors = {name: int(piece.weight.numel() * (case % 4) / 5) for name, piece in plain.items()}
     most = int(torch.randint(0, 60, ()))
     limits = Limits(floors, least=min(most, case % 11), most=most if case % 2 else None)

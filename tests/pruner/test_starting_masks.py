@@ -1,4 +1,4 @@
-"""A Pruner starts under masks, keeps weights in units and rows, and counts all trained weights, as the callback does."""
+"""A Pruner starts under masks, keeps weights in units and rows, and counts all trained weights, as a callback does."""
 
 import re
 
