@@ -64,10 +64,11 @@ def ends_of(module: nn.Module, example_inputs: Any, hosts: Mapping[int, int]) ->
     flags = [parameter.requires_grad for parameter in parameters]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
     try:
         for parameter in parameters:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        with evaluating(module), torch.enable_grad(), torch.random.fork_rng():
+        with evaluating(module), torch.enable_grad(), torch.random.fork_rng(devices):
             inputs = each_tensor(example_inputs, lambda x: _leaf(x, device))
             outputs = call(module, inputs)
     except Exception:  # whatever a user's forward raises: then it does not tell

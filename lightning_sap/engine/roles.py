@@ -115,11 +115,7 @@ def _said(module: nn.Module, *methods: str) -> list[nn.Parameter]:
             method = getattr(type(part), name, None)
             try:
                 found.append(method(part) if callable(method) else None)
-            except (
-                AttributeError,
-                NotImplementedError,
-                TypeError,
-            ):  # a model without them, or a method of another kind
+            except Exception:  # a model without them, or a method of another kind
                 continue
     layers = [layer for each in found for layer in (each if isinstance(each, list | tuple) else [each])]
     return [p for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters() if p.dim() > 1]
