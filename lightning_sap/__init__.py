@@ -28,6 +28,7 @@ from lightning_sap.functional.pqi import gini_index, pq_index
 from lightning_sap.metric import PQIndex
 from lightning_sap.policies.amounts import FixedFraction, SparsityInformed
 from lightning_sap.policies.base import Amounts, Importance, Policy, Standing
+from lightning_sap.policies.gathered import FisherRatio, Taylor, Wanda
 from lightning_sap.policies.importance import Magnitude
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Amounts",
+    "FisherRatio",
     "FixedFraction",
     "GoOn",
     "History",
@@ -62,7 +64,9 @@ __all__ = [
     "Standing",
     "Stop",
     "TakeBack",
+    "Taylor",
     "Tolerance",
+    "Wanda",
     "__version__",
     "effective_weights",
     "gini_index",

@@ -30,7 +30,7 @@ STATE_KEYS = {
     "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
     "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
     "history", "metrics", "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained",
-    "replaced", "first_bits", "copies", "companions", "finest", "others", "version", "writer",
+    "replaced", "first_bits", "copies", "companions", "finest", "others", "gathered", "version", "writer",
 }  # fmt: skip
 
 STEPS_OF_A_PRUNING = {

@@ -62,6 +62,7 @@ class TestPublicNames:
     def test_public_names_of_the_package(self):
         assert {
             "Amounts",
+            "FisherRatio",
             "FixedFraction",
             "GoOn",
             "History",
@@ -80,6 +81,8 @@ class TestPublicNames:
             "SAPCallback",
             "SparsityInformed",
             "Standing",
+            "Taylor",
+            "Wanda",
             "effective_weights",
             "gini_index",
             "load_sparse",
@@ -197,7 +200,7 @@ class TestCheckpointKeys:
             "masks", "plan", "round", "first_epoch", "first_step", "steps", "epoch", "epoch_steps",
             "count", "pqi_after_pruning", "first_weights", "kept", "search", "answer", "undone", "pruning", "stop",
             "history", "metrics", "folder", "parent", "run", "lr", "note", "schedules", "options", "waiting", "trained",
-            "replaced", "first_bits", "copies", "companions", "finest", "others", "version", "writer",
+            "replaced", "first_bits", "copies", "companions", "finest", "others", "gathered", "version", "writer",
         }  # fmt: skip
         assert set(state["plan"]) == {
             "rounds", "length", "first", "end", "unit", "schedules_from", "dense",

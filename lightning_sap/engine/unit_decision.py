@@ -43,7 +43,7 @@ def pruned_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
 
 
 def scores_of_units(group: UnitGroup, tensors: Mapping[str, PrunableTensor], scores: Mapping[str, Tensor]) -> Tensor:
-    """Of each unit the L2 norm of the scores of its kept weights, summed over the layers that compute it.
+    """Of each unit what the importance makes of its kept weights, by default the L2 norm, summed over its layers.
 
     Example:
         >>> from torch import nn
@@ -55,12 +55,11 @@ def scores_of_units(group: UnitGroup, tensors: Mapping[str, PrunableTensor], sco
     """
     found = torch.zeros(group.size, dtype=torch.float64)
     for place in group.rows:
-        kept, pruned = scores[place.name], tensors[place.name].pruned
-        if pruned is not None:
-            kept = kept.masked_fill(pruned, 0.0)
-        rows = kept.movedim(place.axis, 0).flatten(1)
-        norms = torch.linalg.vector_norm(rows.double(), dim=1).cpu()
-        found.index_add_(0, place.units, norms[place.indices])
+        kept, tensor = scores[place.name], tensors[place.name]
+        if tensor.pruned is not None:
+            kept = kept.masked_fill(tensor.pruned, 0.0)
+        of_rows = tensor.importance.of_units(kept.movedim(place.axis, 0).flatten(1).double()).cpu()
+        found.index_add_(0, place.units, of_rows[place.indices])
     return found
 
 

@@ -167,7 +167,7 @@ def verdicts_of(
         >>> verdicts_of(nn.Sequential(nn.Linear(4, 2, bias=False), nn.Embedding(3, 2)), exclude="0.*").others
         {'0.weight': "exclude='0.*'", '1.weight': 'it is an embedding'}
     """
-    parameters = _owners_of_parameters(module)
+    parameters = owners_of_parameters(module)
     names = [name for _, owners in parameters.values() for owner in owners for name in names_of(owner)]
     prunable = [
         n for p, owners in parameters.values() if not _obstacle(p, untrained) for o in owners for n in names_of(o)
@@ -252,7 +252,8 @@ def _low_rank_pairs(layer: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Paramet
             yield left, right
 
 
-def _owners_of_parameters(module: nn.Module) -> dict[int, tuple[nn.Parameter, list[Owner]]]:
+def owners_of_parameters(module: nn.Module) -> dict[int, tuple[nn.Parameter, list[Owner]]]:
+    """By id each parameter, and where it stands in a module."""
     reshard(module)
     modules = dict(module.named_modules(remove_duplicate=False))
     found: dict[int, tuple[nn.Parameter, list[Owner]]] = {}

@@ -147,6 +147,15 @@ class Importance(ABC):
             be anything; those of kept weights must be finite.
         """
 
+    def of_units(self, rows: Tensor) -> Tensor:
+        """The score of each unit for ``structure="unit"``: the L2 norm of the scores of its kept weights.
+
+        Args:
+            rows: ``(units, weights of a unit)``, float64, zero where weights are pruned.
+        """
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms
+
 
 def check_policy(policy: object) -> None:
     """Raise unless it is a policy."""

@@ -1,10 +1,11 @@
-"""By which score weights go: their magnitude."""
+"""By which score weights go, by name: their magnitude, or what training shows of them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lightning_sap.policies.base import Importance
+from lightning_sap.policies.gathered import FisherRatio, Taylor, Wanda
 
 
 class Magnitude(Importance):
@@ -21,7 +22,12 @@ class Magnitude(Importance):
         return weight
 
 
-NAMED: dict[str, type[Importance]] = {"magnitude": Magnitude}
+NAMED: dict[str, type[Importance]] = {
+    "fisher": FisherRatio,
+    "magnitude": Magnitude,
+    "taylor": Taylor,
+    "wanda": Wanda,
+}
 
 
 def check_importance(value: object) -> Importance:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.policies.gathered import Gathered
+from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import base_optimizers
 from lightning_sap.sharding import ALTERNATIVE
 
@@ -29,6 +31,11 @@ def check_options(options: Options) -> Options:
         raise ValueError(
             f"target_remaining={options.target_remaining} needs rounds, the number of prunings that lead there; got "
             f"rounds={options.rounds}."
+        )
+    if isinstance(check_importance(options.importance), Gathered):
+        raise ValueError(
+            f"importance={options.importance!r} is gathered in the last part of a round, whose end a Pruner does not "
+            "foresee: use PruningCallback, or give 'magnitude' or an Importance of your own."
         )
     return options
 

@@ -151,7 +151,8 @@ class TestRefusals:
             prune_masks({"w": WEIGHT}, policy=FixedFraction(0.5), importance=Given(w=scores))
 
     def test_an_unknown_name(self):
-        message = "importance must be one of ['magnitude'] or an Importance such as Magnitude(), got 'size'."
+        known = ["fisher", "magnitude", "taylor", "wanda"]
+        message = f"importance must be one of {known} or an Importance such as Magnitude(), got 'size'."
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             check_importance("size")
 
@@ -161,7 +162,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("value", [None, 3, WEIGHT.abs])
     def test_what_is_neither_an_importance_nor_a_name(self, value):
-        with pytest.raises(TypeError, match=r"importance must be one of \['magnitude'\] or an Importance"):
+        with pytest.raises(
+            TypeError, match=r"importance must be one of \['fisher', 'magnitude', 'taylor', 'wanda'\] or an Importance"
+        ):
             prune_masks({"w": WEIGHT}, policy=FixedFraction(0.5), importance=value)
 
     def test_what_is_allowed_is_given_back(self):

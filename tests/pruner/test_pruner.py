@@ -323,6 +323,11 @@ class TestMistakes:
             ({"scop": "global"}, TypeError, "Pruner has no option 'scop'; the closest is 'scope'"),
             ({"rewind_weights": 2}, ValueError, "rewind_weights=2 counts epochs"),
             ({"target_remaining": 0.1}, ValueError, "target_remaining=0.1 needs rounds"),
+            (
+                {"importance": "taylor"},
+                ValueError,
+                "importance='taylor' is gathered in the last part of a round, whose",
+            ),
             ({"scope": "all"}, ValueError, "Unknown scope 'all'"),
         ],
     )

@@ -249,6 +249,7 @@ class PruningCallback(Callback):
             self._advance(trainer, pl_module, trainer.current_epoch - 1)
         elif self.session.state.plan.unit == "step" and self.session.state.is_due(trainer.current_epoch):
             self._advance(trainer, pl_module, trainer.current_epoch)
+        self.session.gathering.open(self.session, trainer, pl_module, batch)
 
     def _advance(self, trainer: Trainer, module: LightningModule, last_epoch: int) -> None:
         """Prune if a round ended since the last call, its last epoch as given."""
@@ -271,6 +272,7 @@ class PruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         fit, session = self._fit, self.session
+        session.gathering.close()
         if not fit.hooked:
             session.enforce()
             session.state.steps += trainer.global_step - fit.global_step

@@ -60,10 +60,12 @@ def decide_next(
     """What the next pruning does; nothing is changed; a collective."""
     checks.check_disjoint(session.options, trainer)
     tensors = session.tensors(module)
-    frozen = [name for name in tensors if name not in session.state.trained]
     agreement.check_agreement(trainer, tensors)
-    decision = decide_of(session, tensors, frozen, answer, session.metrics.of(trainer, session.state.round))
-    if frozen:
+    scored = session.gathering.scored(session, module, tensors)
+    frozen = [name for name in tensors if name not in scored or name not in session.state.trained]
+    decision = decide_of(session, tensors | scored, frozen, answer, session.metrics.of(trainer, session.state.round))
+    if frozen or session.gathering.gathers:  # a record tells the index of the weights, and of all of them
+        session.gathering.tell(session, decision)
         decision = replace(decision, before=session.measure(module))
     return agreement.broadcast_decision(trainer, decision, session.live())
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sap.callbacks.pruning import compatibility, snapshots
-from lightning_sap.callbacks.pruning.kept_round import KeptRound
+from lightning_sap.callbacks.pruning.kept_round import KeptRound, copied_sums
 from lightning_sap.rewind import take_weights
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def keep_(session: PruningSession, trainer: Trainer, module: LightningModule) ->
     weights = snapshots.take(session, module)
     still = session.subject.still.keys() - weights.keys()
     compatibility.in_averages_(trainer, module, lambda: averages.append(take_weights(module, still)))
-    state.kept = KeptRound(state.round, weights, state.masks, averages, state.companions)
+    sums = copied_sums(state.gathered)
+    state.kept = KeptRound(state.round, weights, state.masks, averages, state.companions, sums)
 
 
 def go_back_(
@@ -43,6 +44,7 @@ def go_back_(
         raise RuntimeError("No round was kept to go back to.")
     session.state.masks = kept.masks.matched(session.live())
     session.state.companions = kept.companions
+    session.state.gathered = kept.gathered
     averages = iter(kept.averages)
     session.restore_(module, kept.weights, beside)
     compatibility.in_averages_(trainer, module, lambda: session.restore_(module, next(averages, kept.weights), beside))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class KeptRound:
         masks: Its masks.
         averages: Weights and buffers of each averaged copy that another callback keeps, on the CPU.
         companions: Its masks of biases and norms.
+        gathered: What its scores are made of, on the CPU; see :class:`PruningState`.
     """
 
     round: int
@@ -31,6 +32,7 @@ class KeptRound:
     masks: MaskSet
     averages: list[dict[str, Tensor]] = field(default_factory=list)
     companions: MaskSet = field(default_factory=lambda: MaskSet({}))
+    gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def pack(self) -> dict[str, Any]:
         """As plain values and CPU tensors, one bit per weight for the masks; a collective where weights are sharded."""
@@ -40,6 +42,7 @@ class KeptRound:
             "masks": self.masks.pack(),
             "averages": [whole_tensors(average) for average in self.averages],
             "companions": self.companions.pack(),
+            "gathered": whole_sums(self.gathered),
         }
 
     @classmethod
@@ -52,9 +55,8 @@ class KeptRound:
         """The same, its tensors where those of the module are and sharded as they are."""
         averages = [place_weights(module, average) for average in self.averages]
         companions = placed(self.companions, parameter_names(module))
-        return KeptRound(
-            self.round, place_weights(module, self.weights), self.masks.like(weights), averages, companions
-        )
+        weights_, masks = place_weights(module, self.weights), self.masks.like(weights)
+        return replace(self, weights=weights_, masks=masks, averages=averages, companions=companions)
 
 
 def placed(companions: MaskSet, parameters: Mapping[str, Tensor]) -> MaskSet:
@@ -66,3 +68,13 @@ def placed(companions: MaskSet, parameters: Mapping[str, Tensor]) -> MaskSet:
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All rows of each; a collective where they are sharded."""
     return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+def copied_sums(gathered: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies of what scores are made of, on the CPU, sharded alike."""
+    return {key: {k: t.detach().to("cpu", copy=True) for k, t in sums.items()} for key, sums in gathered.items()}
+
+
+def whole_sums(gathered: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same, all rows of each; a collective where they are sharded."""
+    return {key: whole_tensors(sums) for key, sums in copied_sums(gathered).items()}

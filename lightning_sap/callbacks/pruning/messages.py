@@ -63,7 +63,8 @@ def _amounts(options: Options) -> str:
     """What says how many go, in words."""
     kept = options.pattern
     if kept is None:
-        return f"scope {options.scope}" + (", whole units" if options.structure == "unit" else "")
+        by = "" if options.importance == "magnitude" else f", scored by {options.importance}"
+        return f"scope {options.scope}{', whole units' if options.structure == 'unit' else ''}{by}"
     return f"structure {options.structure} (each {kept.of} weights keep {kept.kept}, whatever the policy says)"
 
 

@@ -19,6 +19,7 @@ from lightning_sap.engine.selection import Selection, check_selection
 from lightning_sap.functional.amount import ceil, floor
 from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
 from lightning_sap.policies.base import Importance, Policy, check_policy
+from lightning_sap.policies.gathered import needs_units
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.rounds.search import Tolerance
 
@@ -48,8 +49,9 @@ class Options:
             consecutive weights along the inputs.
         example_inputs: For ``structure="unit"``, what the module takes: a tensor, a tuple of arguments or a mapping of
             keyword arguments. None: its ``example_input_array``; a single chain of layers needs none.
-        importance: By which score weights are compared: ``"magnitude"``, or an object whose ``scores`` method gives the
-            scores.
+        importance: By which score weights are compared: ``"magnitude"``, ``"taylor"`` (weight times gradient),
+            ``"wanda"`` (weight times inputs), for whole units ``"fisher"`` (how well each tells classes apart), or an
+            :class:`Importance`.
         tolerance: Search for the sparsest network whose metric is at most so much worse than its yardstick: a
             :class:`Tolerance`, such as ``Tolerance("val_acc", drop=0.01)``. Rounds that are worse are taken back, and
             after fit the module holds the sparsest sound one. None: every round is pruned as the policy says.
@@ -130,7 +132,11 @@ class Options:
         elif self.scope is None:
             object.__setattr__(self, "scope", "layer" if self.tolerance is None else "global")
         check_scope(self.group)
-        check_importance(self.importance)
+        if needs_units(check_importance(self.importance)) and self.structure != "unit":
+            raise ValueError(
+                f"importance={self.importance!r} scores whole units, and structure={self.structure!r} prunes none: "
+                "give structure='unit'."
+            )
         check_selection("include", self.include)
         check_selection("exclude", self.exclude)
         if self.masks is not None and self.keep_zeros:

@@ -43,6 +43,7 @@ VERSION = 1  # to be raised whenever a key comes, goes or changes its meaning
 ANSWERS = {kind.__name__: kind for kind in (GoOn, Stop, TakeBack)}
 
 TENSORS = Table(TENSOR)
+SUMS = Table(TENSORS)
 SIZE = Whole(1)  # of what cannot be nothing
 OF_RECORDS: dict[str, Kind] = {
     "remaining": SHARE,
@@ -135,8 +136,9 @@ SCHEMA = Schema(
             "first_bits": Table(Whole(-(2**63), 2**63 - 1)),
             "copies": Table(TEXT),
             "pqi_after_pruning": Maybe(INDEX),
+            "gathered": SUMS,
             "first_weights": Maybe(TENSORS),
-            "kept": Maybe(Fields({**KEPT, "companions": PACKED}, frozenset(KEPT))),
+            "kept": Maybe(Fields({**KEPT, "companions": PACKED, "gathered": SUMS}, frozenset(KEPT))),
             "search": Maybe(Fields.of(Search, OF_SEARCH)),
             "answer": Maybe(_Answer()),
             "undone": Maybe(RECORD),

@@ -25,6 +25,7 @@ from lightning_sap.callbacks.pruning import (
 from lightning_sap.callbacks.pruning.carrying import prune_
 from lightning_sap.callbacks.pruning.decisions import ask
 from lightning_sap.callbacks.pruning.first_masks import start
+from lightning_sap.callbacks.pruning.gathering import Gathering
 from lightning_sap.callbacks.pruning.held import HeldWeights
 from lightning_sap.callbacks.pruning.inventory import Plan, others_of
 from lightning_sap.callbacks.pruning.kept import hand_back_, take_first_
@@ -51,6 +52,8 @@ class PruningSession(HeldWeights):
         super().__init__(options)
         self.metrics = RoundMetrics()
         self.schedules = Schedules()
+        self.gathering = Gathering(options.importance)
+        self._importance = self.gathering.of_weights
         self.archive: str | None = None  # the folder that rounds are saved in
         self.places: dict[str | None, str] = {}  # by run, the folder that its rounds are in
         self.inventory: Plan | None = None  # what is pruned and what is left out, as it was made last
@@ -64,6 +67,7 @@ class PruningSession(HeldWeights):
     def forget_fit(self) -> None:
         """Let go of the module, and of what was seen of its fit."""
         self.let_go()
+        self.gathering = self.gathering.fresh()
         self.metrics.forget_fit()
 
     # -- what is pruned -----------------------------------------------------------------------------------------------
@@ -72,6 +76,7 @@ class PruningSession(HeldWeights):
         """Find the prunable weights, in the module's order."""
         self.weights, self.subject = select(self.options, module, trainer)
         self.subject.keepers = declared.keepers(module, trainer.callbacks)  # type: ignore[attr-defined]
+        self.gathering.check(self, module)
 
     def frozen(self, state: PruningState) -> list[str]:
         """Those that are not going to be trained, as far as is known before training."""
@@ -138,6 +143,7 @@ class PruningSession(HeldWeights):
         left = packed.get("first_bits", {}).keys() - masks  # known then, and not pruned
         weights = {n: w for n, w in weights.items() if n in masks or (n in self.weights and n not in left)}
         state = PruningState.live(packed, module, {name: w.parameter.detach() for name, w in weights.items()})
+        state = self.gathering.taken_up(self, module, state, weights)
         self.schedules.load(state.schedules)
         self.weights, self.state = weights, state
         state.others = others_of(self, masks)
@@ -246,8 +252,9 @@ class PruningSession(HeldWeights):
             self.watch_gradients(lambda: module.trainer is known())
 
     def end_training(self) -> None:
-        """Leave schedules and gradients alone."""
+        """Leave schedules, layers and gradients alone."""
         self.schedules.close()
+        self.gathering.close()
         self.leave_gradients()
 
     def zero_kept_(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_sap.callbacks.pruning.decided import DecidedPruning, without_folder
-from lightning_sap.callbacks.pruning.kept_round import KeptRound, placed, whole_tensors
+from lightning_sap.callbacks.pruning.kept_round import KeptRound, placed, whole_sums, whole_tensors
 from lightning_sap.callbacks.pruning.schema import ANSWERS, SCHEMA, check_tensors
 from lightning_sap.callbacks.round_metrics import RoundMetrics
 from lightning_sap.engine.decision import Decision
@@ -44,6 +44,8 @@ class PruningState:
         copies: By name of an average in the module the name of what it averages.
         count: Weights that the latest pruning took.
         pqi_after_pruning: PQ Index of all weights right after it, or at the start of training.
+        gathered: What the scores of the next pruning are made of, by key several sums; empty unless the importance
+            gathers them, and in the last part of a round.
         first_weights: Parameters and buffers to rewind to, on the CPU; None until they are taken.
         kept: The latest round that can be gone back to; None where nothing may ask for it. It stays after training: the
             last round goes on if the run is resumed with a later end.
@@ -80,6 +82,7 @@ class PruningState:
     copies: dict[str, str] = field(default_factory=dict)
     count: int = 0
     pqi_after_pruning: float | None = None
+    gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     first_weights: dict[str, Tensor] | None = None
     kept: KeptRound | None = None
     search: Search | None = None
@@ -107,6 +110,7 @@ class PruningState:
             "lr": None if self.lr is None else float(self.lr),
             "trained": sorted(self.trained),
             "replaced": sorted(self.replaced),
+            "gathered": whole_sums(self.gathered),
             "first_weights": None if first is None else whole_tensors(first),
             "kept": kept and kept.pack(),
             "search": self.search and asdict(self.search),
@@ -204,6 +208,7 @@ class PruningState:
             steps=0,
             trained=set(),
             replaced=set(),
+            gathered={},
             count=decision.count,
             pqi_after_pruning=pqi_after_pruning,
             answer=None,
@@ -218,7 +223,7 @@ class PruningState:
         of_run: dict[str, Any] = dict.fromkeys(
             ("first_weights", "kept", "search", "answer", "undone", "pruning", "stop")
         )
-        return replace(self, plan=plan, history=history, note={}, **of_run)
+        return replace(self, plan=plan, history=history, note={}, gathered={}, **of_run)
 
     def reopen(self) -> set[str | None]:
         """Go on with a round at whose present end training ended once: it gets its record when it ends again.

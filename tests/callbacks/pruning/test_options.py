@@ -151,7 +151,8 @@ class TestRanges:
 
     @pytest.mark.parametrize("importance", ["magnitudes", None, 1, nn.Linear(2, 2)])
     def test_importance_of_another_type_is_refused(self, importance):
-        message = f"importance must be one of ['magnitude'] or an Importance such as Magnitude(), got {importance!r}."
+        known = ["fisher", "magnitude", "taylor", "wanda"]
+        message = f"importance must be one of {known} or an Importance such as Magnitude(), got {importance!r}."
         with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
             SAPCallback(importance=importance)
 
@@ -337,7 +338,7 @@ trainer:
         beta: 0.5
         scope: global
         structure: weight
-        importance: magnitude
+        importance: wanda
         rounds: 5
         every_n_epochs: 2
         rewind_weights: init
@@ -404,7 +405,7 @@ class TestYAML:
             "scope": "global",
             "structure": "weight",
             "example_inputs": None,
-            "importance": "magnitude",
+            "importance": "wanda",
             "tolerance": None,
             "rounds": 5,
             "every_n_epochs": 2,
