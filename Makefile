@@ -48,7 +48,7 @@ dist: $(call installed,dev)  ## build what a release uploads into dist/, and che
 benchmarks: $(call installed,examples)  ## measure everything that the docs quote; IMAGES=folder adds colour images; takes hours
 	for name in digits_accuracy one_pruning training_step monitoring growth checkpoints memory deploy small_file; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
-	for name in adaptive_amounts tolerance units; do \
+	for name in adaptive_amounts algorithms tolerance units; do \
 		$(BIN)/python benchmarks/$$name.py $(if $(IMAGES),--images $(IMAGES)) || exit 1; done
 	$(BIN)/python benchmarks/summary.py
 

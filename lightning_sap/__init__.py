@@ -30,6 +30,7 @@ from lightning_sap.policies.amounts import FixedFraction, SparsityInformed
 from lightning_sap.policies.base import Amounts, Importance, Policy, Standing
 from lightning_sap.policies.gathered import FisherRatio, Taylor, Wanda
 from lightning_sap.policies.importance import Magnitude
+from lightning_sap.policies.regrowth import GrowAndPrune
 from lightning_sap.rounds.history import History, RoundRecord
 from lightning_sap.rounds.phases import Phase, PhaseDetector
 from lightning_sap.rounds.protocol import GoOn, RoundEnd, RoundListener, Stop, TakeBack
@@ -46,6 +47,7 @@ __all__ = [
     "FisherRatio",
     "FixedFraction",
     "GoOn",
+    "GrowAndPrune",
     "History",
     "Importance",
     "Magnitude",

@@ -99,8 +99,13 @@ def table(records: Sequence[RoundRecord], metric: str | None = None) -> list[lis
         "remaining": [_percent(r.remaining) for r in records],
         "PQ Index": [f"{r.pqi:.4f}" for r in records],
         "pruned": ["–" if r.pruned is None else f"{r.pruned:,}" for r in records],
-        "phase": ["taken back" if r.taken_back else "unsound" if r.sound is False else r.phase or "–" for r in records],
     }
+    if any(r.regrown or r.opened for r in records):
+        columns["came back"] = ["–" if r.regrown is None else f"{r.regrown:,}" for r in records]
+        columns["open"] = [_first(r.opened) for r in records]
+    columns["phase"] = [
+        "taken back" if r.taken_back else "unsound" if r.sound is False else r.phase or "–" for r in records
+    ]
     if judged := judged_by(records):
         columns[judged] = ["–" if r.metric is None else f"{r.metric:.4g}" for r in records]
     if metric is not None and not judges(records, metric):
@@ -133,6 +138,11 @@ def _against_yardstick(records: Sequence[RoundRecord], held: RoundRecord) -> lis
     limit = f"sound {'down' if held.bound <= yardstick else 'up'} to {held.bound:.4g}"
     unsound = "" if held.sound else ", and not sound"
     return [f"There {name} is {metric:.4g}, {distance} the yardstick of {yardstick:.4g} ({limit}){unsound}. {back}"]
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first of these names, and how many follow."""
+    return (names[0] if names else "–") + (f" + {len(names) - 1}" if len(names) > 1 else "")
 
 
 def _span(record: RoundRecord) -> str:

@@ -16,11 +16,12 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_sap import PQIMonitor, SAPCallback
+from lightning_sap import GrowAndPrune, PQIMonitor, PruningCallback, SAPCallback
 from lightning_sap.sharding import whole
 
 EPOCHS, STEPS = 6, 18  # two prunings in three rounds of two epochs, three batches each
 
+GROWS = "grow-"  # before the kind of a run in which parts of the network are opened again
 KINDS = [(kind, rewind) for kind in ("SGD-cosine", "AdamW-OneCycle") for rewind in (None, "init", 1)]
 FILES = [f"{hook}/epoch={epoch}" for hook in ("validation-end", "train-epoch-end") for epoch in range(EPOCHS - 1)]
 FILES += [f"step/step={step}" for step in range(1, STEPS)]
@@ -126,11 +127,13 @@ def run(folder, kind, rewind, alike, ckpt_path=None, extra=(), engine="one proce
     in_steps = kind.startswith("steps-")  # nine rounds in one epoch
     rounds = {"rounds": 8, "every_n_steps": 2} if in_steps else {"rounds": 2, "every_n_epochs": 2}
     sap = SAPCallback(**rounds, rewind_weights=rewind, scope="global", eta_r=0.1)
+    if kind.startswith(GROWS):  # in the same rounds
+        sap = PruningCallback(GrowAndPrune(0.25, partitions=2), **rounds, rewind_weights=rewind, scope="global")
     monitor, logger, rates = PQIMonitor(stop_on=None, monitor="val_loss", mode="min"), Remembers(), {}
     watch = Watch(
         on_before_optimizer_step=lambda t, _: rates.update({t.global_step: t.optimizers[0].param_groups[0]["lr"]})
     )
-    module = Resumable(kind, sharded=engine == "fsdp2")
+    module = Resumable(kind.removeprefix(GROWS), sharded=engine == "fsdp2")
     # replicas see different data; shards the same, for nothing keeps their buffers in step
     rank = int(os.environ["RANK"]) if engine == "ddp" else 0
     trainer = fit(

@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 LONG = [
     "adaptive_amounts.py",
+    "algorithms.py",
     "growth.py",
     "memory.py",
     "monitoring.py",

@@ -9,6 +9,7 @@ from helpers import Net, fit, loader
 import lightning_sap
 from lightning_sap import (
     FixedFraction,
+    GrowAndPrune,
     History,
     PQIMonitor,
     PQIndex,
@@ -65,6 +66,7 @@ class TestPublicNames:
             "FisherRatio",
             "FixedFraction",
             "GoOn",
+            "GrowAndPrune",
             "History",
             "Importance",
             "Magnitude",
@@ -133,6 +135,8 @@ class TestPublicNames:
 
     def test_public_arguments_of_policies_and_the_metric(self):
         assert arguments(SparsityInformed) == ({"p": 0.5, "q": 1.0, "eta_r": 0.0, "gamma": 1.0, "beta": 0.9}, {})
+        grown = {"remaining": 0.1, "partitions": 4, "cycles": None, "close": None}
+        assert arguments(GrowAndPrune) == (grown, {})
         assert arguments(FixedFraction) == ({"fraction": REQUIRED}, {})
         assert arguments(PQIndex) == ({"p": 0.5, "q": 1.0}, {})
 
@@ -141,7 +145,7 @@ class TestPublicNames:
             "round", "first_epoch", "last_epoch", "remaining", "layers_remaining", "pqi", "layers_pqi", "pruned",
             "pqi_pruned", "layers_pqi_pruned", "lr", "seconds", "metrics", "weights", "phase", "reason", "path",
             "restored", "first_step", "last_step", "unit", "regrown", "taken_back", "sound",
-            "metric", "yardstick", "bound", "run", "parent", "size", "sha256",
+            "metric", "yardstick", "bound", "opened", "run", "parent", "size", "sha256",
         ]  # fmt: skip
         assert arguments(History.best) == (
             {"self": REQUIRED, "monitor": REQUIRED, "mode": "max", "tolerance": 0.0}, {}

@@ -14,12 +14,12 @@ from lightning_sap.engine.floors import Room, room_of
 from lightning_sap.engine.groups import PrunableTensor, Scope, check_scope, held_by, scores_of
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.measure import Measure, check_finite, summary, sums_of
+from lightning_sap.engine.picking import first_of, growth_of_tensors, pick
 from lightning_sap.functional.amount import spread
 from lightning_sap.functional.pqi import PowerSums, check_tensors, concatenate, total
-from lightning_sap.functional.select import smallest, smallest_of_rows
-from lightning_sap.policies.base import Amounts, Importance, Policy, Standing, ask, check_policy
+from lightning_sap.policies.base import Amounts, Importance, Policy, Standing, Turn, ask, check_policy
 from lightning_sap.policies.importance import check_importance
-from lightning_sap.sharding import Shards, local, shard_like
+from lightning_sap.sharding import local, shard_like
 
 
 class Limits(NamedTuple):
@@ -125,7 +125,9 @@ def prune_masks(
         pruned = None if kept is None else ~kept.to(weight.device)
         unit = (units or {}).get(name)
         tensors[name] = PrunableTensor(weight.detach(), pruned, unit, importance=importance)
-    after = decide(tensors, policy=policy, scope=scope, round=round).masks.pruned
+    how: dict[str, Any] = {"policy": policy, "scope": scope, "round": round}
+    turn = policy.turn(*_counts(tensors), round=round)
+    after = (decide(tensors, **how) if turn is None else decide_turn(tensors, turn, **how)).masks.pruned
     for mask in after.values():
         local(mask).logical_not_()  # in place: these masks are nobody else's
     return dict(after)
@@ -170,18 +172,62 @@ def decide(
     here = {name: tensor.local() for name, tensor in tensors.items()}
     room, asked = room_of(here, scores, scope, shards), ask(policy, groups, standing)
     (drop, grow), spare, short = _within(room, asked, groups.count, standing, before, sums, scope, limits)
-    picked = _pick(here, scores, room.excluded, drop, scope, spare, sums, shards)
-    growth = _growth_of_tensors(grow, tensors, before, sums, scope)
+    picked = pick(here, scores, room.excluded, drop, scope, spare, sums, shards)
+    growth = growth_of_tensors(grow, tensors, before, sums, scope)
     for name, tensor in here.items():
         if tensor.pruned is not None:
             picked[name] |= tensor.pruned
             if growth[name].any():
-                back = _first(tensor, ~tensor.pruned, growth[name], scope, shards)
+                back = first_of(tensor, ~tensor.pruned, growth[name], scope, shards)
                 picked[name] &= back.logical_not_()
     masks = MaskSet({name: shard_like(mask, tensors[name].weight) for name, mask in picked.items()})
     grown = {name: int(counts.sum()) for name, counts in growth.items()}
     dropped = {name: n - masks.survivors[name] + grown[name] for name, n in before.survivors.items()}
     return Decision(before, dropped, grown, masks, short=short)
+
+
+def decide_turn(
+    tensors: Mapping[str, PrunableTensor],
+    turn: Turn,
+    *,
+    policy: Policy,
+    scope: Scope,
+    floors: Mapping[str, int] | None = None,
+    **how: Any,
+) -> Decision:
+    """Decide on the parts of a network that a turn closes, each alone, and open what it opens; nothing is changed.
+
+    Args:
+        tensors: The weights; what the turn names beside them is passed over.
+        turn: Which parameters are closed, and which are opened.
+        policy: What says how many weights go.
+        scope: What forms a group; ``"global"``: all weights that are closed together.
+        floors: For each name the least number of weights that must be kept.
+        **how: The further arguments of :func:`decide`.
+    """
+    dense = MaskSet.dense({name: tensor.weight for name, tensor in tensors.items()}).pruned
+    masks = {name: dense[name] if tensor.pruned is None else tensor.pruned for name, tensor in tensors.items()}
+    before = summary(sums_of(tensors, policy.p, policy.q), policy.p, policy.q)
+    check_finite(before, tensors)
+    dropped: dict[str, int] = {}
+    for part in turn.close:
+        closing = {name: tensors[name] for name in part.names if name in tensors}
+        count = sum(before.survivors[name] for name in closing)
+        least, most = max(0, count - part.most), max(0, count - part.least)
+        limits = Limits(floors or {}, min(least, most), most)
+        closed = decide(closing, policy=policy, scope=scope, limits=limits, **how)
+        masks |= closed.masks.pruned
+        dropped |= closed.dropped
+    opened = [name for name in turn.open if name in tensors]
+    grown = {name: tensors[name].weight.numel() - before.survivors[name] for name in opened}
+    return Decision(before, dropped, grown, MaskSet(masks | {name: dense[name] for name in opened}))
+
+
+def _counts(tensors: Mapping[str, PrunableTensor]) -> tuple[dict[str, int], dict[str, int]]:
+    """By name how many weights there are, and how many are kept."""
+    sizes = {name: tensor.weight.numel() for name, tensor in tensors.items()}
+    pruned = MaskSet({name: tensor.pruned for name, tensor in tensors.items() if tensor.pruned is not None})
+    return sizes, {**sizes, **pruned.survivors}
 
 
 def _check_mappings(weights: Mapping[str, Any], **others: Mapping[str, Any] | None) -> None:
@@ -268,58 +314,3 @@ def _limited_drop(counts: Tensor, kept: Tensor, spare: list[tuple[int, int]], le
         more = torch.cat([spread(n - int(want.sum()), room, room) for room, want, n in left])
         return counts + spread(least - count, counts, more)
     return counts
-
-
-def _pick(
-    tensors: Mapping[str, PrunableTensor],
-    scores: Mapping[str, Tensor],
-    excluded: Mapping[str, Tensor | None],
-    counts: Tensor,
-    scope: Scope,
-    spare: Mapping[str, int],
-    sums: Mapping[str, PowerSums],
-    shards: Shards,
-) -> dict[str, Tensor]:
-    """Which of the kept weights held by this process go."""
-    if scope == "global":
-        barred, rooms = list(excluded.values()), list(spare.values())
-        return dict(zip(tensors, smallest(list(scores.values()), barred, int(counts), rooms, shards), strict=True))
-    if any(tensor.is_apart(scope) for tensor in tensors.values()):
-        counts = counts.to(next(iter(scores.values())).device)  # at once, for each transfer waits for the device
-    of_tensors = zip(tensors.items(), torch.split(counts, [len(part.count) for part in sums.values()]), strict=True)
-    return {name: _pick_of(tensor, scores[name], excluded[name], c, scope, shards) for (name, tensor), c in of_tensors}
-
-
-def _pick_of(
-    tensor: PrunableTensor,
-    scores: Tensor,
-    excluded: Tensor | None,
-    counts: Tensor,
-    scope: Scope,
-    shards: Shards,
-) -> Tensor:
-    """The smallest of each group of a tensor, so many of them."""
-    if not tensor.is_apart(scope):
-        count = int(counts)
-        return smallest([scores], [excluded], count, [count], shards)[0]
-    rows = tensor.groups(scores, scope)
-    excluded = None if excluded is None else tensor.groups(excluded, scope)
-    return tensor.from_groups(smallest_of_rows(rows, excluded, shards.own(counts, len(rows))), scope)
-
-
-def _growth_of_tensors(
-    grow: Tensor, tensors: Mapping[str, PrunableTensor], before: Measure, sums: Mapping[str, PowerSums], scope: Scope
-) -> dict[str, Tensor]:
-    """How many weights come back in each tensor, or in each of its units; of one group the tensors named first."""
-    if scope != "global":
-        return dict(zip(tensors, torch.split(grow, [len(part.count) for part in sums.values()]), strict=True))
-    pruned = torch.tensor([tensor.weight.numel() - before.survivors[name] for name, tensor in tensors.items()])
-    earlier = pruned.cumsum(0) - pruned
-    of_tensors = (grow - earlier).clamp(min=0).minimum(pruned)
-    return dict(zip(tensors, torch.split(of_tensors, 1), strict=True))
-
-
-def _first(tensor: PrunableTensor, excluded: Tensor, counts: Tensor, scope: Scope, shards: Shards) -> Tensor:
-    """Where a tensor's, or each unit's, first weights are, but for those excluded: of equal scores the lower go."""
-    equal = torch.zeros((), dtype=torch.float16, device=excluded.device).expand(excluded.shape)
-    return _pick_of(tensor, equal, excluded, counts, scope, shards)

@@ -48,6 +48,32 @@ class Standing:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+class Closing(NamedTuple):
+    """Parameters that a step prunes by themselves, as if there were no others.
+
+    Attributes:
+        names: The parameters.
+        least: Fewest of their weights that are kept.
+        most: Most of their weights that are kept; as ``least``: exactly so many.
+    """
+
+    names: tuple[str, ...]
+    least: int
+    most: int
+
+
+class Turn(NamedTuple):
+    """What a step does to which parameters, where that is not the same for all; what it does not name stays as it is.
+
+    Attributes:
+        close: What is pruned: the policy is asked for each of these alone.
+        open: Parameters of which all pruned weights come back.
+    """
+
+    close: tuple[Closing, ...] = ()
+    open: tuple[str, ...] = ()
+
+
 class Policy(ABC):
     """How many weights each group loses: called with the power sums of the groups and the number of the round.
 
@@ -80,6 +106,27 @@ class Policy(ABC):
     @abstractmethod
     def __call__(self, sums: PowerSums, round: int) -> Tensor | Amounts:
         """Number of weights to prune from each group: int64, the shape of the groups; or :class:`Amounts`."""
+
+    def turn(
+        self,
+        sizes: Mapping[str, int],
+        kept: Mapping[str, int],
+        *,
+        round: int,
+        rounds: int | None = None,
+        history: Sequence[Any] = (),
+    ) -> Turn | None:
+        """Which parameters a step prunes and which it opens; None, as here: it prunes all.
+
+        Args:
+            sizes: By parameter, in the module's order, how many weights it has.
+            kept: And how many of them are kept.
+            round: Number of the pruning; 0: before training begins.
+            rounds: How many prunings are planned; None: not known.
+            history: Records of the rounds before this one.
+        """
+        del sizes, kept, round, rounds, history
+        return None
 
     def scaled(self, scale: float) -> Policy:
         """The same policy, pruning ``scale`` times as many weights: ``floor(scale · c)``, and what grows as before.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.policies.gathered import Gathered
 from lightning_sap.policies.importance import check_importance
+from lightning_sap.policies.regrowth import GrowAndPrune
 from lightning_sap.rewind import base_optimizers
 from lightning_sap.sharding import ALTERNATIVE
 
@@ -22,6 +23,11 @@ FLATTENS = frozenset({"FullyShardedDataParallel", "DeepSpeedEngine"})
 
 def check_options(options: Options) -> Options:
     """Raise for what a loop without epochs cannot do."""
+    if isinstance(options.policy, GrowAndPrune):
+        raise ValueError(
+            f"Pruner does not run {options.policy!r}, whose first masks and rounds are planned with a Trainer. Use "
+            "PruningCallback, or prune_masks(..., round=0), 1, 2, … in your loop."
+        )
     if options.rewind_weights not in (None, "init", 0):
         raise ValueError(
             f"rewind_weights={options.rewind_weights!r} counts epochs, of which a Pruner knows nothing. Give 'init', "

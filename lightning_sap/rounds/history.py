@@ -48,6 +48,7 @@ class RoundRecord:
         metric: The metric that it was judged by.
         yardstick: What that was held against, when it was judged.
         bound: The worst metric that was sound then.
+        opened: Names of the parameters that were open in it, to be pruned again, see :class:`GrowAndPrune`.
         run: Identity of the run that trained it.
         parent: Identity of the run that this one branched off from; None if it began by itself.
         size: Bytes of its checkpoint.
@@ -81,6 +82,7 @@ class RoundRecord:
     metric: float | None = None
     yardstick: float | None = None
     bound: float | None = None
+    opened: list[str] = field(default_factory=list)
     run: str | None = field(default=None, compare=False)
     parent: str | None = field(default=None, compare=False)
     size: int | None = field(default=None, compare=False)
@@ -94,7 +96,7 @@ class RoundRecord:
         row = {key: value for key, value in asdict(self).items() if key not in OF_THE_FILE}
         fields = {"remaining": "layers_remaining", "pqi": "layers_pqi", "pqi_pruned": "layers_pqi_pruned"}
         layers = {f"{key}/{name}": value for key, of in fields.items() for name, value in row.pop(of).items()}
-        return {**row.pop("metrics"), **row, **layers}
+        return {**row.pop("metrics"), **row, "opened": ", ".join(row["opened"]), **layers}
 
 
 class History(Sequence[RoundRecord]):

@@ -133,6 +133,9 @@ class PrunerView(Protocol):
     def ends_round(self, trainer: Any) -> bool:
         """Whether the round ends with what has been trained now, as far as is planned."""
 
+    def opened(self) -> Sequence[str]:
+        """The parameters that are open in this round, to be pruned again: its index cannot be compared."""
+
     @property
     def history(self) -> Sequence[RoundRecord]:
         """The records of the rounds that ended."""

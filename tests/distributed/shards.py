@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sap import (
     Amounts,
     FixedFraction,
+    GrowAndPrune,
     Importance,
     Magnitude,
     Policy,
     PQIMonitor,
+    PruningCallback,
     SAPCallback,
     SparsityInformed,
 )
@@ -39,6 +41,8 @@ RUNS = {
     "layer": {"scope": "layer", "rewind_weights": 1, "target_remaining": 0.3, "min_remaining": 0.1},
     "global": {"scope": "global", "rewind_weights": "init"},
     "unit floors": {"scope": "global", "min_per_unit": 1, "eta_r": 0.3},
+    "opened": {"policy": GrowAndPrune(0.3, partitions=2, cycles=1), "scope": "global"},
+    "opened by layer": {"policy": GrowAndPrune(0.3, partitions=2, cycles=1, close=SparsityInformed())},
 }
 FLOORS = [(), (Floor(1),), (Floor(1, (1,)),), (Floor(2, ()), Floor(2)), (Floor(1, (0,)), Floor(1, (1,)))]
 CLIPPED = {"gradient_clip_val": 0.05}  # by the norm of the gradients of the weights that survive
@@ -126,7 +130,7 @@ def whole_state(module):
 
 def fit(folder, sharded, options, extra=(), ckpt_path=None, **of_trainer):
     module = Net(sharded)
-    callback = SAPCallback(every_n_epochs=1, **options)
+    callback = (PruningCallback if "policy" in options else SAPCallback)(every_n_epochs=1, **options)
     enforced, monitor = Enforced(callback), PQIMonitor(stop_on=None)
     run = trainer(
         folder, callbacks=[callback, monitor, enforced, *extra], **strategy(sharded, max_epochs=4, **of_trainer)

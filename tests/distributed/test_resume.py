@@ -4,7 +4,7 @@ import pytest
 import torch
 from distributed.resumes import Case
 from launch import run_ranks
-from resuming import FILES, KINDS, STEPS_OF_A_PRUNING, differences, without_validation
+from resuming import FILES, GROWS, KINDS, STEPS_OF_A_PRUNING, differences, without_validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # seconds; with --full, all runs are in the first test
 
@@ -20,6 +20,10 @@ SHORT = [
     Case("ddp", ADAMW, "init", "rewind weights", 4, (1,), "SIGKILL"),
     Case("ddp", "steps-SGD-cosine", None, "step", 5),  # in the middle of a round of two steps
     Case("ddp", "steps-AdamW-linear", "init", "step", 8),  # at a round's last step
+    Case("ddp", GROWS + SGD, None, "step", 7),
+    Case("ddp", GROWS + SGD, "init", "mask", 2, BOTH, "exception"),
+    Case("fsdp2", GROWS + SGD, None, "step", 7),
+    Case("fsdp2", GROWS + SGD, None, "rewind schedules", 4, BOTH, "exception"),
     Case("fsdp2", "steps-SGD-cosine", "init", "step", 7),
     Case("fsdp2", "steps-AdamW-linear", None, "step", 10),
     Case("fsdp2", ADAMW, 1, "validation-end", 3),

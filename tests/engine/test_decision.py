@@ -343,7 +343,7 @@ class TestProtocol:
 
     def test_anything_that_answers_as_a_pruner_is_one(self):
         answers = (
-            "orders", "tensors", "prunes", "current_round", "ends_round", "pqi_after_pruning", "history",
+            "orders", "tensors", "prunes", "current_round", "ends_round", "opened", "pqi_after_pruning", "history",
             "settings",
         )  # fmt: skip
         assert isinstance(type("Other", (), {name: len for name in answers})(), PrunerView)

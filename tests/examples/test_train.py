@@ -9,7 +9,7 @@ from images import write_cifar10, write_fashion_mnist, write_image_folder
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import RandomSampler, SequentialSampler
 
-from lightning_sap import PQIMonitor, PruningCallback, SAPCallback
+from lightning_sap import GrowAndPrune, PQIMonitor, PruningCallback, SAPCallback, SparsityInformed
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "examples" / "configs").glob("*.yaml"))
 SHAPES = {"digits": (1, 8, 8), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "image_folder": (3, 16, 16)}
@@ -243,10 +243,25 @@ def test_every_config_builds_its_run(cli, path, tmp_path):
 
     options = next(c["init_args"] for c in app.config["trainer"]["callbacks"] if "every_n_epochs" in c["init_args"])
     length = options["every_n_epochs"]
-    assert app.model.schedule_epochs == (app.trainer.max_epochs if pruner.options.tolerance else length)
+    uneven = pruner.options.tolerance is not None or path.stem == "digits_grow_and_prune"  # its rounds are
+    assert app.model.schedule_epochs == (app.trainer.max_epochs if uneven else length)
     assert app.trainer.max_epochs % length == 0
     assert options["rounds"] in (None, app.trainer.max_epochs // length - 1)
-    assert isinstance(pruner, SAPCallback) != (path.stem == "digits_lottery_ticket")
+    assert isinstance(pruner, SAPCallback) != (path.stem in ("digits_lottery_ticket", "digits_grow_and_prune"))
+
+
+def test_parts_and_what_closes_them_come_from_a_config(cli, examples, tmp_path):
+    path = examples / "configs" / "digits_grow_and_prune.yaml"
+    [pruner] = pruners(from_config(cli, path, tmp_path))
+    assert pruner.options.policy == GrowAndPrune(0.1, partitions=2, cycles=7)
+    text = (
+        path.read_text()
+        .replace("partitions: 2", "partitions: [['net.0.*'], ['net.*']]")
+        .replace("cycles: 7", "close: {class_path: lightning_sap.SparsityInformed, init_args: {p: 1.0, q: 2.0}}")
+    )
+    (tmp_path / "other.yaml").write_text(text)
+    [pruner] = pruners(from_config(cli, tmp_path / "other.yaml", tmp_path / "other"))
+    assert pruner.options.policy == GrowAndPrune(0.1, [["net.0.*"], ["net.*"]], close=SparsityInformed(1.0, 2.0))
 
 
 def test_the_papers_recipe(cli, examples, tmp_path):

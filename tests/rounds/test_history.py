@@ -100,7 +100,7 @@ class TestRows:
             "pruned": None, "pqi_pruned": None, "lr": None, "seconds": None, "remaining/w": 0.5, "pqi/w": 0.3,
             "weights": None, "phase": None, "reason": None, "path": None, "restored": False,
             "first_step": None, "last_step": None, "unit": "epoch", "regrown": None, "taken_back": False,
-            "sound": None, "metric": None, "yardstick": None, "bound": None,
+            "sound": None, "metric": None, "yardstick": None, "bound": None, "opened": "",
         }  # fmt: skip
 
     def test_rows_keep_fields_beside_metrics_of_the_same_name(self):

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_sap.callbacks.logging import log_epoch, log_now
 from lightning_sap.callbacks.monitor import loggers, messages
 from lightning_sap.callbacks.monitor.curve import Curve, figure
-from lightning_sap.callbacks.monitor.meter import IndexMeter, leader
+from lightning_sap.callbacks.monitor.meter import IndexMeter, ends_closed, leader
 from lightning_sap.callbacks.monitor.mode import MetricMode
 from lightning_sap.callbacks.monitor.schema import SCHEMA
 from lightning_sap.callbacks.monitor.stopping import StopOn, StoppingRule, Verdict
@@ -212,7 +212,7 @@ class PQIMonitor(RoundListener, Callback):
         pruner = leader(trainer)
         sizes = {name: tensor.weight.numel() for name, tensor in self._meter.tensors(trainer, module).items()}
         round = None if pruner is None else pruner.current_round()
-        phase = None if pruner is None else str(self._phase_now(pruner, trainer, module))
+        phase = None if pruner is None or pruner.opened() else str(self._phase_now(pruner, trainer, module))
         self._curve.add(epoch, round, phase, self._meter.measure(trainer, module), sizes)
 
     # -- the verdict --------------------------------------------------------------------------------------------------
@@ -232,12 +232,12 @@ class PQIMonitor(RoundListener, Callback):
         pruner, rule, record = leader(trainer), self._rule, event.record
         if pruner is None:
             return GoOn()
-        before, notes, judged = (self.phase, self.verdict), {}, event.sound and not event.taken_back
+        judged = event.sound and not event.taken_back and not record.opened
+        before, notes = (self.phase, self.verdict), messages.tell_open(self, record)
         self._passed_over = None if judged else record.round
         if judged and rule.detector.round < record.round:
             self._catch_up(pruner, pl_module)
-            metric = record.metrics.get(self.monitor or "")
-            rule.update(*self._meter.evidence(trainer, pl_module, metric), record.round)
+            rule.update(*self._meter.evidence(trainer, pl_module, record.metrics.get(self.monitor or "")), record.round)
             messages.tell_judgement(trainer, self, record.round, before)
         if judged and rule.detector.round == record.round:  # also where an interrupt came between verdict and answer
             notes = {**self._missed, record.round: {"phase": str(self.phase), "reason": self.reason}}
@@ -259,7 +259,7 @@ class PQIMonitor(RoundListener, Callback):
     def _phase_now(self, pruner: PrunerView, trainer: Trainer, module: LightningModule) -> Phase:
         """The phase; at the end of a round that is not judged yet, what it is going to be."""
         round = pruner.current_round()
-        if self._rule.detector.round >= round or self._passed_over == round or not pruner.ends_round(trainer):
+        if self._rule.detector.round >= round or self._passed_over == round or not ends_closed(pruner, trainer):
             return self.phase
         self._catch_up(pruner, module)
         return self._rule.preview(*self._meter.evidence(trainer, module, self._curve.metric(trainer, round)), round)

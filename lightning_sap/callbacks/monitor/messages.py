@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -56,6 +56,17 @@ def tell_judgement(trainer: Trainer, monitor: PQIMonitor, round: int, before: tu
         log_line(f"{monitor.name}: {monitor.verdict}{more}")
     elif monitor.verbose and monitor.phase != before[0]:
         log_line(f"{monitor.name}: {monitor.phase} after round {round}. {monitor.reason}")
+
+
+def tell_open(monitor: PQIMonitor, record: RoundRecord) -> dict[int, dict[str, Any]]:
+    """Say, once, that rounds in which a part of the network is open are not judged; returns notes for such a round."""
+    if record.round == 0 and record.opened and monitor.stop_on is not None:
+        log_line(
+            f"{monitor.name}: a part of the network is open in this round ({', '.join(record.opened)}). Only rounds in "
+            "which all is pruned are judged, so that training stops in none before."
+        )
+    why = f"Not judged: {', '.join(record.opened)} was open, and the index of an open network cannot be compared."
+    return {record.round: {"reason": why}} if record.opened else {}
 
 
 def tell_report(monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:

@@ -132,3 +132,8 @@ def pruners(trainer: Trainer) -> list[PrunerView]:
 def leader(trainer: Trainer) -> PrunerView | None:
     """The one whose rounds count: of several that prune, the first."""
     return next((pruner for pruner in pruners(trainer) if pruner.prunes()), None)
+
+
+def ends_closed(pruner: PrunerView, trainer: Trainer) -> bool:
+    """Whether the round ends with this epoch and nothing is open in it: only such rounds are judged."""
+    return not pruner.opened() and pruner.ends_round(trainer)

@@ -56,7 +56,12 @@ class StoppingRule:
         """Take in the rounds before `end` that it was not there to see; returns phase and reason of each."""
         told = {}
         for record in records:
-            if not self.detector.round < record.round < end or record.taken_back or record.sound is False:
+            if (
+                not self.detector.round < record.round < end
+                or record.taken_back
+                or record.opened
+                or record.sound is False
+            ):
                 continue
             left = {name: round(share * sizes.get(name, 0)) for name, share in record.layers_remaining.items()}
             layers = {name: (index, left[name]) for name, index in record.layers_pqi.items()}

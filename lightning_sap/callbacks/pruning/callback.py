@@ -23,6 +23,7 @@ from lightning_sap.callbacks.pruning import (
     messages,
     planning,
     progress,
+    regrowth,
     restoring,
     tolerance,
     units,
@@ -32,10 +33,11 @@ from lightning_sap.callbacks.pruning.fit import Fit
 from lightning_sap.callbacks.pruning.given_masks import check_given
 from lightning_sap.callbacks.pruning.inventory import Plan
 from lightning_sap.callbacks.pruning.lifecycle import Event, Stage
-from lightning_sap.callbacks.pruning.options import Options, check_names, takes_options
+from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schedules import Schedules
 from lightning_sap.callbacks.pruning.schema import SCHEMA
 from lightning_sap.callbacks.pruning.session import PruningSession
+from lightning_sap.callbacks.pruning.signatures import check_names, takes_options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.training import of_a_run_in_a_fit
 from lightning_sap.engine.groups import PrunableTensor
@@ -150,6 +152,10 @@ class PruningCallback(Callback):
     def current_round(self) -> int:
         """Number of the round that goes on, in this fit."""
         return self.session.state.round
+
+    def opened(self) -> list[str]:
+        """Names of the parameters that are open in this round, to be pruned again."""
+        return regrowth.opened(self.options, self.session.state)
 
     def ends_round(self, trainer: Trainer) -> bool:
         """Whether the round ends, as far as is planned, if the epoch ends now; rounds in steps end inside it too."""

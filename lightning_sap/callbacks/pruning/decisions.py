@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sap.callbacks.pruning import agreement, checks, messages, tolerance
-from lightning_sap.engine.decision import Decision, decide
+from lightning_sap.callbacks.pruning import agreement, checks, messages, regrowth, tolerance
+from lightning_sap.engine.decision import Decision, decide, decide_turn
 from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.patterns import decide_pattern
@@ -99,6 +99,8 @@ def decide_of(
         decision = decide_units(trained, session.subject.groups, state.companions, **how)
     elif options.pattern is not None and answer.scale > 0:
         decision = decide_pattern(trained, options.pattern, options.policy.p, options.policy.q)
+    elif (turn := regrowth.next_turn(session, frozen, answer)) is not None:
+        decision = decide_turn(trained, turn, floors=how.pop("limits").floors, **how)
     else:
         decision = decide(trained, **how)
     if options.structure != "unit":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -21,13 +19,12 @@ from lightning_sap.functional.scalars import is_real, is_whole, make_plain_
 from lightning_sap.policies.base import Importance, Policy, check_policy
 from lightning_sap.policies.gathered import needs_units
 from lightning_sap.policies.importance import check_importance
+from lightning_sap.policies.regrowth import GrowAndPrune
 from lightning_sap.rounds.search import Tolerance
 
 Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
-C = TypeVar("C", bound=type[Any])
 
-ENTRY = re.compile(r"^    \*\*options: .*\n(?:     .*\n)*", re.MULTILINE)  # stands for all that Options declares
 SAME = {"init": "0"}  # as `rewind_weights`
 SIMPLE = (bool, int, float, str, type(None))  # types that loggers take
 LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
@@ -38,7 +35,7 @@ OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros", "masks
 class Options:
     """The policy of a pruning callback, and its options.
 
-    Each option is declared here alone, its type and default as a field, its sentence below. :func:`takes_options` gives
+    Each option is declared here alone, its type and default as a field, its sentence below. ``takes_options`` gives
     them to the signatures and docstrings of the callbacks.
 
     Args:
@@ -142,6 +139,7 @@ class Options:
         if self.masks is not None and self.keep_zeros:
             raise ValueError("masks and keep_zeros=True both say what is pruned at the start. Give one of them.")
         self._check_tolerance()
+        self._check_regrowth()
         self._check_rounds()
         self._check_remaining()
         rewind, save = self.rewind_weights, self.save_rounds
@@ -212,6 +210,23 @@ class Options:
             raise TypeError(f"tolerance must be None or a Tolerance such as Tolerance('val_acc'), got {given!r}.")
         if given is not None and self.rounds == 0:
             raise ValueError("rounds=0 only holds masks, and a tolerance searches. Leave one of them out.")
+
+    def _check_regrowth(self) -> None:
+        """Take the target from a policy that has one of its own; raise if another option contradicts it."""
+        policy, target = self.policy, self.target_remaining
+        if not isinstance(policy, GrowAndPrune) or self.rounds == 0:
+            return
+        if self.tolerance is not None:
+            raise ValueError(
+                f"tolerance={self.tolerance!r} contradicts {policy!r}, whose rounds are not sparser one after the "
+                "other, so that none can be searched for. Leave the tolerance out, or give another policy."
+            )
+        if target not in (None, policy.remaining):
+            raise ValueError(
+                f"target_remaining={target!r} contradicts {policy!r}, at whose end exactly {policy.remaining:g} of the "
+                "weights are kept. Leave target_remaining out, or give the same fraction twice."
+            )
+        object.__setattr__(self, "target_remaining", policy.remaining)
 
     def _check_rounds(self) -> None:
         for name, least in {"rounds": 0, "every_n_epochs": 1, "every_n_steps": 1}.items():
@@ -306,36 +321,3 @@ def _exact(value: float) -> torch.Tensor:
 def _check(fits: bool, name: str, value: Any, allowed: str) -> None:
     if not fits:
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
-
-
-def takes_options(callback: C) -> C:
-    """Write the options that a callback takes as ``**options`` into its signature and its docstring.
-
-    For whoever asks at run time: ``help``, notebooks, LightningCLI's ``--help`` and the documentation.
-    """
-    init = callback.__init__
-    own = inspect.signature(init, eval_str=True)
-    before = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    declared = inspect.signature(Options, eval_str=True).parameters.values()
-    added = [parameter for parameter in declared if parameter.kind is parameter.KEYWORD_ONLY]
-    init.__signature__ = own.replace(parameters=[*before, *added])
-    if callback.__doc__ and Options.__doc__:  # `python -OO` has none
-        entries = inspect.cleandoc(Options.__doc__).partition("Args:\n")[2].partition("\n\n")[0] + "\n"
-        callback.__doc__ = ENTRY.sub(lambda _: entries, inspect.cleandoc(callback.__doc__))
-    return callback
-
-
-def check_names(callback: object, given: Iterable[str]) -> None:
-    """Raise if a callback is given an option that there is not, with the name that comes closest.
-
-    Raises:
-        TypeError: If one is unknown.
-    """
-    inits = [vars(kind)["__init__"] for kind in type(callback).__mro__ if "__init__" in vars(kind)]
-    parameters = [parameter for init in inits for parameter in inspect.signature(init).parameters.values()]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = {parameter.name for parameter in parameters if parameter.kind in named} - {"self"}
-    for name in given:
-        if name not in known:
-            closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise TypeError(f"{type(callback).__name__} has no option {name!r}; the closest is {closest!r}.")

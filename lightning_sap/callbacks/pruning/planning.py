@@ -12,6 +12,8 @@ from lightning_sap.callbacks.pruning import checks, compatibility
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schedules import end_in_epochs, steps_of_epochs
 from lightning_sap.callbacks.pruning.state import PruningState
+from lightning_sap.policies.regrowth import GrowAndPrune
+from lightning_sap.rounds.cycles import plan_cycles
 from lightning_sap.rounds.plan import RoundPlan, plan_rounds, plan_search
 
 STEPS_TO_JUDGE = 20  # optimizer steps; after fewer a round is unsound for lack of training, see benchmarks/tolerance.py
@@ -39,7 +41,11 @@ def plan(trainer: Trainer, options: Options) -> RoundPlan:
         if options.tolerance is not None:
             wanted = end, options.rounds, options.every_n_steps, trainer.global_step
             return plan_search(*wanted, unit="step", shortest=STEPS_TO_JUDGE)
-        return plan_rounds(end, options.rounds, options.every_n_steps, trainer.global_step, "step")
+        wanted = end, options.rounds, options.every_n_steps, trainer.global_step
+        if isinstance(options.policy, GrowAndPrune):  # no round is shorter than an epoch, unless that is asked for
+            divide = partial(plan_cycles, parts=options.policy.parts, cycles=options.policy.cycles)
+            return divide(*wanted, unit="step", shortest=steps_of_epochs(trainer, 1) or 1)
+        return plan_rounds(*wanted, unit="step")
     return _plan_in_epochs(trainer, options)
 
 
@@ -50,8 +56,10 @@ def _plan_in_epochs(trainer: Trainer, options: Options) -> RoundPlan:
         shortest = -(-STEPS_TO_JUDGE // max(1, steps_of_epochs(trainer, 1) or STEPS_TO_JUDGE))
         divide = partial(plan_search, least=trainer.check_val_every_n_epoch or 1, shortest=shortest)
     wanted = options.rounds, options.every_n_epochs, trainer.current_epoch
-    whole = divide(trainer.max_epochs, *wanted)
     end = end_in_epochs(trainer, trainer.current_epoch, trainer.global_step)
+    if isinstance(options.policy, GrowAndPrune):
+        return plan_cycles(end, *wanted, parts=options.policy.parts, cycles=options.policy.cycles)
+    whole = divide(trainer.max_epochs, *wanted)
     if end is None or end < 0:
         return whole
     if not whole.rounds or whole.first + whole.needed < end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_sap.callbacks.pruning.callback import PruningCallback
-from lightning_sap.callbacks.pruning.options import takes_options
+from lightning_sap.callbacks.pruning.signatures import takes_options
 from lightning_sap.policies.amounts import SparsityInformed
 
 PAPERS, SEARCHING = (0.5, 1.0), (1.0, 2.0)  # orders p and q; the latter chosen by benchmarks/tolerance.py

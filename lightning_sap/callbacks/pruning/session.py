@@ -17,6 +17,7 @@ from lightning_sap.callbacks.pruning import (
     messages,
     planning,
     progress,
+    regrowth,
     saving,
     snapshots,
     tolerance,
@@ -110,7 +111,8 @@ class PruningSession(HeldWeights):
             copies=before.copies,
         )
         state.others = others_of(self, masks.pruned)
-        checks.check_target(options, state, self.frozen(state), fewest(self.tensors(module, masks)))
+        state = regrowth.started(self, trainer, module, state)
+        checks.check_target(options, state, self.frozen(state), fewest(self.tensors(module, state.masks)))
         state.search = tolerance.begin(options, state)
         self.state, self.metrics = state, RoundMetrics()
         averages.find_(self, trainer, module, every)
@@ -239,7 +241,8 @@ class PruningSession(HeldWeights):
 
     def record(self, trainer: Trainer, before: Measure, last_epoch: int) -> RoundRecord:
         """The round that ends now, as it was trained."""
-        return self.state.record(before, last_epoch, self.metrics.of(trainer, self.state.round))
+        record = self.state.record(before, last_epoch, self.metrics.of(trainer, self.state.round))
+        return replace(record, opened=regrowth.opened(self.options, self.state))
 
     # -- its steps ----------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 import lightning_sap
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, Tolerance
+from lightning_sap import FixedFraction, GrowAndPrune, PQIMonitor, PruningCallback, SAPCallback, Tolerance
 
 # with OnExceptionCheckpoint Lightning looks for a file to resume from, unasked
 pytestmark = pytest.mark.filterwarnings("ignore:`?.fit.ckpt_path=")
 
 PACKAGE = Path(lightning_sap.__file__).parent
-FILES = [f"callbacks/pruning/{name}" for name in ("carrying", "decisions", "kept", "state")]
+FILES = [f"callbacks/pruning/{name}" for name in ("carrying", "decisions", "kept", "regrowth", "state")]
 FILES += ["callbacks/monitor/callback", "callbacks/monitor/stopping", "rounds/phases"]
 PRUNING = {str(PACKAGE / f"{name}.py") for name in FILES}
 EVERY = 48  # of the lines of a pruning, in the tests of every day
@@ -44,6 +44,7 @@ RUNS = {
     "rewound weights": partial(SAPCallback, rounds=2, scope="global", eta_r=0.1, rewind_weights="init"),
     "kept optimizer": partial(SAPCallback, rounds=2, scope="layer", eta_r=0.1, reset_optimizer=False),
     "verdict": partial(PruningCallback, FixedFraction(0.7), rounds=4, every_n_epochs=1),
+    "opened parts": partial(PruningCallback, GrowAndPrune(0.25, partitions=2), rounds=2, scope="global"),
     "search": partial(
         PruningCallback, FixedFraction(0.5), rounds=5, every_n_epochs=1, tolerance=Tolerance("score", drop=0.5)
     ),

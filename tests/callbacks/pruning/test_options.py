@@ -25,7 +25,8 @@ from lightning_sap import (
     SAPCallback,
     SparsityInformed,
 )
-from lightning_sap.callbacks.pruning.options import Options, takes_options
+from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.signatures import takes_options
 from lightning_sap.engine.decision import Limits
 
 
