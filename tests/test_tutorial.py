@@ -49,5 +49,5 @@ def test_from_dense_to_packed(sizes, capsys):
     assert Path("rounds.png").stat().st_size > 10_000
     if sizes == AS_WRITTEN:
         before, after = re.search(r"test accuracy: dense ([\d.]+)%, pruned ([\d.]+)%", printed).groups()
-        assert float(before) > 94
+        assert float(before) > 92
         assert float(after) > float(before) - 4
