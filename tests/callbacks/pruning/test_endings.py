@@ -58,13 +58,17 @@ def should_stop(epoch):
 
 
 def said(caplog, run, name="sap"):
-    """What a run warns of, but for units without weights, and its lines in the log but for the plan at the start."""
+    """What a run warns of, but for units without weights, and its lines in the log but for plan and prunings."""
     caplog.clear()
     with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.INFO):
         warnings.simplefilter("always")
         run()
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    told = [line for line in lines if line.startswith(f"{name}: ") and " in rounds of " not in line]
+    told = [
+        line
+        for line in lines
+        if line.startswith(f"{name}: ") and not any(of in line for of in (" in rounds of ", "→", " resumed in "))
+    ]
     warned = [str(w.message) for w in caught if str(w.message).startswith(f"{name}: ")]
     return [text for text in warned if "output units" not in text], told
 
