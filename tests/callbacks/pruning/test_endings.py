@@ -67,7 +67,8 @@ def said(caplog, run, name="sap"):
     told = [
         line
         for line in lines
-        if line.startswith(f"{name}: ") and not any(of in line for of in (" in rounds of ", "→", " resumed in "))
+        if line.startswith(f"{name}: ")
+        and not any(of in line for of in (" in rounds of ", "→", " resumed in ", " ended training in round "))
     ]
     warned = [str(w.message) for w in caught if str(w.message).startswith(f"{name}: ")]
     return [text for text in warned if "output units" not in text], told
