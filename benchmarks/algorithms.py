@@ -1,6 +1,6 @@
 """Which algorithm keeps most accuracy at the same number of epochs and of remaining weights.
 
-``python benchmarks/algorithms.py`` takes an hour on one core; ``--images FOLDER_OR_TAR`` adds colour images in
+``python benchmarks/algorithms.py`` takes two hours on one core; ``--images FOLDER_OR_TAR`` adds colour images in
 ``train/<class>/`` and ``test/<class>/``, which take some hours more. Every training is kept in ``--runs FILE`` as one
 line of JSON, and the table is written anew after each, so that a run that was cut off goes on; ``--only TEXT`` trains
 what has that text in its name. ``--quick`` trains three contenders for few epochs on the digits, and keeps nothing.
@@ -25,7 +25,7 @@ from lightning_sap.engine.weights import prunable_weights
 from lightning_sap.rounds.plan import plan_rounds
 
 REMAINING = (0.2, 0.1, 0.05, 0.02)
-IMPORTANCES = ("magnitude",)  # by which score gradual pruning picks; each is a row of the table
+IMPORTANCES = ("magnitude", "taylor", "wanda")  # by which score gradual pruning picks; each is a row of the table
 NAMES = ("digits, MLP", "digits, CNN", "images, MLP", "images, CNN")
 SEEDS = 3
 Make = Callable[[float, int, int], PruningCallback]  # from the share that remains, the epochs and the number of layers
