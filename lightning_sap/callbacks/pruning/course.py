@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sap.callbacks.logging import log_line
-from lightning_sap.callbacks.pruning import inventory, layers, messages, regrowth, tolerance
+from lightning_sap.callbacks.pruning import inventory, layers, messages, regrowth, saving, tolerance
 from lightning_sap.callbacks.pruning.compatibility import of_kind
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -133,7 +133,8 @@ def begin(session: PruningSession, trainer: Trainer, module: LightningModule, sc
     """Say what is going to happen, and warn of what can be known to stand against it."""
     options, state = session.options, session.state
     plan = inventory.tell(session, trainer, module)
-    said = messages.announcement(options, state, schedules, session.subject.outside, session.archive, plan)
+    archive = saving.told(trainer, session)
+    said = messages.announcement(options, state, schedules, session.subject.outside, archive, plan)
     log_line("\n".join([said, *regrowth.lines(options, state)]))
     if state.plan.rounds != 0:
         messages.warn_of_lasting(options, session.schedules.lasting())

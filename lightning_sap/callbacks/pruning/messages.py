@@ -40,7 +40,7 @@ def announcement(
         *([] if options.tolerance is None else [f"  tolerance: {_tolerated(options.tolerance)}"]),
         *([f"  not prunable: {_sized(outside)}, which no optimizer holds"] if outside else []),
         *(f"  learning rate: {line}" for line in schedules),
-        *([] if archive is None else [f"  archive: {_kept(options, plan)} in {archive}"]),
+        *([] if archive is None else [f"  archive: {archive}"]),
     ]
     return "\n".join(lines)
 
@@ -104,14 +104,6 @@ def tell_changes(options: Options, stored: Mapping[str, str]) -> None:
         log_line(f"{options.name}: changed since the checkpoint, from the next round on: {', '.join(later)}")
     if never:
         log_line(f"{options.name}: a run that is resumed keeps the checkpoint's {', '.join(never)}")
-
-
-def _kept(options: Options, plan: RoundPlan) -> str:
-    """How many checkpoints the rounds leave."""
-    keep = options.save_rounds
-    if keep is not None and not isinstance(keep, bool):
-        return f"checkpoints of the latest {counted(keep, 'round')}"
-    return "a checkpoint of every round" if plan.rounds is None else f"{plan.rounds + 1} checkpoints, one of each round"
 
 
 def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:

@@ -80,8 +80,9 @@ class Options:
             another callback. Weights without one start dense. Masks of an earlier fit of the callback that still hold
             come first. None: all start dense.
         save_rounds: Which rounds' trained models are kept, each as a checkpoint of the Trainer: every one (True), the
-            latest so many (a number), or none (False). None: every one if a :class:`PQIMonitor` may restore it,
-            otherwise none.
+            latest so many (a number), or none (False). ``"weights"``: every one, with weights and masks alone, which
+            :meth:`restore_round` takes and no run resumes from. None: every one if a :class:`PQIMonitor` may restore
+            it, otherwise none.
         dirpath: Folder for them. None: ``rounds`` in the Trainer's ``log_dir``. One that is not empty gets a number.
         name: Tells two callbacks apart, in checkpoints and in log keys: two in one Trainer need two names.
         prog_bar: Show ``<name>/remaining`` on the progress bar.
@@ -112,7 +113,7 @@ class Options:
     exclude: Selection = None
     keep_zeros: bool = False
     masks: Any = field(default=None, compare=False)
-    save_rounds: bool | int | None = None
+    save_rounds: bool | int | Literal["weights"] | None = None
     dirpath: str | Path | None = None
     name: str = "sap"
     prog_bar: bool = True
@@ -147,8 +148,8 @@ class Options:
         _check(fits, "rewind_weights", rewind, "None (keep the weights), 'init' or a number of completed epochs")
         schedules = ("auto", "restart", "squeeze", "keep")
         _check(self.lr_schedule in schedules, "lr_schedule", self.lr_schedule, f"one of {schedules}")
-        fits = save is None or isinstance(save, bool) or is_whole(save, 1)
-        _check(fits, "save_rounds", save, "None, True, False or a whole number of at least 1")
+        fits = save in (None, "weights") or isinstance(save, bool) or is_whole(save, 1)
+        _check(fits, "save_rounds", save, "None, True, False, 'weights' or a whole number of at least 1")
         _check(bool(self.name) and "/" not in self.name, "name", self.name, "a non-empty text without '/'")
         fits = "\0" not in self.name and len(self.name.encode(errors="replace")) <= LONGEST_NAME
         _check(

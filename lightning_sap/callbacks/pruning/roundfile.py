@@ -24,6 +24,8 @@ from lightning_sap.callbacks.pruning.agreement import of_ranks, place
 
 METADATA = "meta.pt"  # where a distributed checkpoint of Lightning keeps all that is not sharded
 BLOCK = 1 << 20
+TO_RESUME = ("optimizer_states", "lr_schedulers", "loops", "MixedPrecision")  # keys of a checkpoint of Lightning
+COPIES = ("first_weights", "kept")  # keys of the pruner's state that hold weights again
 WRITES_PLAIN = (TorchCheckpointIO, AsyncCheckpointIO)  # write what `torch.save` does, and no error must be lost
 CHECKPOINT, FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 IN_METADATA = frozenset(  # what the list of a distributed checkpoint's shards is made of
@@ -79,16 +81,23 @@ def is_temporary(file: str, name: str, run: str) -> bool:
 class RoundIO(CheckpointIO):
     """Writes one file of the Trainer and notes its digest; an error is kept, for the other processes wait.
 
-    A plugin of the user that writes files of another kind goes on to do so.
+    A plugin of the user that writes files of another kind goes on to do so. Without the means to resume, a file has
+    the weights and what callbacks keep, but for the copies of weights that the pruner under that key keeps.
     """
 
-    def __init__(self, inner: CheckpointIO) -> None:
+    def __init__(self, inner: CheckpointIO, weights_of: str | None = None) -> None:
         self.inner = inner
+        self.weights_of = weights_of
         self.digest: Digest | None = None
         self.error: OSError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint."""
+        if self.weights_of is not None:
+            states = checkpoint["callbacks"]
+            own = {**states[self.weights_of], **dict.fromkeys(COPIES)}
+            kept = {key: value for key, value in checkpoint.items() if key not in TO_RESUME}
+            checkpoint = {**kept, "callbacks": {**states, self.weights_of: own}}
         try:
             if type(self.inner) in WRITES_PLAIN:
                 self.digest = write(checkpoint, path)

@@ -20,6 +20,7 @@ from lightning_sap.callbacks.pruning.agreement import of_ranks
 from lightning_sap.callbacks.pruning.archive import NOT_SAVED, choose, identities, new_run, path_of, remove
 from lightning_sap.callbacks.pruning.checks import state_key
 from lightning_sap.callbacks.pruning.folders import relative, unmark
+from lightning_sap.callbacks.pruning.messages import counted
 from lightning_sap.callbacks.pruning.roundfile import Digest, Identity
 from lightning_sap.files import flush_folder
 from lightning_sap.sharding import is_sharded, local
@@ -70,7 +71,7 @@ def _save(trainer: Trainer, session: PruningSession) -> dict[str, Any] | None:
     state.note = {**state.note, "path": path}  # which the file says too
     try:
         _agree(trainer, lambda: _check_room(trainer, session, folder))
-        digest = _write(trainer, new)
+        digest = _write(trainer, new, state_key(name) if session.options.save_rounds == "weights" else None)
         there = trainer.strategy.broadcast(os.path.exists(path))
         old = roundfile.digest_of(path) if there else None
         if old is not None and old.sha256 not in session.replaced:
@@ -86,14 +87,14 @@ def _save(trainer: Trainer, session: PruningSession) -> dict[str, Any] | None:
                 remove(new)
 
 
-def _write(trainer: Trainer, path: str) -> Digest:
-    """Have the Trainer write its checkpoint; a collective.
+def _write(trainer: Trainer, path: str, weights_of: str | None) -> Digest:
+    """Have the Trainer write its checkpoint, or its weights beside the masks of a pruner; a collective.
 
     Raises:
         OSError: If that fails, on all ranks.
     """
     error: BaseException | None = None
-    with _writing(trainer) as writer:
+    with _writing(trainer, weights_of) as writer:
         try:
             trainer.save_checkpoint(path, weights_only=False)
         except (OSError, CheckpointException) as found:
@@ -113,10 +114,10 @@ def _write(trainer: Trainer, path: str) -> Digest:
 
 
 @contextmanager
-def _writing(trainer: Trainer) -> Iterator[roundfile.RoundIO]:
+def _writing(trainer: Trainer, weights_of: str | None) -> Iterator[roundfile.RoundIO]:
     """Write as rounds are written, for a while."""
     before = trainer.strategy.checkpoint_io
-    writer = roundfile.RoundIO(before)
+    writer = roundfile.RoundIO(before, weights_of)
     trainer.strategy.checkpoint_io = writer
     try:
         yield writer
@@ -180,6 +181,28 @@ def _check_room(trainer: Trainer, session: PruningSession, folder: str) -> None:
         )
 
 
+def told(trainer: Trainer, session: PruningSession) -> str | None:
+    """How many checkpoints the rounds leave, where, and what they take on the disk; None if they leave none."""
+    keep, number = session.options.save_rounds, session.state.plan.rounds
+    if session.archive is None:
+        return None
+    of = "a checkpoint of every round" if number is None else f"{number + 1} checkpoints, one of each round"
+    if isinstance(keep, int) and not isinstance(keep, bool):
+        number, of = keep - 1, f"checkpoints of the latest {counted(keep, 'round')}"
+    module, sharded = trainer.lightning_module, _is_sharded(trainer)
+    size = _bytes([list(module.parameters()), list(module.buffers())]) * (trainer.world_size if sharded else 1)
+    whole = "" if number is None else f", {(number + 1) * size / 1e6:,.1f} MB in all"
+    more = "; what the optimizers keep comes on top"
+    if keep == "weights":
+        more = ""
+        if sharded:
+            rank_zero_warn(
+                f"{session.options.name}: save_rounds='weights' keeps whole checkpoints of a module that is sharded, "
+                "with what the optimizers keep. Give a number, to keep the latest rounds alone, or strategy='ddp'."
+            )
+    return f"{of} in {session.archive} ({size / 1e6:,.1f} MB of weights each{whole}{more})"
+
+
 def _bytes(tree: Any) -> int:
     """How much the tensors in something take, on this rank."""
     if isinstance(tree, Tensor):
@@ -237,7 +260,7 @@ def _tidy(trainer: Trainer, session: PruningSession) -> None:
     session.places[state.run] = str(session.archive)
     if trainer.is_global_zero:
         unmark(str(session.archive))
-    if keep is None or isinstance(keep, bool):
+    if keep in (None, "weights") or isinstance(keep, bool):
         return
     for record in [r for r in state.history if r.path and r.run == state.run and r.round <= state.round - keep]:
         path = path_of(session, record.run, record.round, record.path) or ""

@@ -95,7 +95,23 @@ class TestFiles:
         assert f"archive: checkpoints of the latest 2 rounds in {tmp_path / 'rounds'}" in caplog.text
         with caplog.at_level("INFO"):
             archived(tmp_path, Net())
-        assert f"archive: 3 checkpoints, one of each round in {tmp_path / 'rounds-v1'}" in caplog.text
+        where = tmp_path / "rounds-v1"
+        size = sum(tensor.nbytes for tensor in Net().state_dict().values()) / 1e6
+        told = f"({size:.1f} MB of weights each, {3 * size:.1f} MB in all; what the optimizers keep comes on top)"
+        assert f"archive: 3 checkpoints, one of each round in {where} {told}" in caplog.text
+
+    def test_rounds_of_weights_alone_are_put_back_and_hold_nothing_to_resume_from(self, tmp_path):
+        module, pruner, rounds, _trainer = archived(
+            tmp_path, Decaying(), archiving_half(save_rounds="weights", rewind_weights="init")
+        )
+        found = [torch.load(record.path, weights_only=True) for record in pruner.history]
+        for checkpoint, state in zip(found, rounds.states.values(), strict=True):
+            assert same(checkpoint["state_dict"], state)
+            assert not checkpoint.keys() & {"optimizer_states", "lr_schedulers", "loops"}
+            assert checkpoint["callbacks"][STATE]["first_weights"] is None
+        pruner.restore_round(1)
+        assert same(module.state_dict(), rounds.states[1])
+        assert same(pruner.masks, rounds.masks[1][0])
 
 
 class TestFolder:
