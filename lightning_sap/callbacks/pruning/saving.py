@@ -260,7 +260,7 @@ def _tidy(trainer: Trainer, session: PruningSession) -> None:
     session.places[state.run] = str(session.archive)
     if trainer.is_global_zero:
         unmark(str(session.archive))
-    if keep in (None, "weights") or isinstance(keep, bool):
+    if keep is None or isinstance(keep, bool | str):
         return
     for record in [r for r in state.history if r.path and r.run == state.run and r.round <= state.round - keep]:
         path = path_of(session, record.run, record.round, record.path) or ""
