@@ -26,6 +26,8 @@ def shortened(config, folder):
     content["trainer"] |= {"max_epochs": 3, "log_every_n_steps": 1}
     options = next(c["init_args"] for c in content["trainer"]["callbacks"] if "every_n_epochs" in c["init_args"])
     options |= {"every_n_epochs": 1, "rounds": 2}
+    if "cycles" in options.get("policy", {}).get("init_args", {}):
+        options["policy"]["init_args"]["cycles"] = 1
     content["model"]["init_args"]["schedule_epochs"] = 1
     small = {"num_workers": 0, "batch_size": 4}
     root = {} if content["data"]["class_path"] == "digits" else {"root": str(folder)}

@@ -253,11 +253,11 @@ def test_every_config_builds_its_run(cli, path, tmp_path):
 def test_parts_and_what_closes_them_come_from_a_config(cli, examples, tmp_path):
     path = examples / "configs" / "digits_grow_and_prune.yaml"
     [pruner] = pruners(from_config(cli, path, tmp_path))
-    assert pruner.options.policy == GrowAndPrune(0.1, partitions=2, cycles=7)
+    assert pruner.options.policy == GrowAndPrune(0.1, partitions=2, cycles=2)
     text = (
         path.read_text()
         .replace("partitions: 2", "partitions: [['net.0.*'], ['net.*']]")
-        .replace("cycles: 7", "close: {class_path: lightning_sap.SparsityInformed, init_args: {p: 1.0, q: 2.0}}")
+        .replace("cycles: 2", "close: {class_path: lightning_sap.SparsityInformed, init_args: {p: 1.0, q: 2.0}}")
     )
     (tmp_path / "other.yaml").write_text(text)
     [pruner] = pruners(from_config(cli, tmp_path / "other.yaml", tmp_path / "other"))

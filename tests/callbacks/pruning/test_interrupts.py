@@ -126,6 +126,11 @@ def test_a_pruning_that_is_interrupted_is_finished_and_not_done_twice(tmp_path, 
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["lightning_sap/sap"]
     pruner, resumed = run(name, ckpt_path=tmp_path / "end.ckpt")
     first = min(resumed, default=len(records))  # none begins after a verdict
+    ended = records[state["round"]]
+    if state["round"] < first and 0 < state["steps"] <= ended["last_step"] - ended["first_step"]:
+        # the round lost the epoch that was to begin: other weights, as many of them
+        assert [record.weights for record in pruner.history] == [record["weights"] for record in records]
+        return
     if first == len(records):
         assert same(pruner.masks, began[first - 1][0])
     else:
