@@ -12,7 +12,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from models import Classifier
 
-CALLBACKS = [{"class_path": "lightning_sap.SAPCallback"}, {"class_path": "lightning_sap.PQIMonitor"}]
+CALLBACKS = [
+    {"class_path": "lightning_sap.SAPCallback"},
+    {"class_path": "lightning_sap.PQIMonitor", "init_args": {"monitor": "val_acc"}},
+]
 LIST = """
 `trainer.callbacks` is a list: on the command line an option goes to the callback that stands last in it. Write the list
 anew, each callback followed by its options, as in
