@@ -45,8 +45,7 @@ def tasks(images: str) -> dict[str, Task]:
         "digits, 16-32": narrow,
         "digits, 64-128": replace(narrow, network=partial(models.CNN, (1, 8, 8), 10, hidden=(64, 128))),
     }
-    wide = replace(images_cnn, network=partial(models.CNN, (3, 32, 32), 10, hidden=(16, 32, 64), lr=0.05))
-    return {**digits, "images, 8-16-32": images_cnn, "images, 16-32-64": wide} if images else digits
+    return {**digits, "images, 8-16-32": images_cnn} if images else digits
 
 
 def train(task: Task, images: str, seed: int, epochs: int, callbacks: list) -> tuple[nn.Module, list[float]]:
