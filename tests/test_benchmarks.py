@@ -18,6 +18,7 @@ LONG = [
     "memory.py",
     "monitoring.py",
     "one_pruning.py",
+    "semi_structured.py",
     "tolerance.py",
     "training_step.py",
     "units.py",
