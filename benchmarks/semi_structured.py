@@ -13,7 +13,7 @@ from torch import nn
 from lightning_sap.engine.groups import dense_tensors
 from lightning_sap.engine.patterns import Pattern, decide_pattern
 
-TITLE = """Two Linears of {width} and {wider} with a GELU, 2:4 by the decision of `structure="2:4"`, fp16 (on the CPU fp32).
+TITLE = """Two Linears of {width} and {wider} with a GELU, 2:4 by `structure="2:4"`, fp16 (on the CPU fp32).
 Time: a forward of so many rows by `torch.sparse.to_sparse_semi_structured` over the dense one's, taken in turns; median
 and the middle half. Difference: the largest between both results under the same masks, over the largest result.
 """
