@@ -336,13 +336,15 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/pruning/inventory": {
         "files",
-        "engine/groups",
-        "engine/weights",
+        "sharding",
         "callbacks/logging",
+        "callbacks/training",
+        "engine/groups",
+        "engine/used",
+        "engine/weights",
         "callbacks/pruning/held",
         "callbacks/pruning/options",
         "callbacks/pruning/session",
-        "callbacks/training",
     },
     "callbacks/pruning/kept": {
         "rewind",

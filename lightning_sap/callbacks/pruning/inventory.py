@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,10 @@ from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.training import Training
 from lightning_sap.engine.groups import PrunableTensor
+from lightning_sap.engine.used import effective_weights
 from lightning_sap.engine.weights import PrunableWeight, parameter_names, verdicts_of
 from lightning_sap.files import replacing
+from lightning_sap.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.held import HeldWeights
@@ -54,9 +56,12 @@ class Plan:
 
     Attributes:
         rows: A row for each parameter, in the module's order.
+        effective: Fraction of the weights that its layers computed the example with that is not zero, once training is
+            over: ``example_input_array`` of the module, or ``example_inputs``; None where there is no example.
     """
 
     rows: tuple[PlanRow, ...]
+    effective: float | None = None
 
     @property
     def prunable(self) -> int:
@@ -80,11 +85,16 @@ class Plan:
 
     @property
     def head(self) -> str:
-        """Both shares in one line."""
+        """Both shares in one line, and what layers compute an example with."""
+        used = (
+            ""
+            if self.effective is None
+            else f"; of what layers compute the example with, {self.effective:.1%} is not 0"
+        )
         return (
             f"{self.prunable:,} weights are prunable ({self.remaining:.1%} remain), "
             f"{_share(self.prunable, self.trained):.1%} of the {self.trained:,} that are trained "
-            f"({self.remaining_of_trained:.1%} remain)"
+            f"({self.remaining_of_trained:.1%} remain){used}"
         )
 
     @property
@@ -136,7 +146,8 @@ def plan_for(session: PruningSession, module: nn.Module | None, fit: tuple[nn.Mo
     """
     fitted, trainer = fit
     if fitted is not None and module in (None, fitted):
-        return plan_of(session, fitted, trainer)
+        measured = None if session.inventory is None else session.inventory.effective
+        return replace(plan_of(session, fitted, trainer), effective=measured)
     if module is not None:
         return plan_of(type(session)(session.options), module)
     if session.inventory is None:
@@ -162,7 +173,10 @@ def tell(session: PruningSession, trainer: Trainer, module: nn.Module, *, is_ove
     A file that cannot be written is warned of. When training is over, the share of all trained weights is said where
     less than half of them are prunable: the share of the prunable alone would mislead.
     """
-    plan = session.inventory = plan_of(session, module, trainer)
+    plan = plan_of(session, module, trainer)
+    if is_over:
+        plan = replace(plan, effective=_effective(session, module))
+    session.inventory = plan
     if is_over and 2 * plan.prunable < plan.trained:
         log_line(f"{session.options.name}: {plan.head}.")
     folder = trainer.log_dir
@@ -177,6 +191,19 @@ def tell(session: PruningSession, trainer: Trainer, module: nn.Module, *, is_ove
         except OSError as error:
             rank_zero_warn(f"{session.options.name}: the plan is not written: {error}. Training goes on without it.")
     return plan
+
+
+def _effective(session: PruningSession, module: nn.Module) -> float | None:
+    """The fraction that is not zero of what layers compute the example with; None where that cannot be measured."""
+    given = session.options.example_inputs
+    example = getattr(module, "example_input_array", None) if given is None else given
+    if example is None or any(map(is_sharded, module.parameters())):
+        return None
+    try:
+        return effective_weights(module, example).remaining
+    except Exception as error:  # training is over, and a forward may fail in any way
+        log_line(f"{session.options.name}: what layers compute the example with was not measured: {error}")
+        return None
 
 
 def _groups(options: Options, weight: PrunableWeight) -> str:

@@ -191,3 +191,40 @@ def test_a_mixture_of_experts_is_pruned_expert_by_expert_in_a_whole_fit():
         "net.lm_head.weight": "exclude='output'",
     }
     assert (plan.prunable, plan.trained, plan.remaining) == (2304, 3456, 0.5)
+
+
+class TestEffective:
+    def test_what_layers_compute_an_example_with_is_in_the_report(self):
+        class TwoBranches(nn.Module):
+            """Computes with the sum of two weights, of which other places are pruned."""
+
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+            def forward(self, x):
+                return nn.functional.linear(x, self.a.weight + self.b.weight)
+
+        class WithExample(Net):
+            example_input_array = torch.ones(2, 6)
+
+            def forward(self, x):
+                return self.net(x)
+
+        module, pruner, monitor = WithExample(TwoBranches()), half(rounds=1), PQIMonitor(stop_on=None)
+        fit(module, pruner, monitor, max_epochs=2)
+        merged = module.net.a.weight + module.net.b.weight
+        share = int(merged.count_nonzero()) / merged.numel()
+        assert pruner.plan().effective == share > pruner.remaining
+        assert f"of what layers compute the example with, {share:.1%} is not 0" in monitor.report()
+
+    def test_an_example_that_cannot_be_computed_is_told_and_ends_no_fit(self, caplog):
+        class Refusing(Net):
+            example_input_array = "no tensor"
+
+        pruner = half()
+        with caplog.at_level(logging.INFO):
+            trainer = fit(Refusing(), pruner, enable_model_summary=False)
+        assert trainer.current_epoch == 4
+        assert "sap: what layers compute the example with was not measured: " in caplog.text
+        assert pruner.plan().effective is None
