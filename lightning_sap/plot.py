@@ -121,7 +121,9 @@ def plot_layers(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> Figure
             unit: dict[str, Any] = (
                 {"label": "PQ Index"} if not options else {"label": "remaining weights (%)", "format": "{x:g}"}
             )
-            figure.colorbar(image, ax=panel, **unit)
+            bar = figure.colorbar(image, ax=panel, **unit)
+            if options:  # where less than a decade is shown, its ticks are minor ones
+                bar.ax.yaxis.set_minor_formatter("{x:g}")
         _label_rounds(axes[1], rows)
     return figure
 

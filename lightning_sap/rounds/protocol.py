@@ -122,7 +122,7 @@ class PrunerView(Protocol):
         """The weights it prunes, live, with their masks."""
 
     def settings(self) -> dict[str, bool | int | float | str | None]:
-        """Its options by name, as loggers take them; of others than numbers and texts what is printed of them."""
+        """Its name and the options to compare runs by, as loggers take them: numbers, texts, or what is printed."""
 
     def prunes(self) -> bool:
         """Whether it has rounds, or only holds masks."""

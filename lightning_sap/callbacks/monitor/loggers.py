@@ -95,7 +95,7 @@ def end(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -
     found = {"final/remaining": held.remaining, "final/pqi": held.pqi}
     if monitor.monitor in held.metrics:
         found[f"final/{monitor.monitor}"] = held.metrics[monitor.monitor]
-    settings = {key: "" if value is None else value for key, value in pruner.settings().items()}
+    settings = {key: value for key, value in pruner.settings().items() if key != "name" and value is not None}
     for writer in writers(trainer):
         add = partial(writer.add_hparams, settings, found, run_name=monitor.name, global_step=trainer.global_step)
         _try(f"{monitor.name}: the options", "TensorBoard", add)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,6 +26,7 @@ Schedule: TypeAlias = Literal["auto", "restart", "squeeze", "keep"]
 RewindWeights: TypeAlias = Literal["init"] | int | None
 
 SAME = {"init": "0"}  # as `rewind_weights`
+TOLD = ("policy", "scope", "name")  # to loggers, always
 SIMPLE = (bool, int, float, str, type(None))  # types that loggers take
 LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
 OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros", "masks")  # what counts where a run begins
@@ -276,11 +277,10 @@ class Options:
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 
     def settings(self) -> dict[str, bool | int | float | str | None]:
-        """The options as values that loggers take."""
-        plain = self.plain()
-        return {
-            key: value if isinstance(value, SIMPLE) else plain[key] for key, value in vars(self).items() if key in plain
-        }
+        """Policy, scope, name and what else differs from the defaults, as values that loggers take."""
+        defaults = {field.name: field.default for field in fields(self)}
+        texts = {key: text for key, text in self.plain().items() if key in TOLD or vars(self)[key] != defaults[key]}
+        return {key: own if isinstance(own := getattr(self, key), SIMPLE) else text for key, text in texts.items()}
 
     def changed(self, key: str, stored: Mapping[str, str]) -> bool:
         """Whether an option differs from the one stored; what was not stored did not change."""
