@@ -223,6 +223,14 @@ class Options:
                 f"tolerance={self.tolerance!r} contradicts {policy!r}, whose rounds are not sparser one after the "
                 "other, so that none can be searched for. Leave the tolerance out, or give another policy."
             )
+        first = [
+            name for name in ("masks", "keep_zeros", "min_per_unit") if getattr(self, name) not in (None, False, 0)
+        ]
+        if first:
+            raise ValueError(
+                f"{first[0]} contradicts {policy!r}, which opens every weight of a part and keeps exact shares. Leave "
+                f"{first[0]} out, or give another policy."
+            )
         if target not in (None, policy.remaining):
             raise ValueError(
                 f"target_remaining={target!r} contradicts {policy!r}, at whose end exactly {policy.remaining:g} of the "

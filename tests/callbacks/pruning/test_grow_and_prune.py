@@ -275,6 +275,14 @@ class TestMistakes:
         with pytest.raises(ValueError, match=r"tolerance=Tolerance\(.*contradicts GrowAndPrune.*Leave the tolerance"):
             pruner_of(tolerance=Tolerance("val_loss"))
 
+    @pytest.mark.parametrize(
+        "options", [{"masks": {"w": torch.tensor([True])}}, {"keep_zeros": True}, {"min_per_unit": 1}], ids=str
+    )
+    def test_what_an_open_part_would_leave_is_refused(self, options):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"^{name} contradicts GrowAndPrune.* Leave {name} out"):
+            pruner_of(**options)
+
     @pytest.mark.parametrize("structure", ["unit", "2:4"])
     def test_whole_units_and_patterns_are_refused(self, structure):
         with pytest.raises(ValueError, match=r"contradicts .*GrowAndPrune"):
