@@ -31,7 +31,7 @@ def tell_pruning(options: Options, before: PruningState, after: PruningState, ra
     kept = [sum(state.masks.survivors.values()) for state in (before, after)]
     parts = [f"{kept[0]:,} → {kept[1]:,} weights ({kept[1] / max(1, total):.1%})", f"PQI {record.pqi:.3f}"]
     if kept[0] == kept[1] and not record.regrown:
-        parts[0] = f"nothing is pruned, {kept[1]:,} weights ({kept[1] / max(1, total):.1%})"
+        parts.insert(1, "nothing is pruned")
     if record.taken_back:
         parts.insert(0, f"round {record.round} is taken back")
     if record.regrown:
