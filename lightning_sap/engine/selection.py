@@ -16,7 +16,7 @@ from lightning_sap.engine.roles import Role, role
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Selector: TypeAlias = str | type[nn.Module] | Predicate
-Selection: TypeAlias = Selector | Sequence[Selector] | None
+Selection: TypeAlias = Sequence[Selector] | Selector | None  # lists first: jsonargparse writes the first kind that fits
 
 
 @dataclass(frozen=True)

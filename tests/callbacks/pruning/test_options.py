@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,28 @@ trainer:
         gini: true
         log_layers: ["net.*"]
 """
+OF_CLASSES = """
+    - class_path: lightning_sap.SAPCallback
+      init_args:
+        importance:
+          class_path: lightning_sap.Taylor
+        tolerance:
+          class_path: lightning_sap.Tolerance
+          init_args: {monitor: val_acc, drop: 0.02, reference: 0.9}
+        masks: rounds/sap-round-003.ckpt
+        exclude: [output, torch.nn.Embedding, "net.4.*"]
+        save_rounds: weights
+        name: fourth
+    - class_path: lightning_sap.PruningCallback
+      init_args:
+        policy:
+          class_path: lightning_sap.GrowAndPrune
+          init_args:
+            remaining: 0.2
+            partitions: [["net.0.*"], ["net.3.*", "net.4.*"]]
+            close: {class_path: lightning_sap.SparsityInformed, init_args: {p: 1.0, q: 2.0}}
+        name: fifth
+"""
 
 
 class TestYAML:
@@ -395,9 +418,14 @@ class TestYAML:
         (tmp_path / "config.yaml").write_text(YAML)
         return self.built(["--config", str(tmp_path / "config.yaml")])
 
-    def built(self, args):
-        cli = LightningCLI(BoringModel, args=args, run=False, save_config_callback=None, seed_everything_default=False)
+    def cli(self, args):
+        return LightningCLI(BoringModel, args=args, run=False, save_config_callback=None, seed_everything_default=False)
+
+    def of(self, cli):
         return [c for c in cli.trainer.callbacks if isinstance(c, PruningCallback | PQIMonitor)]
+
+    def built(self, args):
+        return self.of(self.cli(args))
 
     def test_yaml_gives_every_option_of_sap(self, callbacks):
         assert type(callbacks[0]) is SAPCallback
@@ -427,6 +455,19 @@ class TestYAML:
             "name": "first",
             "prog_bar": False,
         }
+
+    def test_the_config_that_a_run_saves_gives_the_same_options(self, callbacks, tmp_path):
+        """LightningCLI writes ``config.yaml`` beside each run's logs."""
+        (tmp_path / "config.yaml").write_text(YAML + OF_CLASSES)
+        cli = self.cli(["--config", str(tmp_path / "config.yaml")])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as an error one would make jsonargparse try another way
+            (tmp_path / "saved.yaml").write_text(cli.parser.dump(cli.config))
+        before, after = self.of(cli), self.built(["--config", str(tmp_path / "saved.yaml")])
+        pruners = [callback for callback in before if isinstance(callback, PruningCallback)]
+        assert len(pruners) == 5
+        assert [p.options.plain() for p in pruners] == [p.options.plain() for p in after[:3] + after[4:]]
+        assert before[3].log_layers == after[3].log_layers == ["net.*"]
 
     def test_yaml_gives_a_policy_by_its_class_path(self, callbacks):
         options = callbacks[1].options
