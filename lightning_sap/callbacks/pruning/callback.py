@@ -518,6 +518,7 @@ class PruningCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             checks.check_state_name(self.options.name, trainer, checkpoint)
+            checks.check_resumable(self.options.name, checkpoint)
             if self.state_key not in checkpoint.get("callbacks", {}):
                 self._fit.schedules_from = 0  # a dense training goes on
 

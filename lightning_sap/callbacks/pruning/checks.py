@@ -276,6 +276,17 @@ def check_state_name(name: str, trainer: Trainer, checkpoint: dict[str, Any]) ->
         )
 
 
+def check_resumable(name: str, checkpoint: dict[str, Any]) -> None:
+    """Raise if the checkpoint is a round of which weights and masks alone were kept."""
+    options = checkpoint.get("callbacks", {}).get(state_key(name), {}).get("options", {})
+    if "loops" not in checkpoint and options.get("save_rounds") == "weights":
+        raise ValueError(
+            f"{name}: the checkpoint is a round that was kept with save_rounds='weights', and no training goes on from "
+            "it. Resume from a file of ModelCheckpoint; or start anew from its weights: "
+            "module.load_state_dict(torch.load(path)['state_dict']), and masks=path for its masks."
+        )
+
+
 def clips_gradients(trainer: Trainer, module: LightningModule) -> bool:
     """Whether gradients may be clipped before the step, by the Trainer or by the module's own hooks."""
     own = overrides(module, "configure_gradient_clipping") or overrides(module, "on_before_optimizer_step")

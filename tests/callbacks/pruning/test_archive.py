@@ -113,6 +113,17 @@ class TestFiles:
         assert same(module.state_dict(), rounds.states[1])
         assert same(pruner.masks, rounds.masks[1][0])
 
+    def test_training_from_a_round_of_weights_alone_is_refused_with_what_to_do(self, tmp_path):
+        _, pruner, rounds, _trainer = archived(tmp_path, Decaying(), archiving_half(save_rounds="weights"))
+        path = pruner.history[1].path
+        with pytest.raises(ValueError, match=r"save_rounds='weights', and no training goes on from it.*masks=path"):
+            fit(Decaying(), archiving_half(save_rounds="weights"), max_epochs=6, ckpt_path=path)
+        module, again = Decaying(), archiving_half(rounds=0, masks=path)
+        module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert same(module.state_dict(), rounds.states[1])
+        fit(module, again, max_epochs=2)
+        assert same(again.masks, rounds.masks[1][0])
+
 
 class TestFolder:
     def test_folder_of_rounds_that_is_not_empty_gets_a_number(self, tmp_path):
