@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lightning_sap.deploy.inspection import Inspection, Orders, inspect
 from lightning_sap.deploy.packing import VALUES
 from lightning_sap.deploy.sparse_file import load_sparse, save_sparse, unpacked_bytes, write_dense
 from lightning_sap.files import replacing
+from lightning_sap.version import __version__
 
 PACKED, DENSE = ".sparse.safetensors", ".dense.safetensors"
 TAKES = "a checkpoint of Lightning, a state_dict saved by PyTorch, or a .safetensors file"
@@ -29,8 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
             options.run(options)
+        sys.stdout.flush()
         for warning in told:
             print(f"lightning-sap: {warning.message}", file=sys.stderr)
+    except BrokenPipeError:  # who reads has seen enough, as in `| head`; Python would write what is left at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as error:
         print(f"lightning-sap: {error}", file=sys.stderr)
         return 1
@@ -41,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning-sap", description="Look into files of weights, pack and unpack them.")
+    parser.add_argument("--version", action="version", version=f"lightning-sap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="inspect|pack|unpack")
     look = commands.add_parser("inspect", help="zeros, PQ and Gini index of each tensor, and what SAP would prune")
     look.add_argument("file", type=Path, help=TAKES)

@@ -545,7 +545,7 @@ ARROWS: dict[str, set[str]] = {
     "deploy/shrinking": {"engine/tracing", "deploy/pruned_units"},
     "deploy/sources": {"deploy/container", "deploy/output_axes", "deploy/reading"},
     "deploy/sparse_file": {"deploy/container", "deploy/packing", "deploy/reading", "deploy/sources"},
-    "__main__": {"files", "deploy/inspection", "deploy/packing", "deploy/sparse_file"},
+    "__main__": {"files", "version", "deploy/inspection", "deploy/packing", "deploy/sparse_file"},
     "": {
         "deploy",
         "metric",

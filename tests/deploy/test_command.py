@@ -12,7 +12,7 @@ import torch
 from helpers import Net, fit
 from torch import nn
 
-from lightning_sap import FixedFraction, PruningCallback, gini_index, pq_index, prune_count
+from lightning_sap import FixedFraction, PruningCallback, __version__, gini_index, pq_index, prune_count
 from lightning_sap.__main__ import main
 from lightning_sap.deploy import load_sparse, save_sparse
 
@@ -298,6 +298,25 @@ def test_a_large_file_is_read_in_the_memory_of_a_few_tensors(tmp_path):
         assert done.returncode == 0, done.stderr
         kib = int(done.stderr.rsplit("grown", 1)[1])
         assert kib < 120 * 1024, (command, kib)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    torch.save({f"{i}.weight": torch.randn(2, 2) for i in range(3000)}, tmp_path / "many.pt")  # more than a pipe holds
+    inspect = subprocess.Popen(
+        [sys.executable, "-m", "lightning_sap", "inspect", "many.pt"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert inspect.stdout.readline().split()[0] == "tensor"
+    inspect.stdout.close()
+    assert (inspect.stderr.read(), inspect.wait()) == ("", 0)
+    inspect.stderr.close()
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-sap {__version__}\n"
 
 
 def test_the_module_runs_as_a_program(tmp_path):

@@ -40,7 +40,9 @@ def tell_pruning(options: Options, before: PruningState, after: PruningState, ra
         parts.append(f"lr {'' if before.lr is None or rate == float(before.lr) else 'back to '}{rate:.3g}")
     if record.seconds is not None:
         parts.append(f"{1000 * record.seconds:,.0f} ms")
-    log_line(f"{options.name}: {_round(after)}: {', '.join(parts)}")
+    cut = before.plan.rounds != after.plan.rounds  # by a search that is over
+    where = f"round {after.round}, the last, as the search is over" if cut else _round(after)
+    log_line(f"{options.name}: {where}: {', '.join(parts)}")
 
 
 def tell_resumed(options: Options, state: PruningState) -> None:

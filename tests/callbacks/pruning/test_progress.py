@@ -18,6 +18,12 @@ def lines(caplog, part):
     return [record.getMessage() for record in caplog.records if record.name == "lightning_sap" and part in record.msg]
 
 
+class Falling(Net):
+    def validation_step(self, batch, batch_idx):
+        left = sum(int((p != 0).sum()) for p in self.parameters() if p.dim() > 1)
+        self.log("score", float(left > 30))
+
+
 @pytest.fixture(autouse=True)
 def heard(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_sap"):
@@ -37,11 +43,6 @@ class TestPrunings:
         ]
 
     def test_a_round_that_is_taken_back_is_named(self, caplog):
-        class Falling(Net):
-            def validation_step(self, batch, batch_idx):
-                left = sum(int((p != 0).sum()) for p in self.parameters() if p.dim() > 1)
-                self.log("score", float(left > 30))
-
         search = Tolerance("score", drop=0.5)
         pruner = PruningCallback(FixedFraction(0.5), rounds=5, every_n_epochs=1, tolerance=search)
         fit(Falling(), pruner, val=loader(), max_epochs=6, num_sanity_val_steps=0)
@@ -51,6 +52,16 @@ class TestPrunings:
         line = f"sap: round {back.round + 1} of 5: round {back.round} is taken back, "
         line += f"{pruner.history[sound].weights} → {after} weights"
         assert lines(caplog, "is taken back, ")[0].startswith(line)
+
+    def test_a_search_that_is_over_before_its_rounds_says_which_is_the_last(self, caplog):
+        search = Tolerance("score", drop=0.2)
+        pruner = PruningCallback(FixedFraction(0.5), rounds=15, every_n_epochs=1, tolerance=search)
+        fit(Falling(), pruner, val=loader(), max_epochs=16, num_sanity_val_steps=0)
+        last = pruner.history[-1].round
+        assert last < 15
+        rounds = [line.partition(": ")[2].partition(":")[0] for line in lines(caplog, "→")]
+        before = [f"round {t} of 15" for t in range(1, last)]
+        assert rounds == [*before, f"round {last}, the last, as the search is over"]
 
     def test_the_logger_can_be_silenced(self, capfd):
         LINES.setLevel(logging.WARNING)
