@@ -245,7 +245,7 @@ class PQIMonitor(RoundListener, Callback):
         if record.unit == "step":
             self._curve.note(record.metrics)
             log_now(trainer, self._values(trainer, pl_module))
-        loggers.show(trainer, self, [*event.history, replace(event.record, **notes.get(record.round, {}))])
+        loggers.show_round(trainer, self, [*event.history, replace(event.record, **notes.get(record.round, {}))])
         if self.verdict is None or not judged:
             return GoOn(notes=notes)
         return Stop(self.verdict.restore if self.restore else None, notes)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHART = "lightning-sap"
 CURVES = 8  # of a chart: more cannot be told apart
+DRAWN = 50  # rounds of which each is drawn
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
@@ -68,7 +69,13 @@ def begin(trainer: Trainer, monitor: PQIMonitor, layers: Iterable[str]) -> None:
             _try(f"{monitor.name}: the options", type(logger).__name__, partial(logger.log_hyperparams, options))
 
 
-def show(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
+def show_round(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
+    """Show the rounds so far at the end of one; of a run of very many, of each tenth, for figures take time to draw."""
+    if records[-1].round < DRAWN or records[-1].round % 10 == 0:
+        _show(trainer, monitor, records)
+
+
+def _show(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
     """Add the figures (where matplotlib is installed) and the rounds so far, as they are at this step."""
     if not trainer.is_global_zero:
         return
@@ -86,7 +93,7 @@ def show(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) 
 
 def end(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -> None:
     """Show what is final, write it to the run's folder, and the options beside it to compare runs by; a collective."""
-    show(trainer, monitor, records)
+    _show(trainer, monitor, records)
     report = monitor.report() if records else None
     outputs.write(trainer, monitor.name, monitor.plot if monitor.rows() else None, report, records)
     pruner, held = leader(trainer), next((r for r in records if r.restored), records[-1] if records else None)

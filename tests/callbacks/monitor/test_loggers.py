@@ -14,7 +14,7 @@ from helpers import BATCHES, PRUNABLE, Net, Watch, fit, half, loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from monitoring import Expecting, close
 
-from lightning_sap import PQIMonitor
+from lightning_sap import FixedFraction, PQIMonitor, PruningCallback
 
 STEPS_PER_LOG = {"log_every_n_steps": 1}
 SHOWN = [BATCHES * e for e in (1, 2, 3, 4, 4)]  # at each round's end, and when all is over
@@ -117,6 +117,21 @@ class TestTensorBoard:
             **STEPS_PER_LOG,
         )
         assert events(tmp_path).Tags()["images"] == []
+
+
+class TestManyRounds:
+    def test_figures_of_each_tenth_round_are_drawn_from_the_fiftieth_on(self, tmp_path, monkeypatch):
+        figure, drawn = pytest.importorskip("matplotlib.figure").Figure((1, 1)), []
+
+        def plot(monitor, kind):
+            drawn.append(monitor.rows()[-1]["round"])
+            return figure
+
+        monkeypatch.setattr(PQIMonitor, "plot", plot)
+        sap, monitor = PruningCallback(FixedFraction(0.01), every_n_epochs=1), PQIMonitor(stop_on=None, verbose=False)
+        fit(Net(), sap, monitor, logger=TensorBoardLogger(tmp_path), max_epochs=74, limit_train_batches=1)
+        assert sorted(set(drawn[:-4])) == [*range(50), 50, 60, 70]
+        assert drawn[-4:] == [73] * 4  # when all is over: for the logger, and for the folder
 
 
 class TestOtherLoggers:
