@@ -58,7 +58,8 @@ def tell_resumed(options: Options, state: PruningState) -> None:
 def tell_interrupted(trainer: Trainer, session: PruningSession, exception: BaseException) -> None:
     """Say how far a run came that an exception ends, and which file it can be resumed from."""
     options, state = session.options, session.state
-    lines = [f"{options.name}: {type(exception).__name__} ended training in {_round(state)}. {_resume(trainer, state)}"]
+    where = "" if state.plan.rounds == 0 else f" in {_round(state)}"
+    lines = [f"{options.name}: {type(exception).__name__} ended training{where}. {_resume(trainer, options, state)}"]
     if state.history:
         lines.append(markdown(list(state.history)).partition("\n\n")[0])
     log_line("\n".join(lines))
@@ -69,10 +70,13 @@ def _round(state: PruningState) -> str:
     return f"round {state.round}" + ("" if rounds is None else f" of {rounds}")
 
 
-def _resume(trainer: Trainer, state: PruningState) -> str:
+def _resume(trainer: Trainer, options: Options, state: PruningState) -> str:
     """What to call to go on."""
     writes = [str(callback.ckpt_path) for callback in of_kind(trainer, "OnExceptionCheckpoint")]
-    there = sorted(_files(trainer, state), key=os.path.getmtime)
+    rounds = (
+        [] if options.save_rounds == "weights" else [*(record.path for record in state.history), state.note.get("path")]
+    )
+    there = sorted(_files(trainer, rounds), key=os.path.getmtime)
     if not writes and not there:
         return (
             "No checkpoint was written, so it cannot be resumed; give Trainer(callbacks=[ModelCheckpoint("
@@ -81,9 +85,9 @@ def _resume(trainer: Trainer, state: PruningState) -> str:
     return f"Resume with trainer.fit(..., ckpt_path={(writes or there)[-1]!r})."
 
 
-def _files(trainer: Trainer, state: PruningState) -> Iterator[str]:
-    """Checkpoints of this run that are there."""
-    paths = [record.path for record in state.history]
+def _files(trainer: Trainer, saved: list[str | None]) -> Iterator[str]:
+    """Checkpoints of this run that are there, those of rounds and of ModelCheckpoint."""
+    paths = list(saved)
     for saver in (each for each in of_kind(trainer, "ModelCheckpoint") if not each.save_weights_only):
         paths += [saver.last_model_path, saver.best_model_path, *saver.best_k_models]
     yield from (str(path) for path in paths if path and os.path.exists(path))

@@ -102,6 +102,19 @@ class TestInterrupts:
         assert f"ckpt_path={str(tmp_path / 'end.ckpt')!r}" in lines(caplog, "ended training in")[0]
         assert (tmp_path / "end.ckpt").exists()
 
+    @pytest.mark.parametrize(("keep", "offered"), [(True, "sap-round-001.ckpt"), ("weights", None)])
+    def test_a_round_is_offered_if_training_goes_on_from_it(self, tmp_path, caplog, keep, offered):
+        with pytest.raises(Crash):  # before the round that was saved last has its record
+            fit(Net(), half(save_rounds=keep, dirpath=tmp_path), crash_in("on_train_epoch_end", 1))
+        (said,) = lines(caplog, "ended training in")
+        assert ("No checkpoint was written" in said) == (offered is None)
+        assert (offered or "No checkpoint") in said.partition("\n")[0]
+
+    def test_a_run_that_only_holds_masks_names_no_round(self, caplog):
+        with pytest.raises(Crash):
+            fit(Net(), half(rounds=0, every_n_epochs=None), crash_in("on_train_batch_start", 1))
+        assert lines(caplog, "ended training. ")[0].startswith("sap: Crash ended training. No checkpoint was written")
+
     def test_without_any_file_the_cure_is_told(self, caplog):
         with pytest.raises(Crash):
             fit(Net(), half(), crash_in("on_train_batch_start", 0))
