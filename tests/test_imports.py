@@ -268,12 +268,13 @@ ARROWS: dict[str, set[str]] = {
     "callbacks/pruning/checks": {
         "schema",
         "sharding",
+        "callbacks/logging",
         "engine/effective",
         "engine/measure",
         "engine/weights",
+        "policies/regrowth",
         "rounds/plan",
         "rounds/protocol",
-        "callbacks/logging",
         "callbacks/pruning/options",
         "callbacks/pruning/schema",
         "callbacks/pruning/state",
@@ -696,6 +697,8 @@ ARROWS: dict[str, set[str]] = {
     "policies/gathered": {"policies/base"},
     "callbacks/pruning/regrowth": {
         "engine/decision",
+        "engine/floors",
+        "engine/groups",
         "engine/masks",
         "policies/base",
         "policies/importance",

@@ -209,7 +209,7 @@ def decide_turn(
     masks = {name: dense[name] if tensor.pruned is None else tensor.pruned for name, tensor in tensors.items()}
     before = summary(sums_of(tensors, policy.p, policy.q), policy.p, policy.q)
     check_finite(before, tensors)
-    dropped: dict[str, int] = {}
+    dropped, short = dict[str, int](), 0
     for part in turn.close:
         closing = {name: tensors[name] for name in part.names if name in tensors}
         count = sum(before.survivors[name] for name in closing)
@@ -218,9 +218,10 @@ def decide_turn(
         closed = decide(closing, policy=policy, scope=scope, limits=limits, **how)
         masks |= closed.masks.pruned
         dropped |= closed.dropped
+        short += closed.short
     opened = [name for name in turn.open if name in tensors]
     grown = {name: tensors[name].weight.numel() - before.survivors[name] for name in opened}
-    return Decision(before, dropped, grown, MaskSet(masks | {name: dense[name] for name in opened}))
+    return Decision(before, dropped, grown, MaskSet(masks | {name: dense[name] for name in opened}), short=short)
 
 
 def _counts(tensors: Mapping[str, PrunableTensor]) -> tuple[dict[str, int], dict[str, int]]:

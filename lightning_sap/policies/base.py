@@ -115,6 +115,7 @@ class Policy(ABC):
         round: int,
         rounds: int | None = None,
         history: Sequence[Any] = (),
+        floors: Mapping[str, int] | None = None,
     ) -> Turn | None:
         """Which parameters a step prunes and which it opens; None, as here: it prunes all.
 
@@ -124,8 +125,9 @@ class Policy(ABC):
             round: Number of the pruning; 0: before training begins.
             rounds: How many prunings are planned; None: not known.
             history: Records of the rounds before this one.
+            floors: By parameter how many of its weights stay, whatever is asked for; None, or a name left out: none.
         """
-        del sizes, kept, round, rounds, history
+        del sizes, kept, round, rounds, history, floors
         return None
 
     def scaled(self, scale: float) -> Policy:

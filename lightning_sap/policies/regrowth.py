@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class GrowAndPrune(Policy):
         round: int,
         rounds: int | None = None,
         history: Sequence[Any] = (),
+        floors: Mapping[str, int] | None = None,
     ) -> Turn:
         """Close the part that is open and open the next; after the last cycle none."""
         parts = self.split(sizes)
@@ -125,12 +126,10 @@ class GrowAndPrune(Policy):
         rest = tuple(name for name in sizes if name not in named)  # of layers that no glob matches
         last = self.cycles and self.cycles * self.parts if rounds is None else rounds
         opened = () if last is not None and round >= last else parts[round % len(parts)]
-        shares, exactly = (
-            _shares(sizes, nearest(self.remaining * sum(sizes.values()))),
-            self.close is None or round == 0,
-        )
+        weights, exactly = sizes, self.close is None or round == 0
         if not exactly and last is not None and round > last - len(parts):
-            shares, exactly = _shares(self._kept_before(parts, sizes, kept, last, history), sum(shares.values())), True
+            weights, exactly = self._kept_before(parts, sizes, kept, last, history), True
+        shares = _shares(weights, nearest(self.remaining * sum(sizes.values())), floors or {})
         closing = []
         closed = [part for part in (*parts, rest) if part != opened]
         if round == 0:  # first weights are as large as their layer has few inputs: layers cannot be compared by them
@@ -213,8 +212,20 @@ def _packed(sizes: Mapping[str, int], count: int, capacity: int) -> list[Names]:
     return [tuple(part) for part in parts]
 
 
-def _shares(weights: Mapping[str, int], total: int) -> dict[str, int]:
+def _shares(weights: Mapping[str, int], total: int, floors: Mapping[str, int]) -> dict[str, int]:
+    """A whole number split in proportion to weights, no share below its floor; the sum is exact if floors allow it."""
+    fixed: dict[str, int] = {}
+    while True:
+        free = {name: weight for name, weight in weights.items() if name not in fixed}
+        shares = _split(free, max(0, total - sum(fixed.values())))
+        low = {name: floors[name] for name, share in shares.items() if share < floors.get(name, 0)}
+        if not low:
+            return shares | fixed
+        fixed |= low
+
+
+def _split(weights: Mapping[str, int], total: int) -> dict[str, int]:
     """A whole number split in proportion to weights, so that the sum is exact."""
     everything = max(1, sum(weights.values()))
     ends = [(total * end + everything // 2) // everything for end in accumulate(weights.values())]
-    return {name: end - before for name, end, before in zip(weights, ends, [0, *ends[:-1]], strict=True)}
+    return {name: end - before for name, (before, end) in zip(weights, pairwise([0, *ends]), strict=True)}

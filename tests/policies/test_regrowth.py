@@ -66,6 +66,21 @@ class TestTurns:
         assert 80 - pruned == round(remaining * 80)
         assert all(part.least == part.most for part in turn.close)
 
+    def test_a_share_below_what_always_stays_is_made_up_for_by_the_others(self):
+        policy, floors = GrowAndPrune(0.1, partitions=2), {"b": 3, "d": 1}
+        turn = policy.turn(SIZES, SIZES, round=2, rounds=2, floors=floors)
+        assert [(part.names, part.least, part.most) for part in turn.close] == [
+            (("a",), 3, 3),  # 5 · 40 / 70 = 2.86
+            (("b", "c", "d"), 5, 5),  # 3 of b; of the 5 left 1 and 1
+        ]
+        by_layer = policy.turn(SIZES, SIZES, round=0, rounds=2, floors=floors).close
+        assert by_layer == (Closing(("b",), 3, 3), Closing(("c",), 1, 1), Closing(("d",), 1, 1))
+
+    def test_where_more_stays_than_is_asked_for_each_share_is_what_stays(self):
+        floors = {"a": 5, "b": 2, "c": 1, "d": 1}
+        turn = GrowAndPrune(0.1, partitions=4).turn(SIZES, SIZES, round=4, rounds=4, floors=floors)
+        assert [part.most for part in turn.close] == [5, 2, 1, 1]
+
     def test_what_is_closed_already_is_left_alone(self):
         kept = {"a": 40, "b": 1, "c": 1, "d": 2}
         assert GrowAndPrune(0.1, partitions=2).turn(SIZES, kept, round=1) == Turn(

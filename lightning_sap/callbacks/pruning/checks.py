@@ -17,6 +17,7 @@ from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.effective import pruned_by_torch
 from lightning_sap.engine.measure import Measure, check_finite
 from lightning_sap.engine.weights import PrunableWeight
+from lightning_sap.policies.regrowth import GrowAndPrune
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 from lightning_sap.rounds.protocol import GoOn, RoundListener, Stop, TakeBack
 from lightning_sap.schema import MismatchError
@@ -194,9 +195,14 @@ def check_target(
     }
     if reasons := [reason for reason, holds in found.items() if holds]:
         beside = f" beside {state.others} that are trained and left out" if options.target_of == "model" else ""
+        cure = (
+            "the policy a larger `remaining`"
+            if isinstance(options.policy, GrowAndPrune)
+            else "another target_remaining or None"
+        )
         raise ValueError(
             f"target_remaining={options.target_remaining} cannot be met: that is {target} of {sum(sizes.values())} "
-            f"weights{beside}, and {reasons[0]}. Give another target_remaining or None."
+            f"weights{beside}, and {reasons[0]}. Give {cure}."
         )
 
 

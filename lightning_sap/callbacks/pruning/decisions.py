@@ -99,7 +99,7 @@ def decide_of(
         decision = decide_units(trained, session.subject.groups, state.companions, **how)
     elif options.pattern is not None and answer.scale > 0:
         decision = decide_pattern(trained, options.pattern, options.policy.p, options.policy.q)
-    elif (turn := regrowth.next_turn(session, frozen, answer)) is not None:
+    elif (turn := regrowth.next_turn(session, tensors, frozen, answer)) is not None:
         decision = decide_turn(trained, turn, floors=how.pop("limits").floors, **how)
     else:
         decision = decide(trained, **how)

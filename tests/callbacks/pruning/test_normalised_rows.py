@@ -8,7 +8,7 @@ from helpers import Net, fit, seeded
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, Tolerance
+from lightning_sap import FixedFraction, GrowAndPrune, PQIMonitor, PruningCallback, SAPCallback, Tolerance
 
 
 def old_weight_norm(layer):
@@ -70,6 +70,31 @@ def test_a_temporal_convolutional_network_keeps_a_weight_in_every_normalised_row
     assert pruner.remaining < 0.6
     if setting == "target":
         assert sum(int(mask.sum()) for mask in pruner.masks.values()) == round(0.2 * (96 + 128 + 24))
+
+
+@pytest.mark.parametrize("close", [None, FixedFraction(0.5)], ids=["shares", "close"])
+@pytest.mark.parametrize("scope", ["neuron", "layer", "global"])
+def test_grow_and_prune_ends_exact_where_rows_keep_more_than_the_share_of_their_layer(scope, close):
+    network = seeded(
+        lambda: nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(), parametrizations.weight_norm(nn.Linear(8, 9)), nn.ReLU(), nn.Linear(9, 3)
+        )
+    )
+    pruner = PruningCallback(GrowAndPrune(0.1, 3, 2, close), scope=scope)
+    module = Net(network)
+    fit(module, pruner, max_epochs=8)
+    kept = {name: int(mask.sum()) for name, mask in pruner.masks.items()}
+    assert sum(kept.values()) == round(0.1 * (48 + 72 + 27))
+    assert kept["net.2.parametrizations.weight.original1"] == 9  # one in each row, where its share is 7
+    assert is_finite(module)
+
+
+def test_grow_and_prune_below_what_always_stays_is_refused_with_its_own_cure():
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), parametrizations.weight_norm(nn.Linear(8, 9)))
+    message = "that is 6 of 120 weights, and 9 stay at least: one in each row that is divided by its norm"
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        fit(Net(network), PruningCallback(GrowAndPrune(0.05, 2, 1)), max_epochs=4)
+    assert str(error.value).endswith("Give the policy a larger `remaining`.")
 
 
 @pytest.mark.parametrize("norm", NORMS)
