@@ -696,6 +696,7 @@ ARROWS: dict[str, set[str]] = {
     "engine/inputs": {"engine/matrices", "engine/selection", "engine/weights", "functional/pqi"},
     "policies/gathered": {"policies/base"},
     "callbacks/pruning/regrowth": {
+        "callbacks/logging",
         "engine/decision",
         "engine/floors",
         "engine/groups",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sap.callbacks.logging import log_line
 from lightning_sap.callbacks.pruning import agreement, messages
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -47,6 +48,11 @@ def started(session: PruningSession, trainer: Trainer, module: LightningModule, 
     decision = replace(decision, masks=masks, companions=state.companions)
     decision = agreement.broadcast_decision(trainer, decision, session.live())
     messages.warn_of_empty_units(options, every, decision.masks)
+    if decision.regrown:  # a second fit
+        log_line(
+            f"{options.name}: {decision.regrown:,} pruned weights come back as zeros, in "
+            f"{messages.listed(list(turn.open))}: training begins with that part open. The rest keeps its masks."
+        )
     return replace(state, masks=decision.masks, count=decision.count)
 
 

@@ -185,11 +185,17 @@ def test_rounds_in_steps_open_and_close_inside_an_epoch():
     assert [(r.first_step, r.last_step, r.weights) for r in pruner.history] == [(0, 1, 54), (2, 3, 36), (4, 5, 18)]
 
 
-def test_a_second_fit_opens_the_first_part_again():
-    module, pruner = Net(), pruner_of(0.25, 2, 1)
-    for _ in range(2):
+def test_a_second_fit_opens_the_first_part_again_and_says_so(caplog):
+    module, pruner, said = Net(), pruner_of(0.25, 2, 1), "sap: 36 pruned weights come back as zeros, in net.0.weight: "
+    with caplog.at_level("INFO"):
         fit(module, pruner, max_epochs=4)
-        assert [record.weights for record in pruner.history] == [54, 36, 18]
+        assert "come back as" not in caplog.text
+        first, looks = pruner.masks, Looks(pruner)
+        fit(module, pruner, looks, max_epochs=4)
+    assert said in caplog.text
+    assert [record.weights for record in pruner.history] == [54, 36, 18]
+    assert torch.equal(looks.masks[0][TWO[1]], first[TWO[1]])
+    assert not looks.weights[0][TWO[0]][~first[TWO[0]]].any()
 
 
 def test_copies_prune_alike():
