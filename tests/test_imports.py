@@ -50,7 +50,6 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"functional/amount", "functional/pqi", "functional/select"},
     "functional/amount": {"functional/pqi", "functional/scalars"},
     "functional/fingerprint": {"functional/pqi", "functional/scratch"},
-    "functional/largest": {"functional/pqi"},
     "functional/pqi": {"functional/scalars", "functional/scratch"},
     "functional/select": {"sharding", "functional/pqi", "functional/scratch"},
     "policies": {"policies/amounts", "policies/base", "policies/gathered", "policies/importance", "policies/regrowth"},
@@ -72,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "engine/effective": {"sharding"},
     "engine/ends": {"sharding", "engine/tracing"},
-    "engine/floors": {"sharding", "functional/largest", "engine/groups"},
+    "engine/floors": {"sharding", "engine/groups", "functional/select"},
     "engine/groups": {
         "sharding",
         "functional/pqi",

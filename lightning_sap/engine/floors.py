@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sap.functional.largest import largest_of_rows
+from lightning_sap.functional.select import smallest_of_rows
 from lightning_sap.sharding import Shards, shards_of
 
 if TYPE_CHECKING:
@@ -114,6 +114,30 @@ def _held(tensor: PrunableTensor, floor: Floor, scores: Tensor, pruned: Tensor |
     rows = like.rows if floor.axes is None else floor.rows
     flags = largest_of_rows(rows(scores), None if pruned is None else rows(pruned), floor.least)
     return like.from_rows(flags) if floor.axes is None else floor.from_rows(flags, scores)
+
+
+def largest_of_rows(rows: Tensor, excluded: Tensor | None, count: int) -> Tensor:
+    """Flag the ``count`` largest magnitudes of each row: what is left of it when its smallest are picked.
+
+    Args:
+        rows: As for :func:`smallest_of_rows`.
+        excluded: The same, True where none may be flagged.
+        count: How many of each row; all that may be flagged, where these are fewer.
+
+    Returns:
+        Bool tensor of the shape of ``rows``; of equals those at the higher positions are flagged.
+
+    Example:
+        >>> import torch
+        >>> largest_of_rows(torch.tensor([[3.0, -4.0, 4.0], [0.0, 2.0, 1.0]]), None, 1)
+        tensor([[False, False,  True],
+                [False,  True, False]])
+    """
+    if excluded is None:
+        others = torch.full((len(rows),), max(0, rows.shape[1] - count), device=rows.device)
+        return smallest_of_rows(rows, None, others).logical_not_()
+    others = (rows.shape[1] - count - excluded.sum(1)).clamp(min=0)
+    return smallest_of_rows(rows, excluded, others).logical_or_(excluded).logical_not_()
 
 
 def fewest(tensors: Mapping[str, PrunableTensor]) -> dict[str, int]:

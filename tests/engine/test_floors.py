@@ -11,11 +11,10 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 from lightning_sap import FixedFraction
 from lightning_sap.engine.decision import Limits, decide
-from lightning_sap.engine.floors import Floor, fewest
+from lightning_sap.engine.floors import Floor, fewest, largest_of_rows
 from lightning_sap.engine.groups import PrunableTensor
 from lightning_sap.engine.patterns import Pattern, decide_pattern
 from lightning_sap.engine.weights import prunable_weights
-from lightning_sap.functional.largest import largest_of_rows
 
 SCOPES = ["neuron", "layer", "global"]
 WEIGHT = torch.tensor([[1.0, 2.0, 3.0], [-4.0, 5.0, -6.0], [7.0, -8.0, 9.0]])
@@ -52,7 +51,7 @@ class TestLargest:
     def test_chunks_make_no_difference(self, monkeypatch):
         rows = torch.randint(-9, 10, (50, 6)).float()
         whole = largest_of_rows(rows, None, 2)
-        monkeypatch.setattr("lightning_sap.functional.largest.chunk_size", lambda _: 13)
+        monkeypatch.setattr("lightning_sap.functional.select.chunk_size", lambda _: 13)
         assert torch.equal(largest_of_rows(rows, None, 2), whole)
 
 
