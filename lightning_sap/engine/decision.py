@@ -205,8 +205,7 @@ def decide_turn(
         floors: For each name the least number of weights that must be kept.
         **how: The further arguments of :func:`decide`.
     """
-    dense = MaskSet.dense({name: tensor.weight for name, tensor in tensors.items()}).pruned
-    masks = {name: dense[name] if tensor.pruned is None else tensor.pruned for name, tensor in tensors.items()}
+    masks = {name: tensor.mask() for name, tensor in tensors.items()}
     before = summary(sums_of(tensors, policy.p, policy.q), policy.p, policy.q)
     check_finite(before, tensors)
     dropped, short = dict[str, int](), 0
@@ -219,9 +218,10 @@ def decide_turn(
         masks |= closed.masks.pruned
         dropped |= closed.dropped
         short += closed.short
-    opened = [name for name in turn.open if name in tensors]
-    grown = {name: tensors[name].weight.numel() - before.survivors[name] for name in opened}
-    return Decision(before, dropped, grown, MaskSet(masks | {name: dense[name] for name in opened}), short=short)
+    opened = {name: tensors[name]._replace(pruned=None) for name in turn.open if name in tensors}
+    grown = {name: tensor.weight.numel() - before.survivors[name] for name, tensor in opened.items()}
+    masks |= {name: tensor.mask() for name, tensor in opened.items()}
+    return Decision(before, dropped, grown, MaskSet(masks), short=short)
 
 
 def _counts(tensors: Mapping[str, PrunableTensor]) -> tuple[dict[str, int], dict[str, int]]:

@@ -16,7 +16,7 @@ from lightning_sap.engine.weights import Untrained, is_frozen, prunable_weights
 from lightning_sap.functional.pqi import DTYPES, PowerSums
 from lightning_sap.policies.base import Importance
 from lightning_sap.policies.importance import Magnitude
-from lightning_sap.sharding import Shards, local, shards_of
+from lightning_sap.sharding import Shards, local, shard_like, shards_of
 
 Scope = Literal["neuron", "layer", "global"]
 
@@ -69,6 +69,12 @@ class PrunableTensor(NamedTuple):
     def local(self) -> PrunableTensor:
         """What this process holds of it."""
         return self._replace(weight=local(self.weight), pruned=None if self.pruned is None else local(self.pruned))
+
+    def mask(self) -> Tensor:
+        """Where it is pruned, sharded as it is; a new tensor where nothing is."""
+        if self.pruned is not None:
+            return self.pruned
+        return shard_like(torch.zeros_like(local(self.weight), dtype=torch.bool), self.weight)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as ``(units, weights of a unit)``."""

@@ -118,17 +118,13 @@ def _with_floors(tensor: PrunableTensor, pruned: Tensor, scores: Tensor, pattern
     for floor in tensor.floors:
         if floor.axes is None or axis not in floor.axes:
             continue  # each of these sets holds a whole block
-        rows = [torch.cat(shards.gather(part)) for part in (pruned, scores, _or_none(tensor))]
+        rows = [torch.cat(shards.gather(part)) for part in (pruned, scores, tensor.mask())]
         numbers = torch.arange(rows[0].numel()).view(rows[0].shape)
         flat, magnitudes, before = (part.reshape(-1).cpu() for part in (rows[0], rows[1].abs(), rows[2]))
         sets, blocks = floor.rows(numbers), pattern.blocks(numbers, axis)
         _fill(flat, magnitudes, before, sets, blocks)
         pruned = shards.own(flat.view(rows[0].shape).to(pruned.device), len(pruned))
     return pruned
-
-
-def _or_none(tensor: PrunableTensor) -> Tensor:
-    return torch.zeros_like(tensor.weight, dtype=torch.bool) if tensor.pruned is None else tensor.pruned
 
 
 def _fill(pruned: Tensor, magnitudes: Tensor, before: Tensor, sets: Tensor, blocks: Tensor) -> None:

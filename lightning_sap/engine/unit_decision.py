@@ -94,10 +94,7 @@ def decide_units(
     p, q, scores = policy.p, policy.q, scores_of(tensors)
     before = summary(sums_of(tensors, p, q, scores=scores), p, q)
     check_finite(before, tensors)
-    masks = {
-        n: t.pruned if t.pruned is not None else torch.zeros_like(t.weight, dtype=torch.bool)
-        for n, t in tensors.items()
-    }
+    masks = {name: tensor.mask() for name, tensor in tensors.items()}
     known = {**masks, **companions.pruned}
     units = [
         Units(group, scores_of_units(group, tensors, scores), pruned_units(group, known))
