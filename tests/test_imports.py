@@ -69,7 +69,7 @@ ARROWS: dict[str, set[str]] = {
         "policies/base",
         "policies/importance",
     },
-    "engine/effective": {"sharding"},
+    "engine/effective": {"sharding", "engine/tracing"},
     "engine/ends": {"sharding", "engine/tracing"},
     "engine/floors": {"sharding", "engine/groups", "functional/select"},
     "engine/groups": {
@@ -109,7 +109,7 @@ ARROWS: dict[str, set[str]] = {
         "engine/unit_groups",
     },
     "engine/unit_groups": {"engine/coupling", "engine/tracing", "engine/weights"},
-    "engine/used": {"sharding", "engine/effective"},
+    "engine/used": {"sharding", "engine/effective", "engine/tracing"},
     "engine/weights": {
         "sharding",
         "engine/effective",

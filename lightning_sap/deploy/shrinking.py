@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sap.deploy.pruned_units import Group, groups_of
-from lightning_sap.engine.tracing import call, copy_of, each_tensor, evaluating, graph_of, new_graph, within
+from lightning_sap.engine.tracing import call, copy_of, each_tensor, evaluating, graph_of, new_graph, tensors_in, within
 
 CLOSE = 1e-5  # largest difference between outputs, relative to the largest output if that is above 1
 ROUNDINGS = 64  # the same in steps of the outputs' dtype, for those coarser than float32
@@ -209,20 +209,12 @@ def _differs(module: nn.Module, inputs: Any, expected: list[list[Tensor]]) -> st
 def _outputs(module: nn.Module, inputs: Any) -> list[list[Tensor]]:
     """The outputs on the example, and on a disturbed one if the module takes it."""
     with torch.no_grad():
-        outputs = [_tensors(call(module, inputs))]
+        outputs = [tensors_in(call(module, inputs))]
         try:
-            outputs.append(_tensors(call(module, _disturbed(inputs))))
+            outputs.append(tensors_in(call(module, _disturbed(inputs))))
         except (ValueError, RuntimeError, IndexError, AssertionError):
             outputs.append([])
     return outputs
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of nested outputs, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in inner for tensor in _tensors(part)]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_sap.engine.tracing import evaluating
 from lightning_sap.sharding import whole
 
 SCATTERING = (0x9E3779B1, 0x85EBCA6B)  # factors that spread the bits of a position over all bits
@@ -115,15 +116,9 @@ def _effective(parametrizations: ParametrizationList, tensors: Mapping[str, Tens
 
     It is taken as in evaluation: in training, spectral_norm changes its buffers at each look.
     """
-    modes = [(module, module.training) for module in parametrizations.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.set_grad_enabled(any(tensor.requires_grad for tensor in tensors.values())):
-            weight: Tensor = functional_call(parametrizations, dict(tensors), ())
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    followed = any(tensor.requires_grad for tensor in tensors.values())
+    with evaluating(parametrizations), torch.set_grad_enabled(followed):
+        weight: Tensor = functional_call(parametrizations, dict(tensors), ())
     return weight
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_sap.engine.tracing import call, each_tensor, evaluating
+from lightning_sap.engine.tracing import call, each_tensor, evaluating, tensors_in
 from lightning_sap.sharding import is_sharded
 
 MANY = frozenset({-1, -2})  # the hosts of a part of the graph, where there are more than one
@@ -78,25 +78,14 @@ def ends_of(module: nn.Module, example_inputs: Any, hosts: Mapping[int, int]) ->
             parameter.requires_grad_(flag)
         for buffer, before in buffers:
             buffer.copy_(before)
-    nodes = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
-    return _read(nodes, hosts, frozenset(id(tensor) for tensor in _tensors(inputs))) if nodes else None
+    nodes = [tensor.grad_fn for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
+    return _read(nodes, hosts, frozenset(id(tensor) for tensor in tensors_in(inputs))) if nodes else None
 
 
 def _leaf(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy that is followed in the graph, where it can be."""
     copy = tensor.detach().clone().to(device)
     return copy.requires_grad_(copy.is_floating_point())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _read(outputs: Collection[Any], hosts: Mapping[int, int], inputs: Collection[int]) -> Ends | None:

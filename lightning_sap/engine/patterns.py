@@ -89,9 +89,10 @@ def decide_pattern(tensors: Mapping[str, PrunableTensor], pattern: Pattern, p: f
     check_finite(before, tensors)
     picked, shards, short = {}, held_by(tensors), 0
     for name, tensor in tensors.items():
-        found = _picked(tensor.local(), scores[name], pattern)
-        picked[name] = _with_floors(tensor.local(), found, scores[name], pattern, shards)
-        short += int(shards.sum((found.sum() - picked[name].sum()).view(1)))
+        picked[name] = found = _picked(tensor.local(), scores[name], pattern)
+        if tensor.floors:
+            picked[name] = _with_floors(tensor.local(), found, scores[name], pattern, shards)
+            short += int(shards.sum((found.sum() - picked[name].sum()).view(1)))
     masks = MaskSet({name: shard_like(mask, tensors[name].weight) for name, mask in picked.items()})
     dropped = {name: count - masks.survivors[name] for name, count in before.survivors.items()}
     return Decision(before, dropped, dict.fromkeys(dropped, 0), masks, short=short)

@@ -58,6 +58,14 @@ def each_tensor(value: Any, change: Any) -> Any:
     return type(value)(each_tensor(part, change) for part in value) if type(value) in (list, tuple) else value
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of nested inputs or outputs, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in inner for tensor in tensors_in(part)]
+
+
 def new_graph(purpose: str) -> Any:
     """An empty dependency graph of torch-pruning.
 

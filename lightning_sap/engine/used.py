@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sap.engine.effective import SCATTERING
+from lightning_sap.engine.tracing import call, evaluating
 from lightning_sap.sharding import is_sharded
 
 WEIGHTED = (  # what takes a weight as its second argument
@@ -153,7 +154,6 @@ def effective_weights(module: nn.Module, example_inputs: Any) -> Effective:
         >>> effective_weights(net, torch.ones(1, 4))
         Effective(layers={'0': (0, 8), '2': (4, 4)})
     """
-    modes = [(part, part.training) for part in module.modules()]
     found: dict[str, list[tuple[int, int]]] = {}
     running: list[str] = [""]
     handles = [handle for path, part in module.named_modules() for handle in _followed(part, path, running, found)]
@@ -162,14 +162,12 @@ def effective_weights(module: nn.Module, example_inputs: Any) -> Effective:
         found.setdefault(running[-1], []).append((int(weight.count_nonzero()), weight.numel()))
 
     try:
-        module.eval()
-        with torch.no_grad(), Uses(see), torch.compiler.set_stance("force_eager"):
-            _run(module, example_inputs)
+        with evaluating(module), torch.no_grad(), Uses(see), torch.compiler.set_stance("force_eager"):
+            # a list is what a detector takes as its one argument
+            call(module, [example_inputs] if isinstance(example_inputs, list) else example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in modes:
-            part.training = mode
     return Effective({path: _total(parts) for path, parts in found.items() if parts})
 
 
@@ -184,15 +182,6 @@ def _followed(
         running.pop()
 
     return part.register_forward_pre_hook(enter, prepend=True), part.register_forward_hook(leave, always_call=True)
-
-
-def _run(module: nn.Module, example_inputs: Any) -> None:
-    if isinstance(example_inputs, Mapping):
-        module(**example_inputs)
-    elif isinstance(example_inputs, tuple):
-        module(*example_inputs)
-    else:
-        module(example_inputs)
 
 
 def _total(parts: list[tuple[int, int]]) -> tuple[int, int]:

@@ -12,9 +12,7 @@ from torch import Tensor
 from lightning_sap.policies.base import Importance
 
 MOST_CLASSES = 1 << 16
-LEAST_WITHIN = (
-    1e-6  # share of a unit's variance that counts as within the classes at least, so that no ratio is infinite
-)
+LEAST_WITHIN = 1e-6  # share of a unit's variance that counts as within the classes, so that no ratio is infinite
 ROUNDING = 1e-10  # share of its mean square below which the variance of a unit is none
 
 
@@ -54,7 +52,7 @@ class Taylor(Gathered):
     """
 
     def term(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What one step adds to the scores: both in float32 or float64, and of the weight's shape; so is the result."""
+        """What one step adds to the sum; weight, gradient and result have one shape, in float32 or float64."""
         return (weight * gradient).abs()
 
     def score(self, gathered: Mapping[str, Tensor]) -> Tensor:

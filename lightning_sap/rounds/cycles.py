@@ -43,8 +43,8 @@ def plan_cycles(
     if rounds == 0:
         return plan_rounds(limit, 0, every, first, unit)
     if rounds is not None:
-        if rounds != parts * (cycles or max(1, rounds // parts)):
-            near = parts * (cycles or max(1, rounds // parts))
+        near = parts * (cycles or max(1, rounds // parts))
+        if rounds != near:
             raise ValueError(
                 f"rounds={rounds} contradicts partitions={parts}{'' if cycles is None else f', cycles={cycles}'}: each "
                 f"cycle has one pruning for each part. Give rounds={near}, or leave rounds out."
@@ -80,9 +80,7 @@ def _misfit(left: int, first: int, parts: int, cycles: int | None, every: int | 
     cures += [f"cycles={room // (parts * each)} or fewer"] if number > 1 and room >= parts * each else []
     cures += [f"partitions={room // (number * each)} or fewer"] if room >= number * each else []
     cures += [f"{length}={room // (parts * number)} or fewer"] if each > 1 and room >= parts * number else []
-    if (
-        unit == "step" and every is None and room >= parts * number
-    ):  # without being asked, none is shorter than an epoch
+    if unit == "step" and every is None and room >= parts * number:  # unasked, none is shorter than an epoch
         cures[-1] = f"every_n_steps={room // (parts * number)} for rounds shorter than an epoch"
     asked = f"partitions={parts}, cycles={cycles}, {length}={every} with {left} {many} of training"
     return (

@@ -103,6 +103,13 @@ class TestEffectiveWeights:
             net[0].weight[:, :, 0] = 0.0  # a third
         assert effective_weights(net, torch.ones(1, 4, 8, 8)) == Effective({"0": (288, 288)})
 
+    def test_a_list_is_one_argument(self):
+        class OfImages(nn.Linear):
+            def forward(self, images):
+                return [super(OfImages, self).forward(image) for image in images]
+
+        assert effective_weights(OfImages(4, 2), [torch.ones(4), torch.ones(4)]).layers == {"": (8, 8)}
+
     def test_adapters_products_and_arguments_by_name_are_seen(self):
         class Model(nn.Module):
             def __init__(self):
