@@ -57,6 +57,7 @@ class OfUnits(Gatherer[FisherRatio]):
     def __init__(self, importance: FisherRatio) -> None:
         super().__init__(importance)
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._classes = 0  # of the batches since the last step
         self._known: tuple[object, dict[str, Reading]] = (None, {})
 
     def _readings(self, session: PruningSession, module: nn.Module) -> dict[str, Reading]:
@@ -89,6 +90,7 @@ class OfUnits(Gatherer[FisherRatio]):
         self, session: PruningSession, trainer: Trainer, module: LightningModule, batch: Any
     ) -> Iterator[RemovableHandle]:
         labels = self.importance.labels_of(batch)
+        self._classes = max(self._classes, int(labels.max()) + 1 if len(labels) else 0)
         for key, reading in self._readings(session, module).items():
             see = within(trainer, module, partial(self._see, key, reading, labels))
             yield reading.layer.register_forward_hook(AfterLayer(see), with_kwargs=True)
@@ -112,11 +114,10 @@ class OfUnits(Gatherer[FisherRatio]):
 
     def _keep(self, session: PruningSession, trainer: Trainer, module: nn.Module) -> None:
         """After a step: add up what all ranks saw before it."""
-        seen, self._seen = self._seen, {}
+        seen, own, self._seen, self._classes = self._seen, self._classes, {}, 0
         readings, gathered = self._readings(session, module), session.state.gathered
-        known = [len(gathered[key]["count"]) for key in readings if key in gathered]
-        own = [int(labels.max()) + 1 for parts in seen.values() for labels, _ in parts if len(labels)]
-        classes = _largest(trainer, max(known + own, default=0))
+        known = (len(gathered[key]["count"]) for key in readings if key in gathered)
+        classes = max(1, _largest(trainer, max([own, *known])))
         like = next(iter(session.weights.values())).parameter
         tables = []
         for key, reading in readings.items():
@@ -157,10 +158,14 @@ def _of_rows(name: str, weight: Tensor, groups: list[UnitGroup], ratios: Mapping
 
 
 def _count_(table: Tensor, labels: Tensor, rows: Tensor) -> None:
-    """Add samples to a table: a row for each class and one for the squares, a column for each unit and one to count."""
-    rows, labels = rows[labels >= 0], labels[labels >= 0]
+    """Add samples to a table: a row for each class and one for the squares, a column for each unit and one to count.
+
+    Samples of no class count as zeros, for to leave them out a GPU would have to be waited for.
+    """
+    known = labels >= 0
+    rows, labels = torch.where(known.unsqueeze(1), rows, 0.0), labels.clamp(min=0)
     table[:-1, :-1].index_add_(0, labels, rows)
-    table[:-1, -1] += labels.bincount(minlength=len(table) - 1)
+    table[:-1, -1].index_add_(0, labels, known.to(table))
     table[-1, :-1] += rows.square().sum(0)
 
 

@@ -89,6 +89,24 @@ class TestUnits:
             fit(module, pruner, train=data)
         assert hooks_of(module) == 0
 
+    def test_samples_of_no_class_are_passed_over_and_so_are_batches_of_them_alone(self):
+        """The first batch has no class at all, and the others each a sample of none."""
+
+        class Ignoring(Classes):
+            def loss(self, batch):
+                return nn.functional.cross_entropy(self.net(batch[0]), batch[1], ignore_index=-100, reduction="sum")
+
+        module, data = two_classes()
+        x, classes = (tensor.clone() for tensor in data.dataset.tensors)
+        classes[:8], classes[8::8] = -100, -100
+        pruner = PruningCallback(FixedFraction(0.75), importance="fisher", structure="unit", rounds=1)
+        data = DataLoader(TensorDataset(x, classes), 8)
+        fit(Ignoring(copy.deepcopy(module.net), still), pruner, scores := Scores(pruner), max_epochs=2, train=data)
+        seen, classes = module.net[:2](x[classes >= 0]).detach().double(), classes[classes >= 0]
+        sums = torch.stack([seen[classes == c].sum(0) for c in (0, 1)])
+        wanted = FisherRatio().ratio({"count": classes.bincount(), "sum": sums, "square": seen.square().sum(0)})
+        torch.testing.assert_close(scores.found[0]["net.0.weight"][:, 0], wanted)
+
     def test_images_are_averaged_over_positions_and_flattened_units_found(self):
         net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 2))
         x, classes = torch.randn(12, 1, 4, 4), torch.arange(12) % 2
