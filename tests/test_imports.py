@@ -240,6 +240,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/messages",
         "callbacks/pruning/options",
         "callbacks/pruning/planning",
+        "callbacks/pruning/preview",
         "callbacks/pruning/progress",
         "callbacks/pruning/regrowth",
         "callbacks/pruning/restoring",
@@ -715,6 +716,15 @@ ARROWS: dict[str, set[str]] = {
     "rounds/cycles": {"rounds/plan"},
     "callbacks/pruning/signatures": {"callbacks/pruning/options"},
     "engine/picking": {"sharding", "engine/groups", "engine/measure", "functional/pqi", "functional/select"},
+    "callbacks/pruning/preview": {
+        "callbacks/training",
+        "policies/regrowth",
+        "callbacks/pruning/first_masks",
+        "callbacks/pruning/fit",
+        "callbacks/pruning/inventory",
+        "callbacks/pruning/session",
+        "callbacks/pruning/trained",
+    },
 }
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring

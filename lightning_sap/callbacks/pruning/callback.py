@@ -22,6 +22,7 @@ from lightning_sap.callbacks.pruning import (
     inventory,
     messages,
     planning,
+    preview,
     progress,
     regrowth,
     restoring,
@@ -112,14 +113,14 @@ class PruningCallback(Callback):
         """What is pruned of each parameter of a module, and what is left out and why, with both shares.
 
         Args:
-            module: The module; None: that of the latest fit. Outside of a fit what requires gradients is trained.
+            module: The module, as a fit would start on it; what requires gradients is trained. None: the latest fit's.
 
         Returns:
             The plan: ``print`` shows it, ``markdown()`` gives it as a table. A fit with a logger writes it into the
             Trainer's ``log_dir`` as ``<name>-plan.md``, at its start and at its end.
 
         Raises:
-            ValueError: If there was no fit and no module is given.
+            ValueError: If there was no fit and no module is given, or a fit of the module could not start.
 
         Example:
             >>> from torch import nn
@@ -130,8 +131,7 @@ class PruningCallback(Callback):
               1.weight            20  pruned: a group
               1.bias               5  left out: it has fewer than two dimensions
         """
-        fitted, trainer = self._fit.module(), self._fit.trainer()
-        return inventory.plan_for(self.session, module, (fitted, trainer) if self.session.weights else (None, None))
+        return preview.plan_for(self.session, module, self._fit)
 
     def orders(self) -> tuple[float, float]:
         """Orders p and q of the policy's index."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,10 +59,12 @@ class Plan:
         rows: A row for each parameter, in the module's order.
         effective: Fraction of the weights that its layers computed the example with that is not zero, once training is
             over: ``example_input_array`` of the module, or ``example_inputs``; None where there is no example.
+        undecided: Whether the policy prunes before training, and the fit that decides it has not begun.
     """
 
     rows: tuple[PlanRow, ...]
     effective: float | None = None
+    undecided: bool = False
 
     @property
     def prunable(self) -> int:
@@ -75,13 +78,13 @@ class Plan:
 
     @property
     def remaining(self) -> float:
-        """Fraction of the prunable weights that is kept."""
-        return _share(sum(row.kept for row in self.rows if row.pruned), self.prunable)
+        """Fraction of the prunable weights that is kept; NaN where that is undecided."""
+        return nan if self.undecided else _share(sum(row.kept for row in self.rows if row.pruned), self.prunable)
 
     @property
     def remaining_of_trained(self) -> float:
-        """Fraction of all trained weights that is kept."""
-        return _share(sum(row.kept for row in self.rows if row.trained), self.trained)
+        """Fraction of all trained weights that is kept; NaN where that is undecided."""
+        return nan if self.undecided else _share(sum(row.kept for row in self.rows if row.trained), self.trained)
 
     @property
     def head(self) -> str:
@@ -91,10 +94,14 @@ class Plan:
             if self.effective is None
             else f"; of what layers compute the example with, {self.effective:.1%} is not 0"
         )
+        of_prunable, of_trained, later = (
+            ("", "", "; how many of them training starts with is decided when fit begins")
+            if self.undecided
+            else (f" ({self.remaining:.1%} remain)", f" ({self.remaining_of_trained:.1%} remain)", "")
+        )
         return (
-            f"{self.prunable:,} weights are prunable ({self.remaining:.1%} remain), "
-            f"{_share(self.prunable, self.trained):.1%} of the {self.trained:,} that are trained "
-            f"({self.remaining_of_trained:.1%} remain){used}"
+            f"{self.prunable:,} weights are prunable{of_prunable}, {_share(self.prunable, self.trained):.1%} of the "
+            f"{self.trained:,} that are trained{of_trained}{used}{later}"
         )
 
     @property
@@ -108,7 +115,8 @@ class Plan:
         lines = ["| parameter | shape | weights | remain | plan |", "| --- | --- | --- | --- | --- |"]
         for row in self.rows:
             shape, remain = " × ".join(map(str, row.shape)), f"{_share(row.kept, row.weights):.2%}"
-            cells = [f"`{row.name}`", shape, f"{row.weights:,}", remain if row.pruned else "–", _plan(row)]
+            remain = remain if row.pruned and not self.undecided else "–"
+            cells = [f"`{row.name}`", shape, f"{row.weights:,}", remain, _plan(row)]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         return "\n".join([f"{self.head}.", "", *lines, ""])
 
@@ -136,23 +144,6 @@ def plan_of(session: PruningSession, module: nn.Module, trainer: Trainer | None 
         is_trained = pruned or training.untrained(parameter) is None
         rows.append(PlanRow(name, () if lazy else tuple(parameter.shape), size, kept, pruned, is_trained, how))
     return Plan(tuple(rows))
-
-
-def plan_for(session: PruningSession, module: nn.Module | None, fit: tuple[nn.Module | None, Trainer | None]) -> Plan:
-    """The plan of a module that is asked for, or of the fit that goes on, or else of the latest one.
-
-    Raises:
-        ValueError: If there was no fit and no module is given.
-    """
-    fitted, trainer = fit
-    if fitted is not None and module in (None, fitted):
-        measured = None if session.inventory is None else session.inventory.effective
-        return replace(plan_of(session, fitted, trainer), effective=measured)
-    if module is not None:
-        return plan_of(type(session)(session.options), module)
-    if session.inventory is None:
-        raise ValueError("There was no fit yet: give the module, as in plan(model).")
-    return session.inventory
 
 
 def others_of(session: HeldWeights, names: Iterable[str]) -> int:

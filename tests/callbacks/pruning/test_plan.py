@@ -1,6 +1,7 @@
 """The plan says of every parameter what becomes of it, and both shares; a target may be of all trained weights."""
 
 import logging
+import math
 import pickle
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from mixtures import language_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback
+from lightning_sap import FixedFraction, GrowAndPrune, PQIMonitor, PruningCallback, SAPCallback
 
 
 class Recommender(nn.Module):
@@ -78,6 +79,51 @@ class TestRows:
     def test_lazy_layers_have_no_shape_yet(self):
         row = SAPCallback().plan(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))).rows[0]
         assert (row.shape, row.weights, row.how) == ((), 0, "it has no shape before the first forward")
+
+
+class TestBeforeFit:
+    """It shows the weights that a fit would start with."""
+
+    def test_masks_that_are_given_are_in_it(self):
+        mask = torch.zeros(8, 6, dtype=torch.bool)
+        mask[:2] = True
+        plan = SAPCallback(masks={"0.weight": mask}).plan(mlp())
+        assert [row.kept for row in plan.rows if row.pruned] == [12, 24]
+        assert (plan.remaining, plan.remaining_of_trained) == (36 / 72, 63 / 99)
+        assert plan.head.startswith("72 weights are prunable (50.0% remain), 72.7% of the 99 that are trained (63.6%")
+        assert "| `0.weight` | 8 × 6 | 48 | 25.00% | pruned: a group |" in plan.markdown()
+
+    def test_zeros_that_are_kept_are_in_it(self):
+        module = mlp()
+        module[0].weight.data[:, ::2] = 0.0
+        assert SAPCallback(keep_zeros=True).plan(module).remaining == (72 - 24) / 72
+        assert SAPCallback().plan(module).remaining == 1.0
+
+    def test_masks_of_the_fit_before_are_in_it_while_they_hold(self):
+        module, pruner = Net(), half(rounds=1)
+        fit(module, pruner, max_epochs=2)
+        assert pruner.plan(module) == pruner.plan()
+        assert pruner.plan(module).remaining == 0.5
+        module.net[3] = nn.Linear(8, 3)
+        with pytest.warns(UserWarning, match=r"left out, and their weights start dense: net\.3\.weight"):
+            assert pruner.plan(module).remaining == (24 + 24) / 72
+
+    def test_what_a_fit_would_refuse_is_refused(self):
+        pruner = SAPCallback(masks={"other.weight": torch.ones(8, 6) > 0})
+        with pytest.raises(ValueError, match=r"^masks fits no prunable parameter of the module: other\.weight"):
+            pruner.plan(mlp())
+
+    def test_nothing_remains_for_certain_where_the_policy_prunes_before_training(self):
+        policy = GrowAndPrune(0.5, partitions=2)
+        plan = PruningCallback(policy).plan(mlp())
+        assert str(plan).splitlines()[0] == (
+            "72 weights are prunable, 72.7% of the 99 that are trained; how many of them training starts with is "
+            "decided when fit begins"
+        )
+        assert math.isnan(plan.remaining)
+        assert math.isnan(plan.remaining_of_trained)
+        assert "| `0.weight` | 8 × 6 | 48 | – | pruned: a group |" in plan.markdown()
+        assert PruningCallback(policy, rounds=0).plan(mlp()).remaining == 1.0
 
 
 class TestOfFit:
