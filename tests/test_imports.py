@@ -329,11 +329,12 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/roundfile",
     },
     "callbacks/pruning/given_masks": {
-        "engine/masks",
-        "rounds/history",
+        "deploy/reading",
         "deploy/sparse_file",
+        "rounds/history",
         "callbacks/pruning/checks",
         "callbacks/pruning/roundfile",
+        "callbacks/pruning/state",
     },
     "callbacks/pruning/inventory": {
         "files",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_sap.callbacks.pruning.checks import STATE_PREFIX, state_key
-from lightning_sap.callbacks.pruning.roundfile import values_of
-from lightning_sap.engine.masks import MaskSet
+from lightning_sap.callbacks.pruning.roundfile import METADATA, values_of
+from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.rounds.history import History, RoundRecord
 
 TAKEN = (
@@ -27,8 +27,11 @@ def check_given(masks: object) -> None:
 
     Raises:
         TypeError: If it is of another kind; it says what is taken.
+        ValueError: If it is a mapping of nothing.
     """
     if isinstance(masks, Mapping):
+        if not masks:
+            raise ValueError("masks is empty and names no parameter: give None to start dense, or a mask by its name.")
         for name, mask in masks.items():
             if not (isinstance(name, str) and isinstance(mask, Tensor) and mask.dtype == torch.bool):
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -76,19 +79,49 @@ def _path_of(records: list[RoundRecord]) -> str:
 def _of_file(path: str, name: str) -> dict[str, Tensor]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"masks={path!r}: there is no such file.")
-    if path.endswith(".safetensors"):
-        from lightning_sap.deploy.sparse_file import load_sparse
-
-        tensors = load_sparse(path)
-        return {key: tensor != 0 for key, tensor in tensors.items() if tensor.dim() > 1 and (tensor == 0).any()}
-    found = values_of(path)
-    states = {key: state for key, state in found.get("callbacks", {}).items() if key.startswith(STATE_PREFIX)}
-    if states:
-        own = states.get(state_key(name)) or (next(iter(states.values())) if len(states) == 1 else None)
-        if own is None:
-            names = [key.removeprefix(STATE_PREFIX) for key in states]
-            raise ValueError(f"masks={path!r} holds the masks of {names}: give the callback one of these as its name.")
-        return MaskSet.unpack(own["masks"]).kept
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, METADATA)):
+        raise ValueError(f"masks={path!r} is a folder and no checkpoint, which would have a {METADATA}: give {TAKEN}.")
+    if os.path.isfile(path) and (packed := _of_packed(path)) is not None:
+        return packed
+    try:
+        found = values_of(path)
+    except Exception as error:  # whatever can be wrong with a file that may be anything
+        raise ValueError(f"masks={path!r} is damaged, or no file of masks: give {TAKEN}.") from error
+    callbacks = found.get("callbacks")
+    if isinstance(callbacks, Mapping) and (
+        states := {k: v for k, v in callbacks.items() if k.startswith(STATE_PREFIX)}
+    ):
+        return _of_state(path, states, name)
     if found and all(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in found.values()):
         return found
     raise ValueError(f"masks={path!r} holds no masks: give {TAKEN}.")
+
+
+def _of_packed(path: str) -> dict[str, Tensor] | None:
+    """Of the matrices of a packed file that have zeros, whatever it is called; None for a file of another kind."""
+    from lightning_sap.deploy.reading import is_safetensors
+    from lightning_sap.deploy.sparse_file import load_sparse
+
+    with open(path, "rb") as file:
+        if not is_safetensors(file):
+            return None
+    try:
+        tensors = load_sparse(path)
+    except ValueError as error:
+        raise ValueError(f"masks={path!r}: {error} Give {TAKEN}.") from error
+    found = {key: tensor != 0 for key, tensor in tensors.items() if tensor.dim() > 1 and (tensor == 0).any()}
+    if not found:
+        raise ValueError(f"masks={path!r} has no zero in any matrix: it was not pruned. Give {TAKEN}.")
+    return found
+
+
+def _of_state(path: str, states: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Of the callback of that name in a checkpoint, or of the only one."""
+    own = states.get(state_key(name), next(iter(states.values())) if len(states) == 1 else None)
+    if own is None:
+        names = [key.removeprefix(STATE_PREFIX) for key in states]
+        raise ValueError(f"masks={path!r} holds the masks of {names}: give the callback one of these as its name.")
+    try:
+        return PruningState.unpack(own).masks.kept
+    except ValueError as error:
+        raise ValueError(f"masks={path!r}: {error}") from error

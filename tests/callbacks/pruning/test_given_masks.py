@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def run(tmp_path_factory):
     trainer = fit(module, pruner, max_epochs=2)
     trainer.save_checkpoint(folder / "end.ckpt")
     save_sparse(module, folder / "packed.safetensors")
+    save_sparse(module, folder / "packed.sap")
     torch.save(pruner.masks, folder / "masks.pt")
     return folder, module, pruner
 
@@ -93,7 +95,33 @@ SOURCES = {
     "a round": lambda folder, pruner: pruner.history.of_round(1).path,
     "a checkpoint": lambda folder, pruner: folder / "end.ckpt",
     "a packed file": lambda folder, pruner: folder / "packed.safetensors",
+    "a packed file of another suffix": lambda folder, pruner: folder / "packed.sap",
     "a saved mapping": lambda folder, pruner: str(folder / "masks.pt"),
+}
+
+
+def plain_safetensors(path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(2, 2)}, path)
+
+
+def dense_packed(path):
+    with pytest.warns(UserWarning, match="No tensor has zeros enough to be packed"):
+        save_sparse(Net(), path)
+
+
+BAD_FILES = {  # how it is written, and what is said of it
+    "weights": (lambda path: torch.save(Net().state_dict(), path), " holds no masks: "),
+    "a list": (lambda path: torch.save([1], path), " is damaged, or no file of masks: "),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), " is damaged, or no file of masks: "),
+    "nothing in it": (lambda path: torch.save({}, path), " holds no masks: "),
+    "callbacks of no name": (lambda path: torch.save({"callbacks": [1]}, path), " holds no masks: "),
+    "text": (lambda path: path.write_text("0.weight"), " is damaged, or no file of masks: "),
+    "empty": (Path.touch, " is damaged, or no file of masks: "),
+    "a folder": (Path.mkdir, " is a folder and no checkpoint, which would have a meta.pt: "),
+    "plain safetensors": (plain_safetensors, ": .* is not a file of save_sparse;"),
+    "packed and dense": (dense_packed, " has no zero in any matrix: it was not pruned. "),
 }
 
 
@@ -158,6 +186,7 @@ class TestGiven:
                 TypeError,
                 "masks['w'] must be a bool tensor, True where a weight is kept, got torch.fl",
             ),
+            ({}, ValueError, "masks is empty and names no parameter: give None to start dense, or a mask by its name."),
             ({"w": [True]}, TypeError, "masks['w'] must be a bool tensor, True where a weight is kept, got list."),
             ("nowhere.ckpt", FileNotFoundError, "masks='nowhere.ckpt': there is no such file."),
             (
@@ -181,10 +210,19 @@ class TestGiven:
         with pytest.raises(ValueError, match=r"masks and keep_zeros=True both say what is pruned at the start\."):
             SAPCallback(masks=run[2].masks, keep_zeros=True)
 
-    def test_a_file_without_masks_is_refused(self, tmp_path):
-        torch.save(Net().state_dict(), tmp_path / "weights.pt")
-        with pytest.raises(ValueError, match=r"weights\.pt' holds no masks: give a mapping from"):
-            fit(Net(), SAPCallback(rounds=0, masks=tmp_path / "weights.pt"), max_epochs=1)
+    @pytest.mark.parametrize("kind", BAD_FILES)
+    def test_a_file_without_masks_is_refused_by_its_name_and_told_what_is_taken(self, tmp_path, kind):
+        write, message = BAD_FILES[kind]
+        write(path := tmp_path / "given.pt")
+        with pytest.raises(ValueError, match=f"^masks='{re.escape(str(path))}'{message}") as caught:
+            fit(Net(), SAPCallback(rounds=0, masks=path), max_epochs=1)
+        taken = "give a mapping from the names of parameters to bool tensors, True where a weight is kept; a path to a"
+        assert taken in str(caught.value).replace("Give", "give")
+
+    def test_a_checkpoint_whose_state_is_damaged_is_named(self, tmp_path):
+        torch.save({"callbacks": {"lightning_sap/sap": {"masks": {"w": 3}}}}, tmp_path / "end.ckpt")
+        with pytest.raises(ValueError, match=r"^masks='.*end\.ckpt': The pruning state of the checkpoint"):
+            fit(Net(), SAPCallback(rounds=0, masks=tmp_path / "end.ckpt"), max_epochs=1)
 
     def test_rows_under_a_norm_may_not_be_empty(self):
         module = Net(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.Linear(8, 3)))
