@@ -122,6 +122,9 @@ def _of_state(path: str, states: Mapping[str, Any], name: str) -> dict[str, Tens
         names = [key.removeprefix(STATE_PREFIX) for key in states]
         raise ValueError(f"masks={path!r} holds the masks of {names}: give the callback one of these as its name.")
     try:
-        return PruningState.unpack(own).masks.kept
+        found = PruningState.unpack(own).masks.kept
     except ValueError as error:
         raise ValueError(f"masks={path!r}: {error}") from error
+    if not found:
+        raise ValueError(f"masks={path!r} holds no masks: it was saved before its callback was in a fit. Give {TAKEN}.")
+    return found

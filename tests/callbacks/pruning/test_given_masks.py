@@ -116,6 +116,10 @@ BAD_FILES = {  # how it is written, and what is said of it
     "a list": (lambda path: torch.save([1], path), " is damaged, or no file of masks: "),
     "a tensor": (lambda path: torch.save(torch.ones(2), path), " is damaged, or no file of masks: "),
     "nothing in it": (lambda path: torch.save({}, path), " holds no masks: "),
+    "a state of no fit": (
+        lambda path: torch.save({"callbacks": {"lightning_sap/sap": SAPCallback().state_dict()}}, path),
+        " holds no masks: it was saved before its callback was in a fit. ",
+    ),
     "callbacks of no name": (lambda path: torch.save({"callbacks": [1]}, path), " holds no masks: "),
     "text": (lambda path: path.write_text("0.weight"), " is damaged, or no file of masks: "),
     "empty": (Path.touch, " is damaged, or no file of masks: "),
