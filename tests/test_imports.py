@@ -34,7 +34,6 @@ RINGS = (
 # Packages besides the standard library, torch and NumPy that a ring may import.
 PACKAGES = {
     "callbacks": {"lightning", "tqdm"},
-    "pruner": {"lightning"},
     "metric": {"torchmetrics"},
     "plot": {"matplotlib"},
     "report": {"rich"},
@@ -624,21 +623,24 @@ ARROWS: dict[str, set[str]] = {
         "policies/importance",
         "policies/regrowth",
         "callbacks/pruning/options",
+        "callbacks/pruning/signatures",
     },
-    "pruner/messages": {"callbacks/pruning/messages", "callbacks/pruning/options"},
     "pruner/pruner": {
+        "rewind",
         "sharding",
-        "policies/base",
+        "callbacks/fabric",
+        "callbacks/training",
         "engine/copies",
         "engine/decision",
         "engine/floors",
         "engine/groups",
         "engine/masks",
         "engine/weights",
+        "policies/base",
+        "pruner/inputs",
         "rounds/history",
         "rounds/plan",
         "rounds/protocol",
-        "rewind",
         "callbacks/pruning/agreement",
         "callbacks/pruning/averages",
         "callbacks/pruning/checks",
@@ -657,9 +659,6 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/state",
         "callbacks/pruning/trained",
         "callbacks/pruning/units",
-        "callbacks/training",
-        "pruner/inputs",
-        "pruner/messages",
     },
     "callbacks/pruning/gatherers": {
         "rewind",
@@ -726,6 +725,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/session",
         "callbacks/pruning/trained",
     },
+    "callbacks/fabric": {"callbacks/pruning/messages", "callbacks/pruning/options"},
 }
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring

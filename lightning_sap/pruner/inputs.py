@@ -1,8 +1,7 @@
-"""What a loop of one's own hands to a pruner: checked, and taken out of its wrappers."""
+"""What a loop of one's own hands to a pruner, checked."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.callbacks.pruning.signatures import check_known
 from lightning_sap.policies.gathered import Gathered
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.policies.regrowth import GrowAndPrune
@@ -48,32 +48,12 @@ def check_options(options: Options) -> Options:
 
 def check_names(given: Mapping[str, Any]) -> None:
     """Raise for options that there are not, or that need a Trainer."""
-    known = {field.name for field in fields(Options)} - OF_A_TRAINER - {"policy"}
     for name in given:
         if name in OF_A_TRAINER:
             raise TypeError(
                 f"Pruner has no option {name!r}, which needs a Trainer: use PruningCallback, or leave it out."
             )
-        if name not in known:
-            closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise TypeError(f"Pruner has no option {name!r}; the closest is {closest!r}.")
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that Fabric or DDP wraps; ``torch.compile`` wraps one whose parameters have the same names."""
-    from lightning.fabric import is_wrapped
-
-    inner: Any = module
-    while is_wrapped(inner) or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = inner.module
-    return inner  # type: ignore[no-any-return]
-
-
-def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer that Fabric wraps."""
-    from lightning.fabric import is_wrapped
-
-    return optimizer.optimizer if is_wrapped(optimizer) else optimizer  # type: ignore[no-any-return]
+    check_known("Pruner", given, {field.name for field in fields(Options)} - OF_A_TRAINER - {"policy"})
 
 
 def check_kind(module: nn.Module) -> None:

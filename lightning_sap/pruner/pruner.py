@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sap.callbacks.fabric import unwrapped, unwrapped_optimizer, warn_of_masks_left_out, warn_of_silent_steps
 from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, layers, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
@@ -37,10 +38,7 @@ from lightning_sap.pruner.inputs import (
     check_names,
     check_options,
     check_shapes,
-    unwrapped,
-    unwrapped_optimizer,
 )
-from lightning_sap.pruner.messages import warn_of_masks_left_out, warn_of_silent_steps
 from lightning_sap.rewind import (
     OptimizerMemory,
     cannot_reset,
@@ -179,8 +177,8 @@ class Pruner:
         self._hooks = hook_masks(inner, optimizers, run.enforce, run.meet_step, self.hold_masks)
         self._hooks += hook_steps(optimizers, run.count_step) + hook_steps(optimizers[:1], run.record_lr)
         run.watch_gradients()
-        if silent := [type(each).__name__ for each in innermost_optimizers(optimizers) if not fires_hooks(each)]:
-            warn_of_silent_steps(self.options, silent)
+        silent = [type(each).__name__ for each in innermost_optimizers(optimizers) if not fires_hooks(each)]
+        warn_of_silent_steps(self.options, silent)
         return self
 
     def detach(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 from lightning_sap.callbacks.pruning.options import Options
@@ -42,7 +42,16 @@ def check_names(callback: object, given: Iterable[str]) -> None:
     parameters = [parameter for init in inits for parameter in inspect.signature(init).parameters.values()]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     known = {parameter.name for parameter in parameters if parameter.kind in named} - {"self"}
+    check_known(type(callback).__name__, given, known)
+
+
+def check_known(kind: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise if one of the names given to an object of that kind is none of those known.
+
+    Raises:
+        TypeError: It says which known one comes closest.
+    """
     for name in given:
         if name not in known:
             closest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise TypeError(f"{type(callback).__name__} has no option {name!r}; the closest is {closest!r}.")
+            raise TypeError(f"{kind} has no option {name!r}; the closest is {closest!r}.")
