@@ -725,7 +725,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/session",
         "callbacks/pruning/trained",
     },
-    "callbacks/fabric": {"callbacks/pruning/messages", "callbacks/pruning/options"},
+    "callbacks/fabric": {"engine/weights", "callbacks/pruning/messages", "callbacks/pruning/options"},
 }
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring

@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning.messages import listed
 from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.engine.weights import COMPILE_PREFIX
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that Fabric or DDP wraps; ``torch.compile`` wraps one whose parameters have the same names."""
-    inner: Any = module
-    while is_wrapped(inner) or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = inner.module
-    return inner  # type: ignore[no-any-return]
+    """The module that Fabric or DDP wraps, compiled or not; one that is compiled alone goes by the same names."""
+    bare: Any = getattr(module, COMPILE_PREFIX.rstrip("."), module)
+    if is_wrapped(bare) or isinstance(bare, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return unwrapped(bare.module)
+    return module
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:

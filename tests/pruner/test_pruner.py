@@ -349,11 +349,14 @@ class TestMistakes:
             Pruner(FixedFraction(0.5)).attach(net, Silent(net.parameters()))
 
 
+def compiled(net):
+    return torch.compile(net, backend="eager")
+
+
 class TestNames:
-    def test_a_compiled_module_goes_by_the_same_names(self):
-        net = torch.compile(seeded(mlp), backend="eager")
-        pruner = Pruner(FixedFraction(0.5)).attach(net)
-        assert list(pruner.masks) == list(NAMES)
+    @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda net: compiled(nn.DataParallel(net))])
+    def test_a_module_that_is_compiled_or_wrapped_goes_by_the_same_names(self, wrap):
+        assert list(Pruner(FixedFraction(0.5)).attach(wrap(seeded(mlp))).masks) == list(NAMES)
 
     def test_it_is_imported_when_it_is_asked_for(self):
         assert "Pruner" in lightning_sap.__all__
