@@ -17,7 +17,9 @@ from lightning_sap.policies.regrowth import GrowAndPrune
 from lightning_sap.rewind import base_optimizers
 from lightning_sap.sharding import ALTERNATIVE
 
-OF_A_TRAINER = frozenset({"every_n_epochs", "every_n_steps", "lr_schedule", "tolerance", "save_rounds", "dirpath"})
+OF_A_TRAINER = frozenset(
+    {"every_n_epochs", "every_n_steps", "lr_schedule", "tolerance", "save_rounds", "dirpath", "prog_bar"}
+)
 FLATTENS = frozenset({"FullyShardedDataParallel", "DeepSpeedEngine"})
 
 

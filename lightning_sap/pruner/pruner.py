@@ -168,11 +168,11 @@ class Pruner:
         reshard(inner)
         run.weights, run.subject = select_of(self.options, inner, Training.by(optimizers, inner), couples=True)
         run.subject.keepers = declared.keepers(inner)
-        self._module, self._optimizers = inner, list(optimizers)
+        self._take_up(inner)
+        self._module, self._optimizers = inner, list(optimizers)  # from here on it is attached
         self._fresh = [OptimizerMemory(each) for each in optimizers] if self.options.reset_optimizer else []
         several = inner is not module and agreement.place()[1] > 1
         self._replicated = several and not any(is_sharded(weight) for weight in run.live().values())
-        self._take_up(inner)
         layers.tell(self.options, inner, run.weights)
         self._hooks = hook_masks(inner, optimizers, run.enforce, run.meet_step, self.hold_masks)
         self._hooks += hook_steps(optimizers, run.count_step) + hook_steps(optimizers[:1], run.record_lr)
@@ -214,8 +214,7 @@ class Pruner:
         decision = self._decide(tensors, metrics)
         after = run.measure(module, decision.masks)
         messages.warn_of_short(self.options, decision)
-        if self.options.structure != "unit":
-            messages.warn_of_empty_units(self.options, tensors, decision.masks)
+        messages.warn_of_empty_units(self.options, tensors, decision.masks)
         record = replace(
             state.record(decision.before, 0, metrics),
             last_step=state.first_step + state.steps - 1 if state.steps else None,
@@ -253,30 +252,34 @@ class Pruner:
         """Go on where a state stands, before or after ``attach``; load the module's own weights besides.
 
         Raises:
-            ValueError: If it is not the state of a pruner, or a newer version wrote it; nothing changes then.
+            ValueError: If it is not the state of a pruner, a newer version wrote it, or it does not fit the module that
+                is attached; nothing changes then.
         """
-        plan = RoundPlan(self.options.rounds, 1, unit="step")
-        self._run.state = replace(PruningState.unpack(state), plan=plan)
-        if self._module is not None:
-            self._take_up(self._module)
+        run, before = self._run, self._run.state
+        run.state = replace(PruningState.unpack(state), plan=RoundPlan(self.options.rounds, 1, unit="step"))
+        try:
+            if self._module is not None:
+                self._take_up(self._module)
+        except Exception:
+            run.state = before
+            raise
 
     # -- the parts of these -------------------------------------------------------------------------------------------
 
     def _take_up(self, module: nn.Module) -> None:
         """Hold the masks that there are in the live weights."""
         run, options = self._run, self.options
-        state, weights = run.state, run.live()
+        state, weights, first = run.state, run.live(), run.state.first_weights
+        if first is not None:
+            check_tensors("first_weights", first, live_tensors(module))
+            first = place_weights(module, first)
         if state.masks.total == 0:
             masks = afresh(options, run.weights)
         else:
             stays = {n: m for n, m in state.masks.pruned.items() if n in weights and weights[n].shape == m.shape}
             warn_of_masks_left_out(options, [name for name in state.masks.pruned if name not in stays])
             masks = MaskSet(stays).matched(weights).like(weights)
-        first = state.first_weights
-        if first is not None:
-            check_tensors("first_weights", first, live_tensors(module))
-            first = place_weights(module, first)
-        elif options.rewind_weights is not None and state.round == 0:
+        if first is None and options.rewind_weights is not None and state.round == 0:
             averages.note_bits_(run, {n: p for n, p in run.subject.parameters.items() if averages.is_matrix(p)})
             first = snapshots.take(run, module)
         companions = units.companions(run, state.companions, masks)
@@ -285,7 +288,8 @@ class Pruner:
         run.state.others = others_of(run, masks.pruned)
         checks.check_target(options, run.state, (), fewest(run.tensors(module)))
         averages.bind_(run, module)
-        self.hold_masks()
+        reshard(module)
+        run.enforce()
 
     def _decide(self, tensors: Mapping[str, PrunableTensor], metrics: Mapping[str, float]) -> Decision:
         run = self._run
