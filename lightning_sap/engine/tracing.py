@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -106,15 +107,19 @@ class LateError(BaseException):
 
 @contextmanager
 def within(seconds: float, module: nn.Module) -> Iterator[None]:
-    """Refuse the module when the time is over; it is looked at whenever a Python function is called.
+    """Refuse the module when the time is over; it is looked at whenever a function of torch-pruning is called.
+
+    No other function is left by an exception: in a finalizer or a callback of the garbage collector it would be lost.
 
     Raises:
         ValueError: If the block takes longer; it names the module.
     """
-    end = time.monotonic() + seconds
+    import torch_pruning
+
+    end, theirs = time.monotonic() + seconds, os.path.dirname(torch_pruning.__file__)
 
     def look(frame: FrameType, event: str, argument: Any) -> None:  # noqa: ARG001
-        if time.monotonic() > end:
+        if time.monotonic() > end and frame.f_code.co_filename.startswith(theirs):
             raise LateError
 
     before = sys.gettrace()
