@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -19,7 +18,7 @@ from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.first_masks import afresh
 from lightning_sap.callbacks.pruning.given_masks import check_given
 from lightning_sap.callbacks.pruning.held import HeldWeights
-from lightning_sap.callbacks.pruning.inventory import others_of
+from lightning_sap.callbacks.pruning.inventory import Plan, others_of, plan_of
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.schema import check_tensors
 from lightning_sap.callbacks.pruning.state import PruningState
@@ -136,6 +135,17 @@ class Pruner:
     def history(self) -> History:
         """One record for each round that ended with a pruning."""
         return self._run.state.history
+
+    def plan(self) -> Plan:
+        """What is pruned of each parameter of the module, and what is left out and why, with both shares.
+
+        Returns:
+            The plan: ``print`` shows it, ``markdown()`` gives it as a table.
+
+        Raises:
+            RuntimeError: If the pruner is not attached, or layers were replaced since.
+        """
+        return plan_of(self._run, self._live(), self._run.subject.training)
 
     # -- what a loop calls --------------------------------------------------------------------------------------------
 
@@ -300,7 +310,7 @@ class Pruner:
         decision = decide_of(run, tensors, frozen, GoOn(), metrics)
         if frozen:
             decision = replace(decision, before=run.measure(self._live()))
-        return agreement.of_rank_zero(decision, run.live(), _broadcast) if self._replicated else decision
+        return agreement.of_rank_zero(decision, run.live()) if self._replicated else decision
 
     def _carry_out(self, module: nn.Module, decision: Decision) -> None:
         """Mask and rewind."""
@@ -337,9 +347,3 @@ class Pruner:
                 "attach again, with the optimizers that hold the new ones."
             )
         return self._module
-
-
-def _broadcast(value: Any) -> Any:
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

@@ -353,6 +353,25 @@ def compiled(net):
     return torch.compile(net, backend="eager")
 
 
+class TestPlan:
+    def test_every_parameter_is_in_it_and_what_no_optimizer_holds_is_not_trained(self):
+        net = seeded(mlp)
+        pruner = Pruner(FixedFraction(0.5), exclude="3.weight").attach(net, SGD([net[0].weight, net[3].weight], lr=0.1))
+        pruner.prune()
+        told = {row.name: (row.kept, row.trained, row.how) for row in pruner.plan().rows if row.name[0] != "1"}
+        assert told == {
+            "0.weight": (24, True, "a group"),
+            "0.bias": (8, False, "it is in no optimizer"),
+            "3.weight": (24, True, "exclude='3.weight'"),
+            "3.bias": (3, False, "it is in no optimizer"),
+        }
+        assert pruner.plan().head.startswith("48 weights are prunable (50.0% remain), 66.7% of the 72 that are trained")
+
+    def test_without_a_module_it_is_refused(self):
+        with pytest.raises(RuntimeError, match=r"^sap: the pruner is attached to no module"):
+            Pruner(FixedFraction(0.5)).plan()
+
+
 class TestNames:
     @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda net: compiled(nn.DataParallel(net))])
     def test_a_module_that_is_compiled_or_wrapped_goes_by_the_same_names(self, wrap):

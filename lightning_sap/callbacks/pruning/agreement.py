@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,13 +61,15 @@ def broadcast_decision(trainer: Trainer, step: Decision, weights: Mapping[str, T
     """The decision of rank 0, on every rank; a collective where they are replicated."""
     if not _replicated(trainer.world_size, weights.values()):
         return step
-    return of_rank_zero(step, weights, trainer.strategy.broadcast)
+    return of_rank_zero(step, weights)
 
 
-def of_rank_zero(step: Decision, weights: Mapping[str, Tensor], broadcast: Callable[[Any], Any]) -> Decision:
-    """The decision that a function brings from rank 0."""
+def of_rank_zero(step: Decision, weights: Mapping[str, Tensor]) -> Decision:
+    """The decision of rank 0, on every rank; a collective."""
     packed = step.before, step.dropped, step.grown, step.masks.pack(), step.companions.pack(), step.finest, step.short
-    before, dropped, grown, masks, companions, finest, short = broadcast(packed)
+    box: list[Any] = [packed]
+    torch.distributed.broadcast_object_list(box, src=0)
+    before, dropped, grown, masks, companions, finest, short = box[0]
     placed = MaskSet.unpack(companions).moved(step.companions.pruned)
     return Decision(before, dropped, grown, MaskSet.unpack(masks).like(weights), placed, finest, short)
 

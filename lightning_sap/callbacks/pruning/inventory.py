@@ -125,10 +125,9 @@ class Plan:
         return "\n".join([self.head, *(f"  {row.name:<{wide}}  {row.weights:>12,}  {_plan(row)}" for row in self.rows)])
 
 
-def plan_of(session: PruningSession, module: nn.Module, trainer: Trainer | None = None) -> Plan:
-    """The plan of a module as it is now; with a Trainer what its optimizers hold is trained."""
-    options, masks = session.options, session.state.masks
-    training, parameters = Training.of(trainer, module), parameter_names(module)
+def plan_of(session: HeldWeights, module: nn.Module, training: Training) -> Plan:
+    """The plan of a module as it is now, and as it is trained."""
+    options, masks, parameters = session.options, session.state.masks, parameter_names(module)
     verdicts = verdicts_of(module, options.include, options.exclude, training.untrained)
     reasons = {**dict.fromkeys(verdicts.found, UNTRAINED), **verdicts.others, **verdicts.refused}
     pattern = options.pattern
@@ -164,7 +163,7 @@ def tell(session: PruningSession, trainer: Trainer, module: nn.Module, *, is_ove
     A file that cannot be written is warned of. When training is over, the share of all trained weights is said where
     less than half of them are prunable: the share of the prunable alone would mislead.
     """
-    plan = plan_of(session, module, trainer)
+    plan = plan_of(session, module, Training.of(trainer, module))
     if is_over:
         plan = replace(plan, effective=_effective(session, module))
     session.inventory = plan

@@ -27,7 +27,7 @@ def plan_for(session: PruningSession, module: nn.Module | None, fit: Fit) -> Pla
     fitted = fit.module() if session.weights else None
     if fitted is not None and module in (None, fitted):
         measured = None if session.inventory is None else session.inventory.effective
-        return replace(plan_of(session, fitted, fit.trainer()), effective=measured)
+        return replace(plan_of(session, fitted, Training.of(fit.trainer(), fitted)), effective=measured)
     if module is not None:
         return _before_fit(session, module)
     if session.inventory is None:
@@ -43,4 +43,4 @@ def _before_fit(session: PruningSession, module: nn.Module) -> Plan:
     begun.state.masks = session.state.masks
     begun.weights, begun.state.masks, _ = start(begun, every)
     undecided = isinstance(options.policy, GrowAndPrune) and options.rounds != 0
-    return replace(plan_of(begun, module), undecided=undecided)
+    return replace(plan_of(begun, module, training), undecided=undecided)
