@@ -23,7 +23,7 @@ test-all: $(call installed,test)  ## run the full matrices too, and test-oldest;
 	$(MAKE) test-oldest
 
 test-oldest: $(OLDEST)/.installed  ## run every test on the lowest versions that pyproject.toml promises
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest -n auto
 
 check: $(call installed,dev)  ## format, lint, types, import rules and the fast tests
 	$(BIN)/ruff format --check .
