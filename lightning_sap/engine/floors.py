@@ -99,7 +99,7 @@ def held_back(tensor: PrunableTensor, scores: Tensor, shards: Shards) -> Tensor:
     """Which kept weights that this process holds stay, whatever is asked for; a collective under sharding."""
     found = torch.zeros(tensor.weight.shape, dtype=torch.bool, device=tensor.weight.device)
     for floor in tensor.floors:
-        of_rows = tensor.units is None or tensor.layout.stacked if floor.axes is None else 0 in floor.axes
+        of_rows = tensor.units is None or tensor.layout.stack > 0 if floor.axes is None else 0 in floor.axes
         if shards.mesh is None or of_rows:
             found |= _held(tensor, floor, scores, tensor.pruned)
         else:  # a set lies in several processes: each looks at all rows, of one weight at a time

@@ -93,13 +93,13 @@ class PrunableTensor(NamedTuple):
 
     def is_apart(self, scope: Scope) -> bool:
         """Whether in a scope it is divided into groups: into output units, or a stack into its matrices."""
-        return scope == "neuron" or (scope == "layer" and self.layout.stacked)
+        return scope == "neuron" or (scope == "layer" and self.layout.stack > 0)
 
     def groups(self, tensor: Tensor, scope: Scope) -> Tensor:
         """A tensor of the weight's shape as ``(groups, weights of a group)``."""
         if scope == "neuron":
             return self.rows(tensor)
-        return tensor.flatten(1) if self.is_apart(scope) else tensor.reshape(1, -1)
+        return tensor.flatten(self.layout.stack).flatten(0, -2) if self.is_apart(scope) else tensor.reshape(1, -1)
 
     def from_groups(self, groups: Tensor, scope: Scope) -> Tensor:
         """Undo :meth:`groups`."""

@@ -29,19 +29,19 @@ class Layout:
     """How a matrix lies in its tensor: by default its outputs on axis 0, its inputs on axis 1.
 
     Attributes:
-        stacked: Axis 0 tells several matrices apart, such as experts; each is ``(out, in)``, or ``(in, out)``.
+        stack: How many leading axes tell several matrices apart, such as experts; each ``(out, in)`` or ``(in, out)``.
         inputs_first: The inputs come before the outputs.
         groups: Of inputs that come first without a stack, in how many groups of inputs the outputs lie on axis 1.
     """
 
-    stacked: bool = False
+    stack: int = 0
     inputs_first: bool = False
     groups: int = 0
 
     @property
     def input_axis(self) -> int:
         """The axis of the inputs."""
-        return int(self.stacked) + int(not self.inputs_first)
+        return self.stack + int(not self.inputs_first)
 
 
 PLAIN = Layout()
@@ -52,12 +52,12 @@ def layout_of(host: nn.Module, own_name: str, parameter: nn.Parameter) -> Layout
 
     Example:
         >>> layout_of(nn.ConvTranspose1d(4, 6, 2, groups=2), "weight", nn.Parameter())
-        Layout(stacked=False, inputs_first=True, groups=2)
+        Layout(stack=0, inputs_first=True, groups=2)
     """
     if holds_experts(host, parameter):
-        return Layout(stacked=True, inputs_first=_inputs_first(host, own_name))
+        return Layout(stack=1, inputs_first=_inputs_first(host, own_name))
     if _is_relational(host) and own_name in ("weight", "root"):
-        return Layout(True, True) if own_name == "weight" else Layout(inputs_first=True, groups=1)
+        return Layout(parameter.dim() - 2, True) if own_name == "weight" else Layout(inputs_first=True, groups=1)
     groups = groups_on_axis_1(host)
     return Layout(inputs_first=True, groups=groups) if groups else PLAIN
 
@@ -127,12 +127,16 @@ def _inputs_first(host: nn.Module, own_name: str) -> bool:
 
 
 def _is_relational(host: nn.Module) -> bool:
-    """Whether it has a matrix for each relation, and one of the same shape for the node itself, as ``RGCNConv`` has."""
+    """Whether it has a matrix for each relation, and one of the same size for the node itself, as ``RGCNConv`` has.
+
+    A relation's matrix may be held by its diagonal blocks, ``(relations, blocks, in, out)``.
+    """
     own = dict(host.named_parameters(recurse=False))  # not by getattr, at which a parametrization may count its calls
     weight, root = own.get("weight"), own.get("root")
     if weight is None or root is None or any(isinstance(each, nn.UninitializedParameter) for each in (weight, root)):
         return False
-    return weight.dim() == 3 and root.shape == weight.shape[1:]
+    blocks = weight.shape[1] if weight.dim() == 4 else 1
+    return weight.dim() in (3, 4) and root.shape == (blocks * weight.shape[-2], blocks * weight.shape[-1])
 
 
 def groups_on_axis_1(host: nn.Module) -> int:

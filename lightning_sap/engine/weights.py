@@ -53,7 +53,7 @@ class PrunableWeight:
     @property
     def units(self) -> Callable[[Tensor], Tensor] | None:
         """How a tensor of its shape becomes ``(output units, weights of a unit)``; None where axis 0 is the unit."""
-        if self.layout.stacked:
+        if self.layout.stack:
             return self._of_stack
         return self._transposed if self.transposed_groups else None
 
@@ -64,7 +64,8 @@ class PrunableWeight:
 
     def _of_stack(self, tensor: Tensor) -> Tensor:
         """Units of several matrices: a matrix, and an output of it."""
-        return (tensor.transpose(1, 2) if self.layout.inputs_first else tensor).flatten(0, 1)
+        axis = self.layout.stack
+        return (tensor.transpose(axis, axis + 1) if self.layout.inputs_first else tensor).flatten(0, axis)
 
     def _transposed(self, tensor: Tensor) -> Tensor:
         """Units of ``(in, out/groups, …)``: a group and an index on axis 1."""

@@ -248,7 +248,7 @@ def fault_of_decision(case, mesh):
         pruned = (torch.rand(shape) < 0.2) if case % 7 else None
         how = {"importance": importance, "floors": FLOORS[case % len(FLOORS)] if case >= 90 else ()}
         if case >= 110 and len(shape) == 3:  # experts, each a group in scope "layer"
-            how |= {"layout": Layout(stacked=True), "units": lambda tensor: tensor.flatten(0, 1)}
+            how |= {"layout": Layout(stack=1), "units": lambda tensor: tensor.flatten(0, 1)}
         plain[name] = PrunableTensor(weight, pruned, **how)
         placed = distribute_tensor(weight, mesh, [Shard(0)])
         placed_mask = None if pruned is None else placed_like(pruned, placed)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from mixtures import MIXTURES, Experts, language_model
 from torch import nn
+from torch_geometric.nn import RGCNConv
 
 from lightning_sap import FixedFraction
 from lightning_sap.engine.decision import decide
@@ -21,17 +22,6 @@ class Holder(nn.Module):
         super().__init__()
         self.register_parameter(name, nn.Parameter(torch.randn(shape)))
         vars(self).update(attributes)
-
-
-class Rgcn(nn.Module):
-    """The parameters of torch_geometric's ``RGCNConv``."""
-
-    def __init__(self, relations=3, inputs=4, outputs=5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(relations, inputs, outputs))
-        self.root = nn.Parameter(torch.randn(inputs, outputs))
-        self.comp = nn.Parameter(torch.randn(relations, 2))
-        self.bias = nn.Parameter(torch.randn(outputs))
 
 
 def reason(module):
@@ -124,7 +114,7 @@ class TestExperts:
         module = Experts(inputs_first=inputs_first, says=says)
         found = prunable_weights(module)
         assert {n: w.layout for n, w in found.items()} == dict.fromkeys(
-            ["gate_up_proj", "down_proj"], Layout(True, inputs_first)
+            ["gate_up_proj", "down_proj"], Layout(1, inputs_first)
         )
         up = found["gate_up_proj"]
         units = up.units(up.parameter)
@@ -170,10 +160,25 @@ class TestExperts:
         assert (mask.sum(1) >= 1).all()
 
     def test_a_matrix_for_each_relation_and_one_for_the_node_itself(self):
-        found = prunable_weights(Rgcn())
-        assert {n: w.layout for n, w in found.items()} == {"weight": Layout(True, True), "root": Layout(False, True, 1)}
+        module = RGCNConv(4, 5, 3, num_bases=2)
+        found = prunable_weights(module)
+        assert {n: w.layout for n, w in found.items()} == {"weight": Layout(1, True), "root": Layout(0, True, 1)}
         assert found["root"].units(found["root"].parameter).shape == (5, 4)
-        assert verdicts_of(Rgcn()).others["comp"] == NAMELESS
+        assert verdicts_of(module).others["comp"] == NAMELESS
+
+    def test_the_blocks_of_a_relation_are_matrices_of_their_own(self):
+        module = RGCNConv(4, 6, 3, num_blocks=2)  # a relation has two blocks, of two inputs and three outputs
+        found = prunable_weights(module)
+        assert {n: w.layout for n, w in found.items()} == {"weight": Layout(2, True), "root": Layout(0, True, 1)}
+        assert torch.equal(found["weight"].units(module.weight)[4], module.weight[0, 1, :, 1])
+        masks = decide(tensors_of(module), policy=FixedFraction(0.5), scope="layer", round=1).masks.kept
+        assert masks["weight"].sum((2, 3)).tolist() == [[3, 3]] * 3
+        masks = decide(tensors_of(module), policy=FixedFraction(0.5), scope="neuron", round=1).masks.kept
+        assert masks["weight"].sum(2).unique().tolist() == [1]
+        pattern = Pattern(1, 2)
+        assert pattern.fits(found["weight"])
+        masks = decide_pattern(tensors_of(module), pattern, 0.5, 1.0).masks.kept
+        assert masks["weight"].sum(2).unique().tolist() == [1]
 
 
 def tensors_of(module, least=0):
@@ -192,7 +197,7 @@ def test_the_experts_of_transformers_are_pruned_each_as_a_group(name):
         pytest.skip("this version of transformers keeps each expert in a module of its own")
     assert [n.rpartition(".")[2] for n in experts] == ["gate_up_proj", "down_proj"]
     inputs_first = MIXTURES[name][2]
-    assert {w.layout for w in experts.values()} == {Layout(True, inputs_first)}
+    assert {w.layout for w in experts.values()} == {Layout(1, inputs_first)}
     masks = decide(tensors_of(module), policy=FixedFraction(0.5), scope="layer", round=1).masks.kept
     for name, weight in experts.items():
         assert masks[name].flatten(1).sum(1).tolist() == [weight.parameter[0].numel() // 2] * 4

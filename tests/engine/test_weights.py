@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from helpers import Net, copied, fit, same, seeded, survivors
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -574,14 +575,12 @@ class LoRALinear(nn.Module):
             setattr(self, f"{name}_weight", nn.Parameter(torch.randn(shape)))
 
 
-class Peft(nn.Module):
-    """The structure and names that the package peft gives an adapted layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_layer = nn.Linear(8, 6).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+def adapted():
+    """A layer with low-rank adapters of peft, and one that is trained whole."""
+    module = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), module)
+    module[1].requires_grad_(True)
+    return module
 
 
 class Siblings(nn.Module):
@@ -596,7 +595,7 @@ def adapters(module, **selection):
 
 class TestLowRankAdapters:
     def test_adapters_are_found_as_peft_names_them(self):
-        module = nn.Sequential(Peft(), nn.Linear(6, 6))
+        module = adapted()
         assert adapters(module) == ["0.lora_A.default.weight", "0.lora_B.default.weight"]
 
     @pytest.mark.parametrize("transposed", [False, True])
@@ -617,7 +616,7 @@ class TestLowRankAdapters:
         assert adapters(nn.Sequential(nn.Linear(3, 8), Siblings(base, down, up))) == ["1.down.weight", "1.up.weight"]
 
     def test_adapters_are_found_only_where_they_are_pruned(self):
-        module = nn.Sequential(Peft(), nn.Linear(6, 6))
+        module = adapted()
         assert adapters(module, exclude="*lora_*") == []
         assert adapters(module, exclude="*lora_A*") == ["0.lora_B.default.weight"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import nan
+from math import nan, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,7 +199,7 @@ def _effective(session: PruningSession, module: nn.Module) -> float | None:
 def _groups(options: Options, weight: PrunableWeight) -> str:
     """What forms a group in a weight, in words."""
     tensor = PrunableTensor(weight.parameter.detach(), None, weight.units, layout=weight.layout)
-    number = weight.parameter.shape[0]
+    number = prod(weight.parameter.shape[: weight.layout.stack])
     if options.pattern is not None:
         kept = options.pattern
         found = f"{kept.kept} of every {kept.of} weights along the inputs are kept"
