@@ -313,6 +313,7 @@ ARROWS: dict[str, set[str]] = {
     "callbacks/pruning/declared": {"callbacks/pruning/held"},
     "callbacks/pruning/enforcement": {"rewind"},
     "callbacks/pruning/first_masks": {
+        "sharding",
         "engine/floors",
         "engine/masks",
         "engine/weights",
@@ -586,13 +587,15 @@ ARROWS: dict[str, set[str]] = {
     },
     "callbacks/monitor/outputs": {"files", "rounds/history"},
     "callbacks/pruning/held": {
-        "policies/importance",
+        "rewind",
+        "sharding",
         "engine/groups",
         "engine/masks",
         "engine/measure",
         "engine/weights",
-        "rewind",
+        "policies/importance",
         "callbacks/pruning/averages",
+        "callbacks/pruning/first_masks",
         "callbacks/pruning/messages",
         "callbacks/pruning/options",
         "callbacks/pruning/snapshots",
@@ -726,6 +729,7 @@ ARROWS: dict[str, set[str]] = {
         "callbacks/pruning/trained",
     },
     "callbacks/fabric": {"engine/weights", "callbacks/pruning/messages", "callbacks/pruning/options"},
+    "rewind/gradients": {"sharding"},
 }
 
 LONGEST_FUNCTION = 40  # lines of its body without the docstring

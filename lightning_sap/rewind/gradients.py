@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from lightning_sap.sharding import is_sharded
+
 
 class GradientHooks:
     """Changes the gradients that autograd computes of parameters, in ``backward`` and in ``torch.autograd.grad``.
 
-    So what the user makes of them (a projection, a norm, a sum of two losses) is made of the changed ones. Not changed
-    are gradients that autograd computes of something else: those of ``torch.func`` and of the shards of FSDP2.
+    So what the user makes of them (a projection, a norm, a sum of two losses) is made of the changed ones. Of shards it
+    is the gradient that FSDP2 leaves in them. Not changed is what autograd computes of something else, as in
+    ``torch.func``.
 
     Args:
-        change: What becomes of the gradient of the parameter of that name; None: it stays.
+        change: What becomes of the gradient of the parameter of that name; None: it stays, or was changed in place.
 
     Example:
         >>> import torch
@@ -51,10 +54,19 @@ class GradientHooks:
         def hook(gradient: Tensor) -> Tensor | None:
             return self._change(name, gradient)
 
+        @unserializable_hook  # type: ignore[untyped-decorator]
+        def hook_of_shards(parameter: Tensor) -> None:  # autograd sees the whole weight; FSDP2 calls this at its end
+            if parameter.grad is not None and (changed := self._change(name, parameter.grad)) is not None:
+                parameter.grad = changed
+
         flag = parameter.requires_grad
         parameter.requires_grad_()  # PyTorch takes no hook of what is frozen now and may be trained later
         try:
-            handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+            handle: RemovableHandle = (
+                parameter.register_post_accumulate_grad_hook(hook_of_shards)  # type: ignore[no-untyped-call]
+                if is_sharded(parameter)
+                else parameter.register_hook(hook)  # type: ignore[no-untyped-call]
+            )
         finally:
             parameter.requires_grad_(flag)
         return handle

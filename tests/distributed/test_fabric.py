@@ -1,4 +1,4 @@
-"""A plain loop under Fabric's DDP in two processes, beside one process."""
+"""A plain loop under Fabric's DDP and on FSDP2's shards in two processes, beside one process."""
 
 import pytest
 import torch
@@ -14,22 +14,39 @@ def ranks(tmp_path_factory):
     return run_ranks("distributed.loops:under_ddp", tmp_path_factory.mktemp("ranks"))
 
 
-def test_replicas_prune_what_one_process_prunes(ranks, tmp_path):
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    if torch.__version__ < "2.9":
+        pytest.skip("FSDP2 on the CPU needs PyTorch 2.9")
+    return run_ranks("distributed.loops:under_fsdp2", tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("spread", ["ranks", "shards"])
+def test_two_processes_prune_what_one_prunes(request, spread, tmp_path):
     alone = loops.train(loops.launched(devices=1), tmp_path)
     assert alone["whole"]["pruned"][0] > 0
     assert alone["whole"]["steps"] == [1, 3, 5]
     assert alone["clean"] == [True] * 10
-    for found in ranks:
+    for found in request.getfixturevalue(spread):
         assert found["clean"] == [True] * 10
         assert equal(found["whole"]["masks"], alone["whole"]["masks"])
         assert found["whole"]["pruned"] == alone["whole"]["pruned"]
         torch.testing.assert_close(found["whole"]["weights"], alone["whole"]["weights"])
 
 
-def test_a_loop_that_fabric_resumes_equals_the_unbroken_one(ranks):
-    for found in ranks:
+@pytest.mark.parametrize("spread", ["ranks", "shards"])
+def test_a_loop_that_fabric_resumes_equals_the_unbroken_one(request, spread):
+    first, second = request.getfixturevalue(spread)
+    for found in (first, second):
         assert equal(found["resumed"], found["whole"])
-        assert equal(found["whole"], ranks[0]["whole"])
+        assert equal(found["whole"], first["whole"])
+
+
+def test_a_state_that_is_not_loaded_beside_its_weights_is_told(shards):
+    (told,), on_rank_1 = (found["told"] for found in shards)
+    assert "weights are exactly zero as training starts" in told
+    assert told.endswith("a pruner that is to go on has to load its state.")
+    assert on_rank_1 == []
 
 
 def test_a_rank_that_strays_is_named_on_all(ranks):

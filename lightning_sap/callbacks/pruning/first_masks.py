@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.engine.floors import Floor
 from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import PrunableWeight
+from lightning_sap.sharding import local, shards_of
 
 if TYPE_CHECKING:
     from lightning_sap.callbacks.pruning.session import PruningSession
@@ -108,6 +110,25 @@ def _given(options: Options, found: Mapping[str, PrunableWeight], weights: Mappi
             )
     _warn_of_lost(options, others, given=True)
     return MaskSet(fitting).moved(weights).matched(weights)
+
+
+def warn_of_zeros(options: Options, weights: Mapping[str, Tensor]) -> None:
+    """Warn where a tenth and more of the weights are zero as training starts, and will not be for long.
+
+    A tensor that is all zero has not begun, as that of a head or an adapter. Of sharded ones this is a collective.
+    """
+    if not weights:
+        return
+    found = torch.stack([(local(weight) == 0).sum() for weight in weights.values()])
+    counts = zip(shards_of(weights.values()).sum(found).tolist(), weights.values(), strict=True)
+    zeros = sum(count for count, weight in counts if count < weight.numel())
+    total = sum(weight.numel() for weight in weights.values())
+    if 10 * zeros >= total:
+        rank_zero_warn(
+            f"{options.name}: {zeros:,} of {total:,} prunable weights are exactly zero as training starts, and are "
+            "trained like the others. Zeros of a network that was pruned before stay with keep_zeros=True or masks=…; "
+            "a pruner that is to go on has to load its state."
+        )
 
 
 def _warn_of_all_zero(options: Options, names: Sequence[str]) -> None:

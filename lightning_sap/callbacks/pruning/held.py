@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sap.callbacks.pruning import averages, messages, snapshots, units
+from lightning_sap.callbacks.pruning.first_masks import warn_of_zeros
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.callbacks.pruning.trained import Subject, select
@@ -18,6 +19,7 @@ from lightning_sap.engine.measure import Measure, summary, sums_of
 from lightning_sap.engine.weights import PrunableWeight
 from lightning_sap.policies.importance import check_importance
 from lightning_sap.rewind import GradientHooks
+from lightning_sap.sharding import is_sharded
 
 
 class HeldWeights:
@@ -82,6 +84,9 @@ class HeldWeights:
 
         def masked(name: str, gradient: Tensor) -> Tensor | None:
             masks = self.state.masks if name in self.weights else self.state.companions
+            if holds() and is_sharded(gradient):
+                masks.apply_({name: gradient})
+                return None
             return masks.masked(name, gradient) if holds() else None
 
         self._gradients = GradientHooks(masked)
@@ -105,7 +110,9 @@ class HeldWeights:
         self.mask_gradients()
 
     def meet_step(self) -> None:
-        """The same right before the step; gradients that came past autograd are told, once in each round."""
+        """The same right before the step; told are zeros in the first one, and gradients that came past autograd."""
+        if self.state.round == self.state.steps == 0 and self.state.masks.is_dense:
+            warn_of_zeros(self.options, self.live())
         if self._gradients is not None and self.subject.looked != self.state.round:
             self.subject.looked = self.state.round
             messages.warn_of_written(self.options, units.unmasked_gradients(self))

@@ -14,6 +14,9 @@ from lightning_sap import FisherRatio, FixedFraction, PruningCallback
 
 pytest.importorskip("torch_pruning")
 
+# Units of tests read one input each, so that it is known what they tell apart.
+pytestmark = pytest.mark.filterwarnings("ignore:.* are exactly zero as training starts")
+
 
 class Classes(Net):
     def loss(self, batch):

@@ -121,8 +121,20 @@ class TestSecondFit:
         module, pruner, left = Net(), half(), []
         with torch.no_grad():
             module.net[0].weight[:4] = 0.0
-        fit(module, pruner, Watch(on_train_start=lambda t, m: left.append(pruner.remaining)), max_epochs=2)
+        said = (
+            r"^sap: 24 of 72 prunable weights are exactly zero as training starts.* stay with keep_zeros=True or masks"
+        )
+        with pytest.warns(UserWarning, match=said) as told:
+            fit(module, pruner, Watch(on_train_start=lambda t, m: left.append(pruner.remaining)), max_epochs=2)
         assert left == [1.0]
+        assert sum("exactly zero" in str(each.message) for each in told) == 1
+
+    @pytest.mark.parametrize("zero", [lambda net: net[0].weight[0], lambda net: net[3].weight])
+    def test_few_zeros_and_what_has_not_begun_are_not_told(self, zero):
+        module = Net()
+        with torch.no_grad():
+            zero(module.net).zero_()  # 6 of 72 weights, or a layer that is all zero
+        fit(module, half(), max_epochs=2)
 
 
 def test_second_fit_without_any_step_is_no_error():
