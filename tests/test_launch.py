@@ -61,7 +61,7 @@ def still_running(folder):
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="asks /proc which processes run")
 class TestNothingIsLeft:
     @pytest.mark.parametrize(
-        ("how", "limit", "codes"), [("hang", 15, "[None, None]"), ("fail", 90, "[None, 1]")], ids=["hang", "fail"]
+        ("how", "limit", "codes"), [("hang", 8, "[None, None]"), ("fail", 90, "[None, 1]")], ids=["hang", "fail"]
     )
     def test_nothing_is_left_of_ranks_that_hang_or_fail(self, tmp_path, how, limit, codes):
         started = time.monotonic()
