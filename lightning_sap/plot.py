@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by markers and hatching
@@ -50,7 +51,7 @@ def plot_rounds(
         ['PQ Index', 'remaining weights']
     """
     with _figure(rows, dark) as new:
-        figure = new(figsize=(6.8, 0.7 + 2.0 * (2 if metric is None else 3)))
+        figure = new(figsize=(5.6, 0.7 + 1.75 * (2 if metric is None else 3)))
         axes = figure.subplots(2 if metric is None else 3, 1, sharex=True)
         x, colors = _positions(rows), DARK if dark else LIGHT
 
@@ -60,24 +61,30 @@ def plot_rounds(
         draw(axes[0], "pqi", INDEX, label="all weights")
         draw(axes[0], "layer_mean", MEAN, linestyle="--", label="mean of the layers")
         axes[0].set_ylabel("PQ Index")
-        axes[0].legend(frameon=False)
+        _explain(axes[0])
         draw(axes[1], "remaining", REMAINING)
         axes[1].set(ylabel="remaining weights", yscale="log")
-        _percent(axes[1], min(row["remaining"] for row in rows))
+        shares = [row["remaining"] for row in rows if row["remaining"] > 0] or [1.0]
+        _shares(axes[1].yaxis, shares, lambda value, _: f"{100 * value:g}%")
+        beyond = max((max(shares) / min(shares)) ** 0.05, 1.02)  # the first round alone is a range too
+        axes[1].set_ylim(min(shares) / beyond, max(shares) * beyond)
         if metric is not None:
             draw(axes[2], "metric", METRIC)
             axes[2].set_ylabel(metric)
-            _tolerate(axes[2], rows, INK[dark], colors[METRIC])
+            _tolerate(axes[2], rows, INK[dark], colors[METRIC], PAPER[dark])
         for panel in axes:
             _shade(panel, rows, x)
             _mark(panel, INK[dark], {"stopped": stopped, "restored": restored})
+            panel.set_xlim(x[0] - 0.5, x[-1] + 0.5)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
         _label_rounds(axes[-1], rows)
         own = axes[0].get_legend_handles_labels()
         above = [pair for pair in zip(*axes[1].get_legend_handles_labels(), strict=True) if pair[1] not in own[1][:2]]
         if above:
-            figure.legend(*zip(*above, strict=True), loc="outside upper center", ncols=len(above), frameon=False)
+            figure.legend(
+                *zip(*above, strict=True), loc="outside upper center", ncols=min(len(above), 3), frameon=False
+            )
     return figure
 
 
@@ -102,7 +109,7 @@ def plot_layers(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> Figure
 
     with _figure(rows, dark) as new:
         names = list(dict.fromkeys(name for row in rows for name in row["layers"]))
-        figure = new(figsize=(4.5 + 0.3 * len(rows), 1.6 + 2 * max(1.6, 0.22 * len(names))))
+        figure = new(figsize=(3.8 + 0.2 * len(rows), 1.6 + 2 * max(1.6, 0.22 * len(names))))
         axes = figure.subplots(2, 1, sharex=True)
         index = [[row["layers"].get(name, float("nan")) for row in rows] for name in names]
         left = [[100 * row["layers_remaining"].get(name, float("nan")) for row in rows] for name in names]
@@ -118,12 +125,9 @@ def plot_layers(rows: Sequence[dict[str, Any]], *, dark: bool = False) -> Figure
             panel.set_yticks([i + 0.5 for i in range(len(names))], names)
             panel.invert_yaxis()
             panel.set_facecolor("#B0B0B0")  # what has no value, such as the logarithm of no weights
-            unit: dict[str, Any] = (
-                {"label": "PQ Index"} if not options else {"label": "remaining weights (%)", "format": "{x:g}"}
-            )
-            bar = figure.colorbar(image, ax=panel, **unit)
-            if options:  # where less than a decade is shown, its ticks are minor ones
-                bar.ax.yaxis.set_minor_formatter("{x:g}")
+            bar = figure.colorbar(image, ax=panel, label="remaining weights (%)" if options else "PQ Index")
+            if options:
+                _shares(bar.ax.yaxis, [least, 100.0], "{x:g}")
         _label_rounds(axes[1], rows)
     return figure
 
@@ -164,15 +168,23 @@ def _draw(panel: Axes, rows: Sequence[dict[str, Any]], key: str, *, paper: str, 
             panel.plot(_positions(some), _numbers(some, key), **{**style, **hollow})
 
 
-def _tolerate(panel: Axes, rows: Sequence[dict[str, Any]], ink: str, color: str) -> None:
-    """The yardstick of each round as a line, and from there to the worst sound value a band."""
+def _explain(panel: Axes) -> None:
+    """The legend of a panel, above it: where the curves go is not known."""
+    panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1, frameon=False)
+
+
+def _tolerate(panel: Axes, rows: Sequence[dict[str, Any]], ink: str, color: str, paper: str) -> None:
+    """The yardstick of each round as a line, and from there to the worst sound value a band, over the phases."""
+    from matplotlib.colors import to_rgb
+
     if all(row.get("yardstick") is None for row in rows):
         return
     edges = [place + side for place in _positions(rows) for side in (-0.5, 0.5)]
     line, bound = ([v for v in _numbers(rows, key) for _ in edges[:2]] for key in ("yardstick", "bound"))
-    panel.fill_between(edges, bound, line, color=color, alpha=0.3, linewidth=0, label="tolerance")
+    pale = [0.3 * full + 0.7 * none for full, none in zip(to_rgb(color), to_rgb(paper), strict=True)]
+    panel.fill_between(edges, bound, line, color=pale, zorder=1.2, linewidth=0, label="tolerance")
     panel.plot(edges, line, color=ink, linestyle="-.", linewidth=1.2, label="yardstick")
-    panel.legend(frameon=False)
+    _explain(panel)
     _zoom(panel, rows, color)
 
 
@@ -199,15 +211,19 @@ def _label_rounds(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     panel.set_xlabel("epoch" if rows[0]["round"] is None else "round (number of prunings)")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _percent(panel: Axes, least: float) -> None:
+def _shares(axis: Axis, shares: Sequence[float], written: Any) -> None:
+    """Ticks of a logarithmic axis of shares: the fewer decades, the more of them in each, and none over another."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0,) if least < 0.03 else (1.0, 2.0, 3.0, 5.0, 7.0)))
-    panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    panel.yaxis.set_minor_locator(NullLocator())
+    spread = min(shares) / max(shares)
+    fine = ((0.4, range(1, 10)), (0.05, (1, 2, 3, 5, 7)), (0.005, (1, 2, 5)), (0.0, (1,)))
+    subs = next(digits for least, digits in fine if spread >= least)
+    axis.set_major_locator(LogLocator(subs=[float(digit) for digit in subs]))
+    axis.set_major_formatter(written)
+    axis.set_minor_locator(NullLocator())
 
 
 def _shade(panel: Axes, rows: Sequence[dict[str, Any]], x: Sequence[int]) -> None:

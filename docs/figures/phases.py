@@ -21,7 +21,7 @@ def main():
     for kind in ("rounds", "layers"):
         for theme in ("light", "dark"):
             figure = monitor.plot(kind, dark=theme == "dark")
-            figure.savefig(Path(__file__).with_name(f"{kind}_{theme}.png"), dpi=110)
+            figure.savefig(Path(__file__).with_name(f"{kind}_{theme}.png"), dpi=135)
     sys.stdout.write("\n\n".join(monitor.report().split("\n\n")[:-2]))  # without the plan, which comes last
 
 

@@ -17,7 +17,7 @@ def main():
     monitor = PQIMonitor(monitor="val_acc", stop_on=None)
     fit([sap, monitor], rounds=30, epochs=10)
     for theme in ("light", "dark"):
-        monitor.plot(dark=theme == "dark").savefig(Path(__file__).with_name(f"pqi_curve_{theme}.png"), dpi=120)
+        monitor.plot(dark=theme == "dark").savefig(Path(__file__).with_name(f"pqi_curve_{theme}.png"), dpi=145)
     for row in monitor.rows():
         values = "index {pqi:.3f}, layer mean {layer_mean:.3f}, remaining {remaining:.2%}, val_acc {metric:.3f}"
         sys.stdout.write(f"round {row['round']}: {values.format(**row)}\n")

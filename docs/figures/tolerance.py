@@ -30,7 +30,7 @@ def main():
     reference = train("dense", [])["val_acc"]
     train("pruned", [SAPCallback(tolerance=Tolerance("val_acc", 0.01, reference=reference)), monitor])
     for theme in ("light", "dark"):
-        monitor.plot(dark=theme == "dark").savefig(HERE / f"tolerance_{theme}.png", dpi=110)
+        monitor.plot(dark=theme == "dark").savefig(HERE / f"tolerance_{theme}.png", dpi=135)
 
 
 if __name__ == "__main__":
