@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from lightning_sap.callbacks.monitor import outputs
 from lightning_sap.callbacks.monitor.meter import leader
@@ -104,8 +106,21 @@ def end(trainer: Trainer, monitor: PQIMonitor, records: Sequence[RoundRecord]) -
         found[f"final/{monitor.monitor}"] = held.metrics[monitor.monitor]
     settings = {key: value for key, value in pruner.settings().items() if key != "name" and value is not None}
     for writer in writers(trainer):
-        add = partial(writer.add_hparams, settings, found, run_name=monitor.name, global_step=trainer.global_step)
+        add = partial(_add_options, writer, monitor.name, settings, found, trainer.global_step)
         _try(f"{monitor.name}: the options", "TensorBoard", add)
+
+
+def _add_options(writer: SummaryWriter, run: str, settings: dict[str, Any], found: dict[str, float], step: int) -> None:
+    """What ``add_hparams`` does, without its list of columns: TensorBoard takes the list of one run for all of them.
+
+    Where no run has one it collects the columns from every run.
+    """
+    _, start, end = hparams(settings, found)
+    with SummaryWriter(os.path.join(writer.log_dir, run)) as own:
+        for summary in (start, end):
+            own.file_writer.add_summary(summary, step)
+        for tag, value in found.items():
+            own.add_scalar(tag, value, step)
 
 
 def plan_of(pruner: PrunerView) -> str:

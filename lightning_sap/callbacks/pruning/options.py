@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ RewindWeights: TypeAlias = Literal["init"] | int | None
 
 SAME = {"init": "0"}  # as `rewind_weights`
 TOLD = ("policy", "scope", "name")  # to loggers, always
+MADE = ("policy", "importance", "tolerance")  # of options of their own, which loggers are told one by one
 SIMPLE = (bool, int, float, str, type(None))  # types that loggers take
 LONGEST_NAME = 150  # bytes: file systems take 255, and a file that is not whole yet has a run's identity behind it
 OF_THE_PLAN = ("rounds", "every_n_epochs", "every_n_steps", "keep_zeros", "masks")  # what counts where a run begins
@@ -285,10 +286,18 @@ class Options:
         return {key: re.sub(r" at 0x[0-9a-fA-F]+", "", text) for key, text in texts.items()}
 
     def settings(self) -> dict[str, bool | int | float | str | None]:
-        """Policy, scope, name and what else differs from the defaults, as values that loggers take."""
+        """Policy, scope, name and what else differs from the defaults, as values that loggers take.
+
+        What is made of options has them one by one beside it, such as ``policy.p``, to compare runs by.
+        """
         defaults = {field.name: field.default for field in fields(self)}
         texts = {key: text for key, text in self.plain().items() if key in TOLD or vars(self)[key] != defaults[key]}
-        return {key: own if isinstance(own := getattr(self, key), SIMPLE) else text for key, text in texts.items()}
+        made = {key: getattr(self, key) for key in MADE if key in texts and is_dataclass(getattr(self, key))}
+        parts = {
+            f"{key}.{part.name}": getattr(own, part.name, None) for key, own in made.items() for part in fields(own)
+        }
+        told = {key: own if isinstance(own := getattr(self, key), SIMPLE) else text for key, text in texts.items()}
+        return told | {key: part for key, part in parts.items() if isinstance(part, SIMPLE)}
 
     def changed(self, key: str, stored: Mapping[str, str]) -> bool:
         """Whether an option differs from the one stored; what was not stored did not change."""

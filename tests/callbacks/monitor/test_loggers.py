@@ -99,11 +99,19 @@ class TestTensorBoard:
         options = plugin.FromString(content).session_start_info.hparams
         assert {key: value.string_value or value.number_value for key, value in options.items()} == {
             "policy": "FixedFraction(fraction=0.5)",
+            "policy.fraction": 0.5,
             "scope": "layer",
             "every_n_epochs": 1,
         }
         assert [s.value for s in file.Scalars("final/remaining")] == [0.125]
         assert [s.value for s in file.Scalars("final/val_loss")] == close([look.loss])
+
+    def test_tensorboard_collects_the_columns_of_all_runs(self, found):
+        _, look = found
+        file = events(look.folder / "pqi")
+        assert file.SummaryMetadata("_hparams_/session_end_info")
+        with pytest.raises(KeyError):  # the columns of one run, which TensorBoard would take for all
+            file.SummaryMetadata("_hparams_/experiment")
 
     def test_tensorboard_images_hold_no_figure_without_matplotlib(self, tmp_path, monkeypatch):
         import lightning_sap.callbacks.monitor.messages as room
