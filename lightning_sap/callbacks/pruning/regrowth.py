@@ -91,7 +91,7 @@ def lines(options: Options, state: PruningState) -> list[str]:
         f"{sum(sizes[name] for name in part):,} weights in {messages.listed(list(part))}"
         for part in policy.split(sizes)
     ]
-    return [f"  part {i}, open in every {len(parts)}. round: {part}" for i, part in enumerate(parts)]
+    return [f"  part {i}, open in one of every {len(parts)} rounds: {part}" for i, part in enumerate(parts)]
 
 
 def _turn(

@@ -175,7 +175,7 @@ def test_remaining_goes_down_and_up_in_the_log_and_the_announcement_names_the_pa
         fit(Net(), pruner, logger=logger, log_every_n_steps=1, max_epochs=6)
     seen = [values["sap/remaining"] for _, values in logger.logged if "sap/remaining" in values]
     assert seen == pytest.approx([0.75, 0.5, 0.75, 0.5, 0.25, 0.25])
-    assert "part 0, open in every 2. round: 48 weights in net.0.weight" in caplog.text
+    assert "part 0, open in one of every 2 rounds: 48 weights in net.0.weight" in caplog.text
     assert "sap: 25.00% of 72 weights remain after 4 prunings; target_remaining=0.25 is met." in caplog.text
 
 
