@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_sap.rounds.history import RoundRecord
 
-TEXTUAL = "phase"  # the one column of words
+TEXTUAL = ("open", "phase")  # columns of words
 
 
 def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: str = "") -> str:
@@ -32,7 +32,7 @@ def markdown(records: Sequence[RoundRecord], *, metric: str | None = None, verdi
         The module holds round 1: 50.00% of the prunable weights.
     """
     header, *lines = table(records, metric)
-    rows = [_escaped(header), ["---" if name == TEXTUAL else "---:" for name in header], *map(_escaped, lines)]
+    rows = [_escaped(header), ["---" if name in TEXTUAL else "---:" for name in header], *map(_escaped, lines)]
     lines_of_table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return "\n\n".join([lines_of_table, *_closing(records, verdict)])
 
@@ -45,10 +45,10 @@ def show(records: Sequence[RoundRecord], *, metric: str | None = None, verdict: 
 
     header, *lines = table(records, metric)  # as Text: in the names of metrics brackets are no markup
     grid = Table(
-        *(Column(Text(name), justify="left" if name == TEXTUAL else "right") for name in header),
+        *(Column(Text(name), justify="left" if name in TEXTUAL else "right", overflow="fold") for name in header),
         title="Rounds",
         padding=0,
-    )  # so that it fits into 80 columns
+    )  # so that it fits into 80 columns; where it does not, a cell goes on below and is not cut off
     for line in lines:
         grid.add_row(*map(Text, line))
     get_console().print(grid)
@@ -107,9 +107,9 @@ def table(records: Sequence[RoundRecord], metric: str | None = None) -> list[lis
         "taken back" if r.taken_back else "unsound" if r.sound is False else r.phase or "–" for r in records
     ]
     if judged := judged_by(records):
-        columns[judged] = ["–" if r.metric is None else f"{r.metric:.4g}" for r in records]
+        columns[judged] = [_measured(r.metric) for r in records]
     if metric is not None and not judges(records, metric):
-        columns[metric] = [f"{r.metrics[metric]:.4g}" if metric in r.metrics else "–" for r in records]
+        columns[metric] = [_measured(r.metrics.get(metric)) for r in records]
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
@@ -140,9 +140,14 @@ def _against_yardstick(records: Sequence[RoundRecord], held: RoundRecord) -> lis
     return [f"There {name} is {metric:.4g}, {distance} the yardstick of {yardstick:.4g} ({limit}){unsound}. {back}"]
 
 
+def _measured(metric: float | None) -> str:
+    """Four digits, the last ones zeros or not, so that those of a column stand below one another."""
+    return "–" if metric is None else f"{metric:#.4g}".removesuffix(".")
+
+
 def _first(names: Sequence[str]) -> str:
-    """The first of these names, and how many follow."""
-    return (names[0] if names else "–") + (f" + {len(names) - 1}" if len(names) > 1 else "")
+    """The first of these parameters, by the module of a weight, and how many follow."""
+    return (names[0].removesuffix(".weight") if names else "–") + (f" + {len(names) - 1}" if len(names) > 1 else "")
 
 
 def _span(record: RoundRecord) -> str:

@@ -61,7 +61,23 @@ class TestMarkdown:
         lines = markdown(known, metric=name).splitlines()
         assert len(re.findall(r"(?<!\\)\|", lines[0])) == 9
         assert lines[0].endswith({"a|b": r"| a\|b |", "a\nb": "| a b |"}.get(name, "| val_acc[top5] |"))
-        assert lines[2].endswith(r"| off\|on | 0.5 |")
+        assert lines[2].endswith(r"| off\|on | 0.5000 |")
+
+    @pytest.mark.parametrize(
+        ("metric", "written"),
+        [(0.8, "0.8000"), (97.25, "97.25"), (1234.0, "1234"), (2e-7, "2.000e-07"), (math.nan, "nan")],
+    )
+    def test_a_metric_has_four_digits(self, metric, written):
+        known = [replace(record, metrics={"score": metric}) for record in records()]
+        assert {line.split(" | ")[-1] for line in markdown(known, metric="score").splitlines()[2:5]} == {f"{written} |"}
+
+    @pytest.mark.parametrize(
+        ("opened", "written"),
+        [([], "–"), (["net.0.weight"], "net.0"), (["a.in_proj_weight", "b.weight"], "a.in_proj_weight + 1")],
+    )
+    def test_what_was_open_is_named_by_the_first_of_its_modules(self, opened, written):
+        known = [replace(record, opened=opened, regrown=3) for record in records()]
+        assert markdown(known).splitlines()[4].endswith(f"| 3 | {written} | – |")
 
     def test_markdown_of_no_rounds_is_refused(self):
         with pytest.raises(ValueError, match=re.escape("There is nothing to report yet: no round has ended.")):
@@ -85,11 +101,11 @@ def judged(restored=2, mode="max", last=0.5):
 JUDGED = """\
 | round | epochs | weights | remaining | PQ Index | pruned | phase | score |
 | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |
-| 0 | 0–1 | 1,000 | 100.00% | 0.2500 | – | compression | 0.9 |
-| 1 | 2–3 | 500 | 50.00% | 0.2500 | – | compression | 0.95 |
+| 0 | 0–1 | 1,000 | 100.00% | 0.2500 | – | compression | 0.9000 |
+| 1 | 2–3 | 500 | 50.00% | 0.2500 | – | compression | 0.9500 |
 | 2 | 4–5 | 200 | 20.00% | 0.2500 | – | compression | 0.9425 |
-| 3 | 6–7 | 10 | 1.00% | 0.2500 | – | taken back | 0.5 |
-| 4 | 8–9 | 100 | 10.00% | 0.2500 | – | unsound | 0.5 |
+| 3 | 6–7 | 10 | 1.00% | 0.2500 | – | taken back | 0.5000 |
+| 4 | 8–9 | 100 | 10.00% | 0.2500 | – | unsound | 0.5000 |
 
 The module holds round 2 again: 20.00% of the prunable weights.
 
@@ -129,7 +145,7 @@ class TestTolerance:
         assert markdown(judged(), metric="score") == markdown(judged())
         header, _, dense, *_ = markdown(judged(), metric="test_score").splitlines()
         assert header.endswith("| score | test_score |")
-        assert dense.endswith("| 0.9 | 0.25 |")
+        assert dense.endswith("| 0.9000 | 0.2500 |")
 
     def test_the_judged_metric_has_the_name_of_the_one_that_fits(self):
         rounds = judged(last=math.nan)
@@ -153,6 +169,20 @@ class TestShow:
         printed = capsys.readouterr().out
         assert name in printed
         assert "[/off]" in printed
+
+    @pytest.mark.parametrize("width", [60, 80])
+    def test_show_cuts_nothing_off_where_the_table_is_too_wide(self, capsys, monkeypatch, width):
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", str(width))
+        opened = ["encoder.layers.11.self_attention.out_proj.weight"]
+        show([replace(record, opened=opened, regrown=29_491) for record in records()], metric="val_acc")
+        printed = capsys.readouterr().out
+        assert "…" not in printed
+        lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+        columns = ["".join(cells).replace(" ", "") for cells in zip(*lines, strict=True)]
+        assert columns[2] == "2,000500200"
+        assert columns[7] == 3 * opened[0].removesuffix(".weight")
+        assert columns[8] == "regularizationcompression–"
 
     def test_show_prints_the_table_and_the_same_lines(self, capsys, monkeypatch):
         pytest.importorskip("rich")

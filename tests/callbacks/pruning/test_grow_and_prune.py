@@ -259,7 +259,7 @@ class TestMonitor:
         assert drawn[0].tolist() == [100, 25, 100, 25, 25]
         assert drawn[1].tolist() == [25, 100, 25, 100, 25]
         assert "| 0 | 0–0 | 54 | 75.00% |" in monitor.report()
-        assert "| 36 | 18 | net.0.weight | – |" in monitor.report()
+        assert "| 36 | 18 | net.0 | – |" in monitor.report()
         assert pruner.history.rows()[1]["opened"] == TWO[1]
 
     def test_a_monitor_that_came_late_judges_no_open_round(self):
