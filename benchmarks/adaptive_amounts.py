@@ -31,7 +31,7 @@ layer by itself; SAP and the fixed fractions have as many rounds as the library 
 - fixed: `PruningCallback(FixedFraction(f))` for f in {fractions}; the best of these five has the least median.
 - one shot: the same with one pruning, half-way, for f in {shots}.
 
-A network is one round's end. The accuracy is that on the held-out images, which also choose the round; 100 % remaining
+A network is one round's end. The accuracy is that on the held-out images, which also choose the round; 100% remaining
 means that no pruned network was within the point.
 """
 

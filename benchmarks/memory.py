@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sap import FixedFraction, PruningCallback
 
-NOTES = """A perceptron of {layers} layers of {width}, SGD with momentum, {rounds} prunings of 5 % of what survives, one
+NOTES = """A perceptron of {layers} layers of {width}, SGD with momentum, {rounds} prunings of 5% of what survives, one
 after each epoch, in global scope; each training in a process of its own. As multiples of the model's {mib:.0f} MiB:
 
 - round n: storages of all live tensors at the end of the round, each once; weights, gradients and momenta are 3. In

@@ -100,7 +100,7 @@ def rows_of(model, device):
     for contender in CONTENDERS:
         spent, step = measured(model, contender, device)
         shares = common.spread([100 * s / (EPOCH * step) for s in spent], "{:.3f}")
-        yield model, contender, f"{1e3 * statistics.median(spent):.1f} ms", f"{1e3 * step:.0f} ms", f"{shares} %"
+        yield model, contender, f"{1e3 * statistics.median(spent):.1f} ms", f"{1e3 * step:.0f} ms", f"{shares}%"
 
 
 def main() -> None:

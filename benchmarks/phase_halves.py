@@ -9,7 +9,7 @@ FILE is a JSON list of runs: `{"arch": …, "scope": …, "policy": …, "rewind
 
 A run is *degraded* from the first of three rounds in a row that lose more than 0.02 of the best accuracy of its first
 three rounds, and *collapsed* from the first round that lost more than half of what that best has over chance. A stop
-before the run is degraded is false. A run has a *turn* if the mean of its layers' indices stands 25 % above its lowest
+before the run is degraded is false. A run has a *turn* if the mean of its layers' indices stands 25% above its lowest
 value so far for three rounds in a row.
 """
 

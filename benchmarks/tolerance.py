@@ -35,7 +35,7 @@ NOTES = """How many weights remain in the sparsest network that is worse than th
 - best fixed: the least median of `PruningCallback(FixedFraction(f))` for f in {fractions}, by layer and global, with
   the library's default number of rounds; the sparsest of its rounds that is within. One shot: f in {shots}, global,
   pruned half-way.
-- 100 %: no pruned network was within. *: what a search hands back is not within.
+- 100%: no pruned network was within. *: what a search hands back is not within.
 - worst: by how much the network handed back is worse than the dense one, in the worst seed. held out: the same on a
   part that neither the search nor the choice of a round saw, mean of the seeds; below 0 it is better than the dense.
 - taken back: rounds, of all rounds of all seeds.
@@ -158,7 +158,7 @@ def run(name: str, contender: str, seed: int, data: Data, epochs: int, reference
 def sparsest(tolerance: Tolerance, dense: list[float], run: dict[str, Any]) -> list[float]:
     """The network of a run that counts: what a search hands back, or else the sparsest round within the tolerance.
 
-    100 % of the weights, as good as the dense network, if there is none.
+    100% of the weights, as good as the dense network, if there is none.
     """
     if "found" in run:
         return run["found"]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sap import FixedFraction, PruningCallback
 from lightning_sap.engine.weights import prunable_weights
 
-NOTES = """Training steps of `Trainer.fit` with SGD and momentum, 90 % of the weights of every layer pruned.
+NOTES = """Training steps of `Trainer.fit` with SGD and momentum, 90% of the weights of every layer pruned.
 
 - time: {clock}, from the start of one batch to the start of the next. The three trainings take
   turns step by step in one process, in one order and then in the other: a step over that of the dense network in the

@@ -84,6 +84,6 @@ def _misfit(left: int, first: int, parts: int, cycles: int | None, every: int | 
         cures[-1] = f"every_n_steps={room // (parts * number)} for rounds shorter than an epoch"
     asked = f"partitions={parts}, cycles={cycles}, {length}={every} with {left} {many} of training"
     return (
-        f"{asked}: {parts * number} rounds of at least {each} and a last one of {CLOSING} % of training take {needed} "
+        f"{asked}: {parts * number} rounds of at least {each} and a last one of {CLOSING}% of training take {needed} "
         f"{many}. Give {', '.join(cures[:-1])}{' or ' if cures[1:] else ''}{cures[-1]}."
     )

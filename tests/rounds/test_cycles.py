@@ -54,11 +54,11 @@ MISFITS = [
     (
         dict(limit=4, parts=4),
         "partitions=4, cycles=None, every_n_epochs=None with 4 epochs of training: 4 rounds of at least 1 and a last "
-        "one of 15 % of training take 5 epochs. Give max_epochs=5 or more or partitions=3 or fewer.",
+        "one of 15% of training take 5 epochs. Give max_epochs=5 or more or partitions=3 or fewer.",
     ),
     (
         dict(limit=20, parts=4, cycles=5),
-        "20 rounds of at least 1 and a last one of 15 % of training take 24 epochs. Give max_epochs=24 or more, "
+        "20 rounds of at least 1 and a last one of 15% of training take 24 epochs. Give max_epochs=24 or more, "
         "cycles=4 or fewer or partitions=3 or fewer.",
     ),
     (
