@@ -115,7 +115,7 @@ def _add_options(writer: SummaryWriter, run: str, settings: dict[str, Any], foun
 
     Where no run has one it collects the columns from every run.
     """
-    _, start, end = hparams(settings, found)
+    _, start, end = hparams(settings, found)  # type: ignore[no-untyped-call]
     with SummaryWriter(os.path.join(writer.log_dir, run)) as own:
         for summary in (start, end):
             own.file_writer.add_summary(summary, step)
