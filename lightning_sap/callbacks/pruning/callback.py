@@ -253,6 +253,8 @@ class PruningCallback(Callback):
         """Advance here too: after some resumes an epoch starts without its hook, and rounds in steps end in it."""
         if batch_idx == 0:
             self._advance(trainer, pl_module, trainer.current_epoch - 1)
+            if self.session.state.epoch != trainer.current_epoch:
+                self.session.begin_epoch(trainer)
         elif self.session.state.plan.unit == "step" and self.session.state.is_due(trainer.current_epoch):
             self._advance(trainer, pl_module, trainer.current_epoch)
         self.session.gathering.open(self.session, trainer, pl_module, batch)

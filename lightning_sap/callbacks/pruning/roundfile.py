@@ -225,7 +225,7 @@ def _load(path: str) -> dict[str, Any]:
     names = get_unsafe_globals_in_checkpoint(path)
     try:
         return _load_with(path, [(_absent(name), name) for name in names])
-    except pickle.UnpicklingError:  # PyTorch fills no dict but its own kinds: hyperparameters may be of another
+    except (pickle.UnpicklingError, TypeError):  # PyTorch fills no dict but its own kinds, as hyperparameters may be
         return _load_with(path, [(_absent_dict(), name) for name in names])
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.resumes import Case
-from helpers import Crash, Watch, crash, fit, is_masked, loader
+from helpers import Crash, Net, Watch, crash, fit, half, is_masked, loader
 from launch import run_ranks
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from resuming import (
     FILES,
     KINDS,
@@ -311,3 +311,14 @@ def test_resume_of_a_run_that_only_holds_masks_keeps_one_record(tmp_path):
     sap = SAPCallback(rounds=0, keep_zeros=True)
     fit(Resumable("SGD-cosine"), sap, max_epochs=4, ckpt_path=file)
     assert [(record.round, record.first_epoch, record.last_epoch) for record in sap.history] == [(0, 0, 3)]
+
+
+def test_history_of_a_run_that_goes_on_behind_an_epochs_last_batch_has_every_epoch(tmp_path):
+    """Lightning begins the next epoch without its hook then."""
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=6, filename="{step}")  # of two batches an epoch
+    options = {"train": loader(16), "max_epochs": 4, "enable_checkpointing": True}
+    first, again = half(rounds=2), half(rounds=2)
+    fit(Net(), first, saver, **options)
+    fit(Net(), again, ckpt_path=tmp_path / "step=6.ckpt", **options)
+    for pruner in (first, again):
+        assert [(record.first_epoch, record.last_epoch) for record in pruner.history] == [(0, 0), (1, 1), (2, 3)]
