@@ -78,7 +78,7 @@ def test_the_first_round_alone_has_a_whole_number_below_it():
 
 
 def test_a_network_of_which_no_weight_is_left_can_be_drawn():
-    assert [*ticks(drawn(plot_rounds(rows(2, left=0.0), "val_acc")).axes[1].yaxis)] == ["100%"]
+    assert "100%" in ticks(drawn(plot_rounds(rows(2, left=0.0), "val_acc")).axes[1].yaxis)
 
 
 @pytest.mark.parametrize("some", [rows(), searched()])

@@ -92,7 +92,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _checkpoint_of(file: BinaryIO, path: Path) -> Iterator[Named]:
-    """The tensors of a file of ``torch.save``, each read when it is asked for; before PyTorch 2.7 the file is mapped."""
+    """The tensors of a file of ``torch.save``, each read when it is asked for; PyTorch 2.6 maps the file."""
     file.seek(0)
     lazy = file.read(4) == ZIP and _is_little(path)
     if lazy and torch.__version__ < "2.7":  # it does not say where tensors lie, and loads them for the device "meta"

@@ -19,7 +19,7 @@ from lightning_sap.callbacks.pruning import restoring, roundfile
 
 pytestmark = pytest.mark.slow  # whole fits, many of them
 
-ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+ALONE = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)", "ignore:TypedStorage is depr")
 
 
 class Runs:
