@@ -90,6 +90,6 @@ def _work(function, folder, environment):
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(1)  # not by way of the process group, where another rank may keep this one waiting
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()  # none leaves while another waits for it; ending the group hangs in PyTorch 2.6
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)  # threads of gloo that outlive the group may abort an orderly exit
