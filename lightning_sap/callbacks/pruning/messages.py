@@ -108,9 +108,9 @@ def tell_changes(options: Options, stored: Mapping[str, str]) -> None:
 
 def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
     """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few with weights."""
-    if options.structure == "unit":  # which is to empty units, and leaves one in each layer
-        return
     pruned = {name: tensor._replace(pruned=masks.pruned[name]) for name, tensor in tensors.items()}
+    if options.structure == "unit":  # which is to empty units, and leaves one in each layer
+        return _warn_of_bottlenecks(options, tensors, pruned, masks)
     emptied = [name for name, count in masks.survivors.items() if count == 0]
     empty = {name: (n, units) for name, (n, units) in empty_units(pruned).items() if 2 * n > units}
     before = empty_units({name: tensor for name, tensor in tensors.items() if name in empty})
@@ -125,6 +125,20 @@ def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor],
             f"{options.name}: after pruning {masks.remaining:.2%} remain, and {'; '.join(news)}. Give min_remaining "
             f"(now {options.min_remaining}) to keep a fraction of every parameter, min_per_unit=1 to keep a weight in "
             "every output unit, or exclude these."
+        )
+
+
+def _warn_of_bottlenecks(
+    options: Options, before: Mapping[str, PrunableTensor], after: Mapping[str, PrunableTensor], masks: MaskSet
+) -> None:
+    """Warn of layers of 16 units and more of which a pruning leaves one: all that the network computes goes through."""
+    was = empty_units(before)
+    single = {name: units for name, (empty, units) in empty_units(after).items() if units >= 16 and empty == units - 1}
+    if news := [f"1 of {units} units of {name!r}" for name, units in single.items() if was[name][0] < units - 1]:
+        compete = ", scope='layer' (the units of all layers compete now)" if options.scope == "global" else ""
+        rank_zero_warn(
+            f"{options.name}: after pruning {masks.remaining:.2%} remain, {', '.join(news)}. Give "
+            f"min_remaining (now {options.min_remaining}) to keep a fraction of every layer{compete}, or exclude these."
         )
 
 

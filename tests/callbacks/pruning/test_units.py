@@ -279,6 +279,32 @@ def train(name, **options):
     return module, pruner
 
 
+class TestBottlenecks:
+    def fit(self, **options):
+        """The second layer has the smaller norms."""
+        module = Net(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)))
+        with torch.no_grad():
+            module.net[2].weight *= 0.1
+        pruner = pruned(rounds=2, **options)
+        fit(module, pruner, max_epochs=3)
+        return pruner
+
+    def test_a_layer_of_which_one_unit_is_left_is_told_once(self):
+        said = (
+            r"^sap: after pruning .*% remain, 1 of 16 units of 'net.2.weight'. Give min_remaining \(now 0.0\) to keep "
+            r"a fraction of every layer, scope='layer' \(the units of all layers compete now\), or exclude these.$"
+        )
+        with pytest.warns(UserWarning, match=said) as told:
+            pruner = self.fit(scope="global")
+        assert sum("1 of 16 units" in str(each.message) for each in told) == 1
+        assert int(pruner.masks["net.2.weight"].any(1).sum()) == 1
+
+    @pytest.mark.parametrize("options", [{"scope": "layer"}, {"scope": "global", "min_remaining": 0.15}])
+    def test_what_it_advises_keeps_more(self, options):
+        assert int(self.fit(**options).masks["net.2.weight"].any(1).sum()) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.* 1 of .* units of")  # pruned as far as can be
 class TestShrunk:
     @pytest.mark.parametrize(
         "name",
