@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_sap.callbacks.fabric import unwrapped, unwrapped_optimizer, warn_of_masks_left_out, warn_of_silent_steps
 from lightning_sap.callbacks.pruning import agreement, averages, checks, declared, layers, messages, snapshots, units
 from lightning_sap.callbacks.pruning.decisions import decide_of
+from lightning_sap.callbacks.pruning.emptied import warn_of_empty_units
 from lightning_sap.callbacks.pruning.enforcement import hook_masks
 from lightning_sap.callbacks.pruning.first_masks import afresh
 from lightning_sap.callbacks.pruning.given_masks import check_given
@@ -224,7 +225,7 @@ class Pruner:
         decision = self._decide(tensors, metrics)
         after = run.measure(module, decision.masks)
         messages.warn_of_short(self.options, decision)
-        messages.warn_of_empty_units(self.options, tensors, decision.masks)
+        warn_of_empty_units(self.options, tensors, decision.masks)
         record = replace(
             state.record(decision.before, 0, metrics),
             last_step=state.first_step + state.steps - 1 if state.steps else None,

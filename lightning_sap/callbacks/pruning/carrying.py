@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sap.callbacks.pruning import averages, compatibility, messages, progress, tolerance, units
+from lightning_sap.callbacks.pruning import averages, compatibility, emptied, messages, progress, tolerance, units
 from lightning_sap.callbacks.pruning.decided import DecidedPruning
 from lightning_sap.callbacks.pruning.decisions import decide_next
 from lightning_sap.callbacks.pruning.kept import go_back_, keep_
@@ -71,7 +71,7 @@ def _decide_(
     after = session.measure(module, decision.masks)
     if state.search is None:  # else it may be taken back
         messages.warn_of_short(session.options, decision)
-        messages.warn_of_empty_units(session.options, session.tensors(module), decision.masks)
+        emptied.warn_of_empty_units(session.options, session.tensors(module), decision.masks)
     record = replace(
         state.undone or session.record(trainer, decision.before, last_epoch),
         pruned=decision.count,

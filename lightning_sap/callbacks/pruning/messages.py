@@ -12,8 +12,6 @@ from lightning_sap.callbacks.pruning.inventory import Plan
 from lightning_sap.callbacks.pruning.options import OF_THE_PLAN, Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.decision import Decision
-from lightning_sap.engine.groups import PrunableTensor, empty_units
-from lightning_sap.engine.masks import MaskSet
 from lightning_sap.engine.weights import COMPLEX, LOSES_ZEROS
 from lightning_sap.rounds.plan import WORDS, RoundPlan
 from lightning_sap.rounds.search import Tolerance
@@ -104,42 +102,6 @@ def tell_changes(options: Options, stored: Mapping[str, str]) -> None:
         log_line(f"{options.name}: changed since the checkpoint, from the next round on: {', '.join(later)}")
     if never:
         log_line(f"{options.name}: a run that is resumed keeps the checkpoint's {', '.join(never)}")
-
-
-def warn_of_empty_units(options: Options, tensors: Mapping[str, PrunableTensor], masks: MaskSet) -> None:
-    """Warn of parameters that a pruning leaves without weights, or of whose output units it leaves few with weights."""
-    pruned = {name: tensor._replace(pruned=masks.pruned[name]) for name, tensor in tensors.items()}
-    if options.structure == "unit":  # which is to empty units, and leaves one in each layer
-        return _warn_of_bottlenecks(options, tensors, pruned, masks)
-    emptied = [name for name, count in masks.survivors.items() if count == 0]
-    empty = {name: (n, units) for name, (n, units) in empty_units(pruned).items() if 2 * n > units}
-    before = empty_units({name: tensor for name, tensor in tensors.items() if name in empty})
-    news = [f"no weights are left in {name!r}" for name in emptied if before[name] != empty[name]]
-    news += [
-        f"{n} of {units} output units of {name!r} have no weights left"
-        for name, (n, units) in empty.items()
-        if name not in emptied and 2 * before[name][0] <= units
-    ]
-    if news:
-        rank_zero_warn(
-            f"{options.name}: after pruning {masks.remaining:.2%} remain, and {'; '.join(news)}. Give min_remaining "
-            f"(now {options.min_remaining}) to keep a fraction of every parameter, min_per_unit=1 to keep a weight in "
-            "every output unit, or exclude these."
-        )
-
-
-def _warn_of_bottlenecks(
-    options: Options, before: Mapping[str, PrunableTensor], after: Mapping[str, PrunableTensor], masks: MaskSet
-) -> None:
-    """Warn of layers of 16 units and more of which a pruning leaves one: all that the network computes goes through."""
-    was = empty_units(before)
-    single = {name: units for name, (empty, units) in empty_units(after).items() if units >= 16 and empty == units - 1}
-    if news := [f"1 of {units} units of {name!r}" for name, units in single.items() if was[name][0] < units - 1]:
-        compete = ", scope='layer' (the units of all layers compete now)" if options.scope == "global" else ""
-        rank_zero_warn(
-            f"{options.name}: after pruning {masks.remaining:.2%} remain, {', '.join(news)}. Give "
-            f"min_remaining (now {options.min_remaining}) to keep a fraction of every layer{compete}, or exclude these."
-        )
 
 
 def warn_of_short(options: Options, decision: Decision) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sap.callbacks.logging import log_line
-from lightning_sap.callbacks.pruning import agreement, messages
+from lightning_sap.callbacks.pruning import agreement, emptied, messages
 from lightning_sap.callbacks.pruning.options import Options
 from lightning_sap.callbacks.pruning.state import PruningState
 from lightning_sap.engine.decision import decide_turn
@@ -47,7 +47,7 @@ def started(session: PruningSession, trainer: Trainer, module: LightningModule, 
     masks = MaskSet({name: decision.masks.pruned.get(name, old) for name, old in state.masks.pruned.items()})
     decision = replace(decision, masks=masks, companions=state.companions)
     decision = agreement.broadcast_decision(trainer, decision, session.live())
-    messages.warn_of_empty_units(options, every, decision.masks)
+    emptied.warn_of_empty_units(options, every, decision.masks)
     if decision.regrown:  # a second fit
         log_line(
             f"{options.name}: {decision.regrown:,} pruned weights come back as zeros, in "

@@ -14,6 +14,7 @@ from lightning_sap.callbacks.pruning import (
     averages,
     checks,
     declared,
+    emptied,
     messages,
     planning,
     progress,
@@ -225,7 +226,7 @@ class PruningSession(HeldWeights):
             hand_back_(self, trainer, module, beside)
         if state.search is not None:
             dense = self.tensors(module, MaskSet.dense(self.live()))
-            messages.warn_of_empty_units(self.options, dense, state.masks)
+            emptied.warn_of_empty_units(self.options, dense, state.masks)
 
     def adopt(self, trainer: Trainer, module: LightningModule, packed: Mapping[str, Any]) -> None:
         """Take up the state of a run that was over, and close its last round where that was not done."""

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_sap import FixedFraction, PQIMonitor, PruningCallback, SAPCallback, Tolerance, shrink
+from lightning_sap.callbacks.pruning.emptied import warn_of_empty_units
+from lightning_sap.callbacks.pruning.options import Options
+from lightning_sap.engine.groups import PrunableTensor
+from lightning_sap.engine.masks import MaskSet
 from lightning_sap.policies.base import Policy
 
 tp = pytest.importorskip("torch_pruning")
@@ -298,6 +303,14 @@ class TestBottlenecks:
             pruner = self.fit(scope="global")
         assert sum("1 of 16 units" in str(each.message) for each in told) == 1
         assert int(pruner.masks["net.2.weight"].any(1).sum()) == 1
+
+    @pytest.mark.parametrize(("left", "told"), [(1, True), (2, True), (3, False)])
+    def test_of_a_wide_layer_one_unit_of_64_is_few(self, left, told):
+        tensors = {"weight": PrunableTensor(torch.ones(128, 2))}
+        masks = MaskSet({"weight": (torch.arange(128) >= left).unsqueeze(1).expand(128, 2)})
+        said = pytest.warns(UserWarning, match=f"{left} of 128 units of 'weight'") if told else nullcontext()
+        with said:
+            warn_of_empty_units(Options(FixedFraction(0.5), structure="unit"), tensors, masks)
 
     @pytest.mark.parametrize("options", [{"scope": "layer"}, {"scope": "global", "min_remaining": 0.15}])
     def test_what_it_advises_keeps_more(self, options):
