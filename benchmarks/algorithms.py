@@ -30,14 +30,16 @@ NAMES = ("digits, MLP", "digits, CNN", "images, MLP", "images, CNN")
 SEEDS = 3
 Make = Callable[[float, int, int], PruningCallback]  # from the share that remains, the epochs and the number of layers
 NOTES = """Validation accuracy of the network after fit, mean of {seeds} seeds with the least and the most, by the share
-of the weights that remains, which every method meets exactly in the same number of epochs; scope "global", the
+of the weights that remains, which every method but one meets exactly in the same number of epochs; scope "global", the
 schedule of a training (a cosine) in every round. Seeds that are missing are still to be trained.
 
 - one shot: `FixedFraction`, pruned once, half-way.
 - gradual: `FixedFraction` in as many rounds as the library plans by default; f meets the target by itself.
 - SAP: `SAPCallback(target_remaining=…)`, in as many rounds.
-- GaP, 2 or 4 parts (3 in networks of 3 layers): `GrowAndPrune(remaining, partitions)`, two cycles; by layer: with
-  scope "layer"; closed by the index: with `close=SparsityInformed()`.
+- units: the same with `structure="unit"`, which keeps as many weights as whole units allow.
+- GaP, 2 or 4 parts (3 in networks of 3 layers): `GrowAndPrune(remaining, partitions)`, two cycles; closed by the
+  index: with `close=SparsityInformed()`.
+- by layer: with scope "layer".
 """
 
 
@@ -67,6 +69,14 @@ CONTENDERS: dict[str, Make] = {
         for name in IMPORTANCES
     },
     "SAP": lambda remaining, *_: SAPCallback(target_remaining=remaining, scope="global"),
+    **{
+        name: lambda remaining, *_, how=how: SAPCallback(target_remaining=remaining, structure="unit", **how)
+        for name, how in {
+            "units": {"scope": "global"},
+            "units, by layer": {},
+            "units, fisher": {"scope": "global", "importance": "fisher"},
+        }.items()
+    },
     "GaP, 2 parts": opened(2),
     "GaP, 4 parts": opened(4),
     "GaP, 2 parts, by layer": opened(2, "layer"),
@@ -121,8 +131,9 @@ def _cell(values: list[float]) -> str:
     """Mean, least and most; how many they are where seeds are missing."""
     if not values:
         return "–"
-    missing = f", {len(values)} of {SEEDS}" if len(values) < SEEDS else ""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}{missing})"
+    told = [f"{min(values):.3f} to {max(values):.3f}"] if len(values) > 1 else []
+    told += [f"{len(values)} of {SEEDS}"] if len(values) < SEEDS else []
+    return f"{statistics.mean(values):.3f} ({', '.join(told)})"
 
 
 def wanted(arguments) -> list[Key]:
