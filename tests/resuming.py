@@ -40,7 +40,7 @@ STEPS_OF_A_PRUNING = {
     "rewind weights": "lightning_sap.callbacks.pruning.snapshots.restore_weights_",
     "mask": "lightning_sap.callbacks.pruning.carrying._carry_out_",
     "rewind schedules": "lightning_sap.rewind.replay.Replay.rewind_",
-    "warn": "lightning_sap.callbacks.pruning.messages.warn_of_empty_units",
+    "warn": "lightning_sap.callbacks.pruning.emptied.warn_of_empty_units",
 }
 
 

@@ -7,7 +7,8 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,13 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+    safe_globals,
+)
 
 from lightning_sap.callbacks.pruning.agreement import of_ranks, place
 
@@ -226,7 +233,22 @@ def _load(path: str) -> dict[str, Any]:
     try:
         return _load_with(path, [(_absent(name), name) for name in names])
     except (pickle.UnpicklingError, TypeError):  # PyTorch fills no dict but its own kinds, as hyperparameters may be
-        return _load_with(path, [(_absent_dict(), name) for name in names])
+        with _no_safe_dicts():
+            names = get_unsafe_globals_in_checkpoint(path)
+            return _load_with(path, [(_absent_dict(), name) for name in names])
+
+
+@contextmanager
+def _no_safe_dicts() -> Iterator[None]:
+    """Dicts of other kinds that a package has told PyTorch to be safe are unknown for a while, so that they are replaced."""
+    before = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals([each for each in before if not (isinstance(each, type) and issubclass(each, dict))])
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(before)
 
 
 def _load_with(path: str, known: list[tuple[Callable[..., Any], str]]) -> dict[str, Any]:

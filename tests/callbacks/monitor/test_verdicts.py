@@ -76,7 +76,7 @@ class TestFits:
         lines = monitor.report().partition(" weights are prunable")[0].splitlines()[:-2]
         table = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
         assert [line[-2] == "taken back" for line in table] == [False, True, False, False]
-        assert [line[-1] for line in table] == ["0.9 |", "0.5 |", "0.9 |", "0.9 |"]
+        assert [line[-1] for line in table] == ["0.9000 |", "0.5000 |", "0.9000 |", "0.9000 |"]
         end = "as good as the yardstick of 0.9 (sound down to 0.89). Rounds taken back: 1 of 4."
         assert lines[-1].endswith(end)
         panel = monitor.plot().axes[2]

@@ -87,14 +87,18 @@ class TestExecution:
         assert same(module.state_dict(), rounds.states[1])
         assert not Unknown.unpickled
 
+    @pytest.mark.parametrize("known", [[], [defaultdict, AttributeDict]], ids=["unknown", "told to be safe"])
     @pytest.mark.parametrize("value", [AttributeDict(a=AttributeDict(b=1)), defaultdict(list, a=[1])], ids=type)
-    def test_round_with_hyperparameters_that_are_other_dicts_is_read(self, tmp_path, value):
+    def test_round_with_hyperparameters_that_are_other_dicts_is_read(self, tmp_path, value, known):
         class Configured(Decaying):
             def on_save_checkpoint(self, checkpoint):
                 checkpoint["hyper_parameters"] = {"config": value}
 
         module, pruner, rounds, _trainer = archived(tmp_path, Configured())
-        pruner.restore_round(1)
+        with torch.serialization.safe_globals(known):
+            before = set(torch.serialization.get_safe_globals())
+            pruner.restore_round(1)
+            assert set(torch.serialization.get_safe_globals()) == before
         assert same(module.state_dict(), rounds.states[1])
 
     def test_round_whose_hyperparameters_execute_something_is_refused(self, tmp_path):
