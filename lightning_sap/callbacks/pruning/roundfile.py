@@ -240,7 +240,7 @@ def _load(path: str) -> dict[str, Any]:
 
 @contextmanager
 def _no_safe_dicts() -> Iterator[None]:
-    """Dicts of other kinds that a package has told PyTorch to be safe are unknown for a while, so that they are replaced."""
+    """Dicts of other kinds that a package has told PyTorch to be safe are unknown for a while, and so replaced."""
     before = get_safe_globals()
     clear_safe_globals()
     add_safe_globals([each for each in before if not (isinstance(each, type) and issubclass(each, dict))])
