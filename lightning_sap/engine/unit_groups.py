@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_sap.engine.coupling import Coupled, Part, coupled_units, is_depthwise
-from lightning_sap.engine.tracing import copy_of, each_tensor, evaluating, graph_of, within
+from lightning_sap.engine.tracing import copy_of, each_tensor, evaluating, graph_of, new_graph, within
 from lightning_sap.engine.weights import COMPILE_PREFIX, parameter_names
 
 TIME_LIMIT = 40.0  # seconds for torch-pruning, as in `shrink`
@@ -122,6 +122,7 @@ def _places(group: UnitGroup) -> Iterator[Place]:
 
 def _traced(module: nn.Module, example_inputs: Any) -> list[Coupled]:
     """The groups of a module on the CPU that may be changed."""
+    new_graph(PURPOSE)  # what is missing is said at once
     module.float()
     inputs = each_tensor(example_inputs, lambda x: x.detach().cpu().float() if x.is_floating_point() else x.cpu())
     names = {part: name for name, part in module.named_modules()}

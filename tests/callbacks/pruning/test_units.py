@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -357,6 +358,11 @@ class TestRefused:
         module = Net(nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 3)]))
         with pytest.raises(ValueError, match=re.escape("must see how Net couples its layers, and has no example.")):
             fit(module, pruned())
+
+    def test_without_torch_pruning_the_package_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch_pruning", None)
+        with pytest.raises(ModuleNotFoundError, match=re.escape('pip install "torch-pruning<2"')):
+            fit(Net(), pruned(example_inputs=torch.ones(2, 6)))
 
     def test_an_example_of_the_callback_or_of_the_module(self):
         class Residual(Net):
