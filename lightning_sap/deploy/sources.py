@@ -94,11 +94,9 @@ def _same(tensor: Tensor) -> Tensor:
 def _checkpoint_of(file: BinaryIO, path: Path) -> Iterator[Named]:
     """The tensors of a file of ``torch.save``, each read when it is asked for; PyTorch 2.6 maps the file."""
     file.seek(0)
-    lazy = file.read(4) == ZIP and _is_little(path)
-    if lazy and torch.__version__ < "2.7":  # it does not say where tensors lie, and loads them for the device "meta"
-        yield from _in_memory(state_of(_unpickled(path, map_location="cpu", mmap=True), str(path)))
-        return
-    state = state_of(_unpickled(path, map_location="meta" if lazy else "cpu"), str(path))
+    zipped = file.read(4) == ZIP and _is_little(path)
+    lazy = zipped and torch.__version__ >= "2.7"  # before, tensors do not say where they lie, and "meta" loads them
+    state = state_of(_unpickled(path, map_location="meta" if lazy else "cpu", mmap=zipped and not lazy), str(path))
     if not all(_offset(tensor) is not None for tensor in state.values()) and lazy:
         lazy, state = False, state_of(_unpickled(path, map_location="cpu", mmap=True), str(path))
     if not lazy:

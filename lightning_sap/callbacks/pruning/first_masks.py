@@ -119,9 +119,9 @@ def warn_of_zeros(options: Options, weights: Mapping[str, Tensor]) -> None:
     """
     if not weights:
         return
-    found = torch.stack([(local(weight) == 0).sum() for weight in weights.values()])
-    counts = zip(shards_of(weights.values()).sum(found).tolist(), weights.values(), strict=True)
-    zeros = sum(count for count, weight in counts if count < weight.numel())
+    here = [(local(weight) == 0).sum() for weight in weights.values()]
+    counts = shards_of(weights.values()).sum(torch.stack([count.to(here[0].device) for count in here])).tolist()
+    zeros = sum(count for count, weight in zip(counts, weights.values(), strict=True) if count < weight.numel())
     total = sum(weight.numel() for weight in weights.values())
     if 10 * zeros >= total:
         rank_zero_warn(
